@@ -1,0 +1,360 @@
+"""Fine-tunes a Hugging Face model with DeepSpeed ZeRO, with or without spectral_ds.
+
+In:  a model, local text and a DeepSpeed configuration. A "spectral_ds" section in the configuration
+     switches the plugin on; the training loop is the same without it.
+Out: --output DIR with TensorBoard scalars, checkpoints and the model; --summary FILE with losses,
+     parameter perturbation and step time.
+
+    deepspeed --num_gpus 2 launch/finetune.py --model HuggingFaceTB/SmolLM2-135M \\
+        --data reviews.tsv --deepspeed_config configs/zero2_spectral.json --output runs/mine
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from text import (
+    Batch,
+    Corpus,
+    DataError,
+    Examples,
+    batches,
+    classification_examples,
+    language_modelling_examples,
+    load_corpus,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+import spectral_ds
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message names it."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, name on the hub, or .gguf file")
+    add("--data", required=True, type=Path, help="TSV, JSONL, plain text or datasets folder")
+    add("--task", choices=["causal-lm", "classification"], default="causal-lm")
+    add("--deepspeed_config", required=True, type=Path, help="DeepSpeed's JSON configuration")
+    add("--steps", type=positive, default=100, help="optimizer steps in all, resumed ones included")
+    add("--sequence-length", type=positive, default=128, help="tokens")
+    add("--learning-rate", type=float, help="instead of the configuration's")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("runs/finetune"), help="folder for all results")
+    add("--save-interval", type=int, default=0, help="steps between checkpoints, 0: none")
+    add("--save-model", action="store_true", help="write the model to OUTPUT/model at the end")
+    add("--resume", nargs="?", type=Path, const=True, metavar="CHECKPOINTS")
+    add("--evaluation-batches", type=int, default=4, help="held-out batches for each rank, 0: none")
+    add("--summary", type=Path, help="JSON file for the results (default OUTPUT/summary.json)")
+    add("--local_rank", type=int, default=-1, help="appended by the deepspeed launcher")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return number
+
+
+def end_together(error: Exception | None) -> None:
+    """Ends all ranks with one message if any of them has an error; a collective call."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else str(error))
+    message = next((text for text in errors if text), None)
+    if message is None:
+        return
+    if dist.get_rank() == 0:
+        print(f"finetune: {message}", file=sys.stderr, flush=True)
+    dist.barrier()  # the launcher ends the other ranks as soon as one has ended
+    sys.exit(1)
+
+
+def load_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed configuration, with what the command line sets."""
+    path = arguments.deepspeed_config
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path}: is not a JSON object")
+    if arguments.learning_rate is not None:
+        if "optimizer" not in config:
+            raise UserError("--learning-rate: the configuration has no optimizer to set it for")
+        config["optimizer"].setdefault("params", {})["lr"] = arguments.learning_rate
+    if config.get("tensorboard", {}).get("enabled"):
+        config["tensorboard"].setdefault("output_path", str(arguments.output))
+        config["tensorboard"].setdefault("job_name", "tensorboard")
+    return config
+
+
+def load_model(arguments: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
+    """The model in fp32 and its tokenizer."""
+    name, options = arguments.model, {}
+    if name.endswith(".gguf"):
+        name, options["gguf_file"] = os.path.split(name)
+    path = Path(arguments.model)
+    if not path.exists() and (options or path.is_absolute() or name.startswith(".")):
+        raise UserError(f"--model {path}: no such file or folder")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name or ".", **options)
+        if arguments.task == "classification":
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name or ".", dtype=torch.float32, num_labels=num_classes, **options
+            )
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                name or ".", dtype=torch.float32, **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {arguments.model}: cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    if arguments.sequence_length > longest:
+        raise UserError(
+            f"--sequence-length {arguments.sequence_length}: the model's longest is {longest}"
+        )
+    return model, tokenizer
+
+
+def make_examples(
+    arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any, num_held_out: int
+) -> Examples:
+    """Training and held-out examples of the task."""
+    classify = arguments.task == "classification"
+    make = classification_examples if classify else language_modelling_examples
+    return make(
+        corpus,
+        tokenizer,
+        arguments.sequence_length,
+        num_held_out=num_held_out,
+        seed=arguments.seed,
+    )
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices, none for biases and normalization weights."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class Reference:
+    """The weights at construction, each rank keeping every world-size-th parameter in fp32."""
+
+    def __init__(self, engine: Any) -> None:
+        """Copies the weights; a collective call under ZeRO-3."""
+        self.engine = engine
+        self.copies = dict(self._mine())
+
+    def _mine(self) -> Iterator[tuple[str, Tensor]]:
+        trainable = [(n, p) for n, p in self.engine.module.named_parameters() if p.requires_grad]
+        sharded = self.engine.zero_optimization_stage() == 3
+        for index, (name, parameter) in enumerate(trainable):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+                if index % dist.get_world_size() == dist.get_rank():
+                    yield name, parameter.detach().to("cpu", torch.float32, copy=True)
+
+    def perturbation(self) -> float:
+        """‖θ − θ_ref‖ over all trainable parameters; a collective call."""
+        squares = [(now - self.copies[name]).double().square().sum() for name, now in self._mine()]
+        total = torch.stack([torch.zeros((), dtype=torch.float64), *squares]).sum()
+        total = total.to(self.engine.device)
+        dist.all_reduce(total)
+        return math.sqrt(total.item())
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """Mean of a scalar over all ranks; a collective call."""
+    mean = value.detach().float() / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean.item()
+
+
+def evaluate(engine: Any, held_out: list[Batch]) -> float | None:
+    """Mean loss over the held-out batches of all ranks, None if there are none."""
+    if not held_out:
+        return None
+    engine.eval()
+    with torch.no_grad():
+        losses = [engine(**to_device(batch, engine)).loss for batch in held_out]
+    engine.train()
+    return mean_over_ranks(torch.stack(losses).mean())
+
+
+def to_device(batch: Batch, engine: Any) -> Batch:
+    """The batch on the engine's device."""
+    return {name: tensor.to(engine.device) for name, tensor in batch.items()}
+
+
+def train_step(engine: Any, data: Iterator[Batch], seed: int, step: int) -> float:
+    """One optimizer step over all accumulated batches; returns the mean loss over ranks."""
+    # Dropout depends on seed, step and rank only, so a resumed run repeats it.
+    torch.manual_seed(hash((seed, step, dist.get_rank())) % 2**63)
+    losses = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        loss = engine(**to_device(next(data), engine)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return mean_over_ranks(torch.stack(losses).mean())
+
+
+def resume(engine: Any, folder: Path) -> list[float]:
+    """Loads a checkpoint folder, or its newest one; returns the losses of the steps before."""
+    tag = None
+    if not (folder / "latest").is_file():  # perhaps one checkpoint of the folder
+        folder, tag = folder.parent, folder.name
+    found = (folder / "latest").is_file() and (tag is None or (folder / tag).is_dir())
+    end_together(None if found else UserError(f"--resume {folder / (tag or '')}: no checkpoint"))
+    _, state = engine.load_checkpoint(str(folder), tag=tag)
+    return list(state["losses"])
+
+
+def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes model and tokenizer for ``from_pretrained``; a collective call under ZeRO-3."""
+    sharded = engine.zero_optimization_stage() == 3
+    weights = dict(engine.module.named_buffers()) if dist.get_rank() == 0 else {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+            if dist.get_rank() == 0:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if dist.get_rank() == 0:
+        engine.module.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+
+def main() -> None:
+    """Fine-tunes."""
+    arguments = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    deepspeed.init_distributed()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    error: Exception | None = None
+    try:
+        config = load_config(arguments)
+        corpus = load_corpus(arguments.data, labelled=arguments.task == "classification")
+        torch.manual_seed(arguments.seed)  # a new classification head is the same on all ranks
+        model, tokenizer = load_model(arguments, corpus.num_classes)
+    except DataError as problem:
+        error = UserError(f"--data {arguments.data}: {problem}")
+    except UserError as problem:
+        error = problem
+    end_together(error)
+
+    # ---- what a DeepSpeed user changes: deepspeed.initialize becomes spectral_ds.initialize ----
+    weight_decay = config.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    try:
+        engine, _, _, _ = spectral_ds.initialize(
+            model=model, model_parameters=parameter_groups(model, weight_decay), config=config
+        )
+    except spectral_ds.SpectralConfigError as problem:
+        error = UserError(f"--deepspeed_config {arguments.deepspeed_config}: {problem}")
+    end_together(error)
+    # --------------------------------------------------------------------------------------------
+
+    reference = Reference(engine)
+    checkpoints = arguments.output / "checkpoints"
+    losses: list[float] = []
+    if arguments.resume is not None:
+        losses = resume(engine, checkpoints if arguments.resume is True else arguments.resume)
+
+    batch_size = engine.train_micro_batch_size_per_gpu()
+    num_held_out = arguments.evaluation_batches * batch_size * world_size
+    place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+    try:
+        examples = make_examples(arguments, corpus, tokenizer, num_held_out)
+        held_out = []
+        if num_held_out:
+            order = batches(examples.held_out, examples.collate, seed=0, **place)
+            held_out = [next(order) for _ in range(arguments.evaluation_batches)]
+        data = batches(
+            examples.training,
+            examples.collate,
+            seed=arguments.seed,
+            first=len(losses) * engine.gradient_accumulation_steps(),
+            **place,
+        )
+    except DataError as problem:
+        error = UserError(f"--data {arguments.data}: {problem}")
+    end_together(error)
+
+    evaluation_before = evaluate(engine, held_out)
+    step_seconds = []
+    plugin = spectral_ds.plugin_of(engine)
+    progress = tqdm(
+        total=arguments.steps,
+        initial=len(losses),
+        disable=rank != 0,
+        desc="with spectral_ds" if plugin else "fine-tuning",
+        unit="step",
+    )
+    while len(losses) < arguments.steps:
+        started = time.perf_counter()
+        losses.append(train_step(engine, data, arguments.seed, step=len(losses)))
+        get_accelerator().synchronize()
+        step_seconds.append(time.perf_counter() - started)
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        progress.update()
+        if arguments.save_interval and len(losses) % arguments.save_interval == 0:
+            engine.save_checkpoint(str(checkpoints), client_state={"losses": losses})
+    progress.close()
+
+    summary = {
+        "final_loss": losses[-1],
+        "losses": losses,
+        "evaluation_loss_before": evaluation_before,
+        "evaluation_loss": evaluate(engine, held_out),
+        "perturbation": reference.perturbation(),
+        "step_seconds": statistics.median(step_seconds) if step_seconds else None,
+        "world_size": world_size,
+        "zero_stage": engine.zero_optimization_stage(),
+    }
+    if plugin is not None:
+        measured = plugin.metrics()
+        for name in ("filter_seconds", "boundary_bytes", "nodes", "edges"):
+            summary[name] = measured[name]
+    if arguments.save_model:
+        save_model(engine, tokenizer, arguments.output / "model")
+    if rank == 0:
+        target = arguments.summary or arguments.output / "summary.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

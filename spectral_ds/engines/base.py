@@ -1,0 +1,65 @@
+"""Engine: what the rest of the package needs to know of a training engine.
+
+A new engine is one new file: a subclass that yields fragments and calls a hook before each
+optimizer step.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from spectral_ds.sharding import Communicator, Fragment
+
+
+class UnsupportedEngineError(RuntimeError):
+    """The engine, or a feature of it that is in use, is not supported."""
+
+
+class Engine(ABC):
+    """An engine's sharded gradients, seen as fragments.
+
+    Attributes:
+        communicator: the ranks over which parameters are sharded.
+        shapes: full shape of each trainable parameter by name, in model order; equal on all
+            ranks.
+        fragments: what this rank owns; fixed. `gradients` and `weights` follow this order.
+        holders: the user's objects by which the plugin can be found again.
+    """
+
+    communicator: Communicator
+    shapes: Mapping[str, tuple[int, ...]]
+    fragments: Sequence[Fragment]
+    holders: Sequence[object]
+
+    @property
+    @abstractmethod
+    def config_section(self) -> Any:
+        """The "spectral_ds" section of the engine's own config; None if it has none."""
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """Optimizer steps taken so far; survives the engine's checkpoints."""
+
+    @abstractmethod
+    def gradients(self) -> list[torch.Tensor]:
+        """Averaged gradients as flat writable views, valid inside the hook only."""
+
+    @abstractmethod
+    def weights(self) -> list[torch.Tensor]:
+        """Weights as flat views, in the highest precision that the engine keeps."""
+
+    @abstractmethod
+    def install(self, before_step: Callable[[], None]) -> None:
+        """Call `before_step` before each optimizer step: after the gradients are averaged over
+        ranks and accumulation, before overflow check, norm and clipping."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Undo `install`."""
+
+    @abstractmethod
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""

@@ -1,0 +1,112 @@
+"""Chebyshev series of a response on [0, λ_max], and its recurrence on shards.
+
+Source: Hammond, Vandergheynst, Gribonval, "Wavelets on graphs via spectral graph theory",
+arXiv 0912.3848, section 6.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from spectral_ds.filters.responses import Response, Values
+from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.laplacian.workspace import Scratch
+
+MAX_ORDER = 512
+# The error is the largest of this many equally spaced frequencies.
+ERROR_GRID = 10_001
+
+
+@dataclass(frozen=True)
+class ChebyshevSeries:
+    """h(λ) ≈ Σ_j c_j T_j(2λ/λ_max − 1) on [0, λ_max].
+
+    Attributes:
+        coefficients: c_0 ... c_order.
+        lambda_max: end of the interval.
+        error: max |h − series| on the interval.
+    """
+
+    coefficients: tuple[float, ...]
+    lambda_max: float
+    error: float
+
+    @classmethod
+    def fit(
+        cls,
+        response: Response,
+        lambda_max: float,
+        order: int | Literal["auto"],
+        tolerance: float,
+    ) -> "ChebyshevSeries":
+        """Interpolate the response at Chebyshev points; exact for polynomials.
+
+        Args:
+            order: degree of the series; `auto` takes the least with error <= tolerance.
+            tolerance: largest error allowed with `auto`.
+
+        Raises:
+            ValueError: `auto` finds no order up to MAX_ORDER.
+        """
+        grid = np.linspace(-1, 1, ERROR_GRID)
+        wanted = response(_frequency(grid, lambda_max))
+
+        def series(degree: int) -> "ChebyshevSeries":
+            coefficients = chebyshev.chebinterpolate(
+                lambda x: response(_frequency(x, lambda_max)), degree
+            )
+            error = float(np.abs(chebyshev.chebval(grid, coefficients) - wanted).max())
+            return cls(tuple(coefficients.tolist()), lambda_max, error)
+
+        if order != "auto":
+            return series(order)
+        if response.degree is not None and response.degree <= MAX_ORDER:
+            return series(response.degree)
+        for degree in range(MAX_ORDER + 1):
+            candidate = series(degree)
+            if candidate.error <= tolerance:
+                return candidate
+        raise ValueError(
+            f"filter.tolerance {tolerance:g} is not reached by any Chebyshev order up to "
+            f"{MAX_ORDER} on [0, {lambda_max:g}] (error there {candidate.error:.2g}); "
+            f"lower filter.tau or raise filter.tolerance"
+        )
+
+    @property
+    def order(self) -> int:
+        return len(self.coefficients) - 1
+
+    def blended(self, strength: float) -> tuple[float, ...]:
+        """Coefficients of (1 − s) + s · series: the filter of strength s."""
+        scaled = [strength * coefficient for coefficient in self.coefficients]
+        return (1 - strength + scaled[0], *scaled[1:])
+
+
+def _frequency(x: Values, lambda_max: float) -> Values:
+    return lambda_max / 2 * (x + 1)
+
+
+def apply_series(
+    operator: LaplacianOperator, coefficients: Sequence[float], scratch: Scratch
+) -> None:
+    """scratch.out ← Σ_j c_j T_j(L̃) X for one bucket; one hop a degree (collective).
+
+    Args:
+        operator: of the bucket.
+        coefficients: c_0, c_1, ...
+        scratch: `scratch.x` holds X in its own rows and is overwritten, as is `scratch.y`.
+    """
+    previous, current, out = scratch
+    own = operator.block.own
+    out.copy_(previous[:own]).mul_(coefficients[0])
+    if len(coefficients) == 1:
+        return
+    operator.apply(previous, current)
+    out.add_(current[:own], alpha=coefficients[1])
+    for coefficient in coefficients[2:]:
+        operator.apply(current, previous, alpha=2, beta=-1)
+        previous, current = current, previous
+        out.add_(current[:own], alpha=coefficient)

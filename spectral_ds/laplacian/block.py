@@ -1,0 +1,132 @@
+"""The rows of one bucket that this rank stores: own rows, then boundary rows.
+
+Every column of a signal is filtered independently, so a row that a shard edge cuts is stored
+whole, with some of its columns owned and the others received or unused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.graph import Edges
+from spectral_ds.laplacian.buckets import Bucket
+from spectral_ds.sharding import Fragment, intervals
+
+
+@dataclass(frozen=True)
+class LocalBlock:
+    """Where each element of a bucket lies in this rank's (stored rows × width) matrices.
+
+    Attributes:
+        bucket: the bucket.
+        own_rows: sorted global node numbers that this rank owns a part of; stored first.
+        boundary_rows: sorted global node numbers of other ranks' rows with edges to them.
+        owned: addresses that this rank owns.
+        needed: addresses that it must receive before each multiply.
+        placements: (fragment, offset, length): fragment `fragment` of this rank is stored at
+            elements [offset, offset + length) of the flattened matrix.
+        padding: (offset, length): runs of own rows that this rank does not own.
+    """
+
+    bucket: Bucket
+    own_rows: npt.NDArray[np.int64]
+    boundary_rows: npt.NDArray[np.int64]
+    owned: intervals.Intervals
+    needed: intervals.Intervals
+    placements: tuple[tuple[int, int, int], ...]
+    padding: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, bucket: Bucket, fragments: Sequence[Fragment], edges: Edges) -> "LocalBlock":
+        """Args: `fragments` and `edges` are this rank's; edge sources are its own rows."""
+        width = bucket.width
+        owned = bucket.owned(fragments)
+        own_rows = np.unique(intervals.members(_row_spans(owned, width)))
+        needed = intervals.subtract(_neighbours_of(owned, edges, width), owned)
+        touched = np.unique(intervals.members(_row_spans(needed, width)))
+        boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
+
+        def stored_at(address: int) -> int:
+            return int(np.searchsorted(own_rows, address // width)) * width + address % width
+
+        placements = tuple(
+            (index, stored_at(address), fragment.length)
+            for index, fragment in enumerate(fragments)
+            if (address := bucket.address(fragment)) is not None
+        )
+        whole_rows = intervals.merge(np.stack((own_rows, own_rows + 1), axis=1)) * width
+        padding = tuple(
+            (stored_at(int(start)), int(end - start))
+            for start, end in intervals.cut(
+                intervals.subtract(whole_rows, owned), own_rows * width
+            )
+        )
+        return cls(bucket, own_rows, boundary_rows, owned, needed, placements, padding)
+
+    @property
+    def own(self) -> int:
+        """Number of own rows."""
+        return len(self.own_rows)
+
+    @property
+    def stored(self) -> int:
+        """Number of stored rows: own and boundary."""
+        return len(self.own_rows) + len(self.boundary_rows)
+
+    def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Stored row number of each global row; every row must be stored."""
+        at = np.searchsorted(self.own_rows, rows)
+        is_own = at < self.own
+        is_own[is_own] = self.own_rows[at[is_own]] == rows[is_own]
+        return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
+
+    def load(self, fragments: Sequence[torch.Tensor], matrix: torch.Tensor) -> None:
+        """Copy fragment values into own rows; what is not owned becomes 0.
+
+        Args:
+            fragments: this rank's flat tensors, any floating dtype.
+            matrix: (stored, width), float32, contiguous.
+        """
+        flat = matrix.view(-1)
+        if self.placements:
+            torch._foreach_copy_(
+                [flat[offset : offset + length] for _, offset, length in self.placements],
+                [fragments[index] for index, _, _ in self.placements],
+            )
+        for offset, length in self.padding:
+            flat[offset : offset + length].zero_()
+
+    def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor]) -> None:
+        """Copy owned elements back into the fragments, in their own dtype."""
+        flat = matrix.view(-1)
+        if self.placements:
+            torch._foreach_copy_(
+                [fragments[index] for index, _, _ in self.placements],
+                [flat[offset : offset + length] for _, offset, length in self.placements],
+            )
+
+    def owned_runs(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """Flat views of the owned elements, one a fragment."""
+        flat = matrix.view(-1)
+        return [flat[offset : offset + length] for _, offset, length in self.placements]
+
+
+def _row_spans(addresses: intervals.Intervals, width: int) -> intervals.Intervals:
+    """For each interval of addresses, the half-open span of rows that it touches."""
+    return np.stack((addresses[:, 0] // width, -(-addresses[:, 1] // width)), axis=1)
+
+
+def _neighbours_of(
+    owned: intervals.Intervals, edges: Edges, width: int
+) -> intervals.Intervals:
+    """Addresses with an edge to an owned one: same column, neighbouring row."""
+    pieces = intervals.cut(owned, intervals.members(_row_spans(owned, width)) * width)
+    row = pieces[:, 0] // width
+    first = np.searchsorted(edges.source, row, side="left")
+    last = np.searchsorted(edges.source, row, side="right")
+    edge = intervals.members(np.stack((first, last), axis=1))
+    shift = (edges.target[edge] - edges.source[edge]) * width
+    return intervals.merge(np.repeat(pieces, last - first, axis=0) + shift[:, None])

@@ -1,0 +1,155 @@
+"""Multiply kernels: out ← alpha · A x + beta · out for one sparse block A.
+
+Two kernels of one interface, equal in result: torch-sparse, and torch's native CSR.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+
+KernelName = Literal["auto", "torch_sparse", "torch_csr"]
+
+logger = logging.getLogger(__name__)
+
+INSTALL_TORCH_SPARSE = (
+    "install it after torch: pip install --no-build-isolation torch-scatter torch-sparse"
+)
+
+
+class KernelUnavailableError(RuntimeError):
+    """The configured kernel cannot be used here."""
+
+
+class Kernel(Protocol):
+    """One sparse block, float32."""
+
+    name: str
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
+        """out ← alpha · A x + beta · out; x (columns of A, width), out (rows of A, width)."""
+
+
+class TorchCSRKernel:
+    """torch's native CSR product, in place."""
+
+    name = "torch_csr"
+
+    def __init__(self, block: csr_array, device: torch.device) -> None:
+        index_dtype = np.int32 if max(block.nnz, *block.shape) < 2**31 else np.int64
+        self.matrix = torch.sparse_csr_tensor(
+            torch.from_numpy(block.indptr.astype(index_dtype)),
+            torch.from_numpy(block.indices.astype(index_dtype)),
+            torch.from_numpy(block.data.astype(np.float32)),
+            size=block.shape,
+            device=device,
+            check_invariants=False,
+        )
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
+        out.addmm_(self.matrix, x, beta=beta, alpha=alpha)
+
+
+class TorchSparseKernel:
+    """torch-sparse's product; it allocates its result."""
+
+    name = "torch_sparse"
+
+    def __init__(self, block: csr_array, device: torch.device) -> None:
+        self.matrix = _torch_sparse().SparseTensor(
+            rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
+            col=torch.from_numpy(block.indices.astype(np.int64)),
+            value=torch.from_numpy(block.data.astype(np.float32)),
+            sparse_sizes=block.shape,
+            is_sorted=True,
+            trust_data=True,
+        ).to(device)
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
+        product = _torch_sparse().matmul(self.matrix, x)
+        if beta == 0:
+            torch.mul(product, alpha, out=out)
+        else:
+            out.mul_(beta).add_(product, alpha=alpha)
+
+
+@cache
+def _torch_sparse() -> Any:
+    import torch_sparse
+
+    return torch_sparse
+
+
+def require_kernel(name: KernelName) -> None:
+    """Check that a configured kernel can be used; `auto` only warns, once.
+
+    Raises:
+        KernelUnavailableError: `torch_sparse` is asked for and does not import.
+    """
+    if name == "torch_csr":
+        return
+    try:
+        _torch_sparse()
+    except (ImportError, OSError) as error:
+        if name == "torch_sparse":
+            raise KernelUnavailableError(
+                f"operator.kernel is 'torch_sparse', but torch_sparse does not import ({error}); "
+                f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'auto' or 'torch_csr'"
+            ) from error
+        _warn_once(f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
+                   f"to have both, {INSTALL_TORCH_SPARSE}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
+        logger.warning(message)
+
+
+def make_kernel(
+    name: KernelName, block: csr_array, width: int, device: torch.device
+) -> Kernel:
+    """The kernel for one block; `auto` times both on this block and keeps the faster.
+
+    Args:
+        block: A, float64, indices sorted.
+        width: columns of the signals it will multiply.
+        device: where they live.
+    """
+    kinds: dict[str, Callable[[csr_array, torch.device], Kernel]] = {
+        "torch_csr": TorchCSRKernel,
+        "torch_sparse": TorchSparseKernel,
+    }
+    if name != "auto":
+        return kinds[name](block, device)
+    try:
+        _torch_sparse()
+    except (ImportError, OSError):
+        return TorchCSRKernel(block, device)
+    x = torch.zeros(block.shape[1], width, device=device)
+    out = torch.zeros(block.shape[0], width, device=device)
+    kernels = [kind(block, device) for kind in kinds.values()]
+    return min(kernels, key=lambda kernel: _seconds(kernel, x, out))
+
+
+def _seconds(kernel: Kernel, x: torch.Tensor, out: torch.Tensor, repeats: int = 3) -> float:
+    """The fastest of a few multiplies, after one to warm up."""
+    fastest = float("inf")
+    for repeat in range(repeats + 1):
+        _synchronize(x.device)
+        start = time.perf_counter()
+        kernel.multiply(x, out, 1.0, 1.0)
+        _synchronize(x.device)
+        if repeat > 0:
+            fastest = min(fastest, time.perf_counter() - start)
+    return fastest
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

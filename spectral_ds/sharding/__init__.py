@@ -1,0 +1,9 @@
+"""Who owns which part of which parameter, and how ranks talk.
+
+Knows nothing of engines or graphs; everything else in the package speaks in its words.
+"""
+
+from spectral_ds.sharding.collectives import Communicator
+from spectral_ds.sharding.fragments import Fragment, ShardLayout, ShardLayoutError
+
+__all__ = ["Communicator", "Fragment", "ShardLayout", "ShardLayoutError"]

@@ -1,0 +1,87 @@
+"""Fragments: contiguous runs of flattened parameters, and the layout of all of them.
+
+In: the fragments of this rank, as its engine reports them. Out: a `ShardLayout` that is the same
+on every rank and says for each element of each parameter which rank owns it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spectral_ds.sharding.collectives import Communicator
+
+
+class ShardLayoutError(RuntimeError):
+    """The ranks' fragments do not own every element of every parameter exactly once."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + length) of one parameter, flattened in row-major order."""
+
+    parameter: str
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """The fragments of all ranks.
+
+    Attributes:
+        fragments: one tuple of fragments a rank, in the order in which that rank's engine
+            yields its tensors.
+        rank: this rank.
+    """
+
+    fragments: tuple[tuple[Fragment, ...], ...]
+    rank: int
+
+    @classmethod
+    def gather(cls, fragments: Sequence[Fragment], communicator: Communicator) -> "ShardLayout":
+        """Collect every rank's fragments (one collective on the communicator's group)."""
+        gathered = communicator.gather_objects(tuple(fragments))
+        return cls(tuple(gathered), communicator.rank)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.fragments)
+
+    @property
+    def own(self) -> tuple[Fragment, ...]:
+        return self.fragments[self.rank]
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of the parameters that some rank owns a part of."""
+        return frozenset(f.parameter for rank in self.fragments for f in rank)
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ShardLayoutError unless each element of each parameter has exactly one owner.
+
+        Args:
+            sizes: number of elements by parameter name.
+        """
+        runs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
+        for rank, fragments in enumerate(self.fragments):
+            for fragment in fragments:
+                if fragment.parameter in runs:
+                    runs[fragment.parameter].append((fragment.start, fragment.end, rank))
+        for name, owned in runs.items():
+            position = 0
+            for start, end, rank in sorted(owned):
+                if start != position:
+                    kind = "twice" if start < position else "by no rank"
+                    raise ShardLayoutError(
+                        f"element {min(start, position)} of parameter {name!r} is owned {kind} "
+                        f"(next fragment: rank {rank}, [{start}, {end}))"
+                    )
+                position = end
+            if position != sizes[name]:
+                raise ShardLayoutError(
+                    f"fragments of parameter {name!r} end at element {position}, "
+                    f"but it has {sizes[name]}"
+                )

@@ -1,0 +1,52 @@
+"""Chebyshev moments μ_j = ⟨X, T_j(L̃) X⟩ of a sharded signal.
+
+Source: Weiße et al., "The kernel polynomial method", Rev. Mod. Phys. 78, 275 (2006),
+eqs. 34 and 35: each hop gives two moments.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.laplacian.workspace import Workspace
+from spectral_ds.sharding import Communicator
+
+
+def chebyshev_moments(
+    operators: Sequence[LaplacianOperator],
+    workspace: Workspace,
+    signal: Sequence[torch.Tensor],
+    count: int,
+    communicator: Communicator,
+) -> torch.Tensor:
+    """The first `count` moments, summed over all buckets, columns and ranks (collective).
+
+    Args:
+        signal: this rank's fragments, flat, any floating dtype.
+        count: even, >= 2; costs count/2 hops.
+
+    Returns:
+        (count,), float64, on the communicator's device, equal on all ranks. The first is ‖X‖².
+    """
+    products = torch.zeros(count, dtype=torch.float64, device=communicator.device)
+    for operator in operators:
+        block = operator.block
+        previous, current, _ = workspace.of(operator)
+        block.load(signal, previous)
+        operator.apply(previous, current)
+        for hop in range(count // 2):
+            if hop > 0:
+                operator.apply(current, previous, alpha=2, beta=-1)
+                previous, current = current, previous
+            # Own rows of a cut row hold other ranks' columns too: only owned runs are summed.
+            runs = zip(block.owned_runs(previous), block.owned_runs(current), strict=True)
+            for before, after in runs:
+                products[2 * hop] += torch.dot(before, before)
+                products[2 * hop + 1] += torch.dot(before, after)
+    communicator.sum_(products)
+    # ⟨T_j X, T_j X⟩ = (μ_2j + μ_0)/2 and ⟨T_j X, T_{j+1} X⟩ = (μ_2j+1 + μ_1)/2.
+    moments = 2 * products
+    moments[0::2] -= products[0]
+    moments[1::2] -= products[1]
+    return moments

@@ -1,0 +1,133 @@
+"""A pool of gloo ranks on this machine that stays up for many checks.
+
+In: a function of a test module and its arguments. Out: what it returned on each rank. A rank that
+raises reports its error; a rank that hangs ends the pool.
+"""
+
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+os.environ.update(ENVIRONMENT)
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "deepspeed", "transformers", "torch_sparse"])
+
+
+@dataclass(frozen=True)
+class RankError:
+    """What a rank raised."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+class RanksFailedError(AssertionError):
+    """At least one rank raised or hung."""
+
+
+class RankPool:
+    """`world_size` processes in one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._store = Path(tempfile.mkdtemp()) / "store"
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve, args=(rank, world_size, str(self._store), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The function's result on each rank; raises if any rank raised."""
+        results = self.outcomes(function, *args)
+        errors = [
+            f"rank {rank}: {result.traceback}"
+            for rank, result in enumerate(results)
+            if isinstance(result, RankError)
+        ]
+        if errors:
+            raise RanksFailedError("\n".join(errors))
+        return results
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Each rank's result or RankError."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        deadline = monotonic() + TIMEOUT_SECONDS
+        while len(results) < self.world_size:
+            waiting = [p for rank, p in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - monotonic()))
+            if not ready:
+                missing = sorted(set(range(self.world_size)) - results.keys())
+                self.close()
+                raise RanksFailedError(
+                    f"ranks {missing} hung in {function.__name__}; others: {results}"
+                )
+            for pipe in ready:
+                try:
+                    results[self._pipes.index(pipe)] = pipe.recv()
+                except EOFError:
+                    self.close()
+                    raise RanksFailedError(f"a rank died in {function.__name__}") from None
+        return [results[rank] for rank in range(self.world_size)]
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._store.unlink(missing_ok=True)
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+    """Run what comes through the pipe, until it closes."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    import deepspeed
+    import torch
+    from deepspeed.utils import logger
+
+    torch.set_num_threads(1)
+    logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(function(*args))
+        except Exception as error:
+            pipe.send(RankError(type(error).__name__, str(error), traceback.format_exc()))

@@ -1,0 +1,141 @@
+"""A tiny Llama-like model with everything that is awkward, and one training run of it."""
+
+import functools
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectral_ds
+
+GLOBAL_BATCH = 12
+EXCLUDED = ("embed", "lm_head", "classifier", "pooler")
+
+
+class TinyLlama(torch.nn.Module):
+    """Grouped-query attention, tied embedding, a frozen and an unused parameter, odd shapes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=53,
+                hidden_size=24,
+                intermediate_size=37,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
+        self.spare = torch.nn.Linear(24, 5)  # never used: no gradient
+        self.llama.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
+        with torch.no_grad():  # rows at equal distance, and a row without direction
+            self.llama.model.layers[0].mlp.up_proj.weight[7] = (
+                self.llama.model.layers[0].mlp.up_proj.weight[3]
+            )
+            self.llama.model.layers[2].self_attn.o_proj.weight[5] = 0
+        self.to(dtype)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.llama(input_ids=tokens, labels=tokens).loss
+
+
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups with different learning rates; matrices and vectors mixed into both."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": trainable[::3] + trainable[1::3], "lr": 1.0}, {"params": trainable[2::3], "lr": 0.5}]
+
+
+def learning_rates(model: torch.nn.Module) -> dict[str, float]:
+    name_of = {id(p): n for n, p in model.named_parameters()}
+    return {name_of[id(p)]: g["lr"] for g in parameter_groups(model) for p in g["params"]}
+
+
+def deepspeed_config(stage: int, **changes: Any) -> dict[str, Any]:
+    world_size = dist.get_world_size()
+    accumulation = changes.pop("gradient_accumulation_steps", 1)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, **changes.pop("zero_optimization", {})},
+        "zero_allow_untested_optimizer": True,
+    }
+    return {**config, **changes}
+
+
+def batches(accumulation: int, step: int = 0) -> list[torch.Tensor]:
+    """This rank's micro-batches of one step; together over ranks always the same 12 sequences."""
+    generator = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, 53, (GLOBAL_BATCH, 9), generator=generator)
+    own = tokens[dist.get_rank() :: dist.get_world_size()]
+    return list(own.chunk(accumulation))
+
+
+def make_engine(
+    config: dict[str, Any],
+    optimizer: Any = functools.partial(torch.optim.SGD, lr=1.0),
+    initialize: Any = spectral_ds.initialize,
+) -> Any:
+    model = TinyLlama()
+    engine, *_ = initialize(
+        model=model,
+        optimizer=lambda groups: optimizer(groups),
+        model_parameters=parameter_groups(model),
+        config=config,
+    )
+    return engine
+
+
+def train(engine: Any, steps: int = 1) -> list[float]:
+    """Train; losses on this rank, one a step."""
+    losses = []
+    for step in range(steps):
+        micro = batches(engine.gradient_accumulation_steps(), step)
+        total = 0.0
+        for tokens in micro:
+            loss = engine(tokens)
+            engine.backward(loss)
+            engine.step()
+            total += loss.item() / len(micro)
+        losses.append(total)
+    return losses
+
+
+def snapshot(engine: Any) -> dict[str, np.ndarray]:
+    return {
+        name: parameter.detach().float().numpy().copy()
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def gradients_of_one_step(config: dict[str, Any]) -> dict[str, Any]:
+    """One SGD step; (θ before − θ after)/lr of each trainable parameter, and facts."""
+    engine = make_engine(config)
+    plugin = spectral_ds.plugin_of(engine)
+    before = snapshot(engine)
+    train(engine)
+    after = snapshot(engine)
+    rates = learning_rates(engine.module)
+    facts: dict[str, Any] = {
+        "weights": before,
+        "after": after,
+        "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
+    }
+    if plugin is not None:
+        facts["metrics"] = plugin.metrics()
+        facts["nodes"], facts["edges"] = plugin.graph.num_nodes, plugin.graph.num_edges
+        facts["laplacian"] = plugin.graph.laplacian().toarray()
+        facts["parameters"] = [p.name for p in plugin.graph.parameters]
+        facts["lambda_max"] = plugin.graph.lambda_max
+    engine.destroy()
+    return facts
+
+
+def is_filtered(name: str) -> bool:
+    return not any(word in name for word in EXCLUDED)
