@@ -198,7 +198,7 @@ def mean_over_ranks(value: Tensor) -> float:
     """Mean of a scalar over all ranks; a collective call."""
     mean = value.detach().float() / dist.get_world_size()
     dist.all_reduce(mean)
-    return mean.item()
+    return float(mean)
 
 
 def evaluate(engine: Any, held_out: list[Batch]) -> float | None:

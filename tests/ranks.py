@@ -116,6 +116,9 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     import torch
     from deepspeed.utils import logger
 
+    import faulthandler
+
+    faulthandler.enable()
     torch.set_num_threads(1)
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -48,7 +48,7 @@ class TinyLlama(torch.nn.Module):
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Two groups with different learning rates; matrices and vectors mixed into both."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": trainable[::3] + trainable[1::3], "lr": 1.0}, {"params": trainable[2::3], "lr": 0.5}]
+    return [{"params": trainable[::3] + trainable[1::3], "lr": 64.0}, {"params": trainable[2::3], "lr": 32.0}]
 
 
 def learning_rates(model: torch.nn.Module) -> dict[str, float]:

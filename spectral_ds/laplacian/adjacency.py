@@ -147,7 +147,9 @@ def degrees(
     bucket: Bucket, edges: Edges, owners: RowOwners, communicator: Communicator
 ) -> npt.NDArray[np.float64]:
     """Degree of every node of the bucket, on every rank; (nodes,), one all-reduce."""
-    degree = np.bincount(edges.source, edges.weight, minlength=bucket.nodes)
+    # bincount of nothing gives integers whatever the weights' dtype.
+    counted = np.bincount(edges.source, edges.weight, minlength=bucket.nodes)
+    degree = counted.astype(np.float64)
     rows = np.arange(bucket.nodes)
     degree[owners.primary(rows) != communicator.rank] = 0
     tensor = torch.from_numpy(degree).to(communicator.device)

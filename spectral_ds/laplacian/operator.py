@@ -23,12 +23,12 @@ class LaplacianOperator:
     Attributes:
         block: which rows are stored where.
         exchange: the boundary exchange, or None if the bucket needs none on any rank.
-        kernel: the multiply kernel with the block.
+        kernel: the multiply kernel with the block; None if this rank owns no row of the bucket.
     """
 
     block: LocalBlock
     exchange: BoundaryExchange | None
-    kernel: Kernel
+    kernel: Kernel | None
 
     def apply(
         self, x: torch.Tensor, out: torch.Tensor, alpha: float = 1.0, beta: float = 0.0
@@ -41,7 +41,8 @@ class LaplacianOperator:
         """
         if self.exchange is not None:
             self.exchange.run(x)
-        self.kernel.multiply(x, out[: self.block.own], alpha, beta)
+        if self.kernel is not None:
+            self.kernel.multiply(x, out[: self.block.own], alpha, beta)
 
     @property
     def elements_sent(self) -> int:

@@ -128,13 +128,14 @@ class ParameterGraph:
         exchange = BoundaryExchange.plan(block, sharded.owners, communicator)
         rows = laplacian_rows(sharded.edges, sharded.degree, block.own_rows, self.normalized)
         matrix = chebyshev_block(rows, block, self.lambda_max)
-        return LaplacianOperator(
-            block, exchange, make_kernel(kernel, matrix, bucket.width, communicator.device)
+        multiply = (
+            make_kernel(kernel, matrix, bucket.width, communicator.device) if block.own else None
         )
+        return LaplacianOperator(block, exchange, multiply)
 
     def describe(self) -> str:
         """One paragraph for people: size, degree, Laplacian, buckets, kernels, exchange."""
-        kernels = sorted({operator.kernel.name for operator in self.operators})
+        kernels = sorted({op.kernel.name for op in self.operators if op.kernel is not None})
         exchanging = sum(operator.exchange is not None for operator in self.operators)
         kind = "normalized" if self.normalized else "combinatorial"
         mean_degree = 2 * self.num_edges / self.num_nodes
