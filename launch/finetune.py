@@ -134,6 +134,9 @@ def load_model(arguments: argparse.Namespace, num_classes: int) -> tuple[Any, An
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model {arguments.model}: cannot be loaded: {reason}") from error
+    if "gguf_file" in options:  # the weights are plain fp32 now; marked as quantized they would
+        model.hf_quantizer = None  # not be saved
+        del model.config.quantization_config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -30,7 +30,7 @@ from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
 
 # Elements of a bucket, over all ranks. On CPUs a bucket's share should stay in the cache
-# (measured: 2.3 times faster); GPUs want fewer and larger launches.
+# (measured on 53 M elements: 1.9 times faster); GPUs want fewer and larger launches.
 BUCKET_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
