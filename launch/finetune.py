@@ -12,6 +12,7 @@ Out: --output DIR with TensorBoard scalars, checkpoints and the model; --summary
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -264,6 +265,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     deepspeed.init_distributed()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank != 0:  # no progress bars, neither transformers' nor ours
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign, assignment]
 
     error: Exception | None = None
     try:
@@ -320,7 +323,6 @@ def main() -> None:
     progress = tqdm(
         total=arguments.steps,
         initial=len(losses),
-        disable=rank != 0,
         desc="with spectral_ds" if plugin else "fine-tuning",
         unit="step",
     )

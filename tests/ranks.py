@@ -112,11 +112,11 @@ class RankPool:
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     """Run what comes through the pipe, until it closes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    import faulthandler
+
     import deepspeed
     import torch
     from deepspeed.utils import logger
-
-    import faulthandler
 
     faulthandler.enable()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 CPU = torch.device("cpu")
 
 
-def small_graph(normalized=True, kernel="torch_csr", families=(Similarity(4), Depth())):
+def small_graph(normalized=True, kernel="torch_csr"):
     parameters = [ParameterNodes(f"l.{block}.w", (9, 5)) for block in range(3)]
     communicator = Communicator(None, CPU)
     layout = ShardLayout.gather([Fragment(p.name, 0, 45) for p in parameters], communicator)
@@ -32,7 +32,7 @@ def small_graph(normalized=True, kernel="torch_csr", families=(Similarity(4), De
     weights = [torch.randn(45, generator=generator) for _ in parameters]
     return ParameterGraph.build(
         parameters,
-        families,
+        [Similarity(4), Depth()],
         layout,
         weights,
         communicator,

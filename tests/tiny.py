@@ -1,9 +1,7 @@
 """A tiny Llama-like model with everything that is awkward, and one training run of it."""
 
-import functools
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -12,6 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spectral_ds
 
 GLOBAL_BATCH = 12
+# Large, so that weights before minus after hold the gradient to full float32 precision.
+SGD_RATES = (64.0, 32.0)
+ADAM_RATES = (1e-3, 5e-4)
 EXCLUDED = ("embed", "lm_head", "classifier", "pooler")
 
 
@@ -35,9 +36,9 @@ class TinyLlama(torch.nn.Module):
         self.spare = torch.nn.Linear(24, 5)  # never used: no gradient
         self.llama.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
         with torch.no_grad():  # rows at equal distance, and a row without direction
-            self.llama.model.layers[0].mlp.up_proj.weight[7] = (
-                self.llama.model.layers[0].mlp.up_proj.weight[3]
-            )
+            self.llama.model.layers[0].mlp.up_proj.weight[7] = self.llama.model.layers[
+                0
+            ].mlp.up_proj.weight[3]
             self.llama.model.layers[2].self_attn.o_proj.weight[5] = 0
         self.to(dtype)
 
@@ -45,10 +46,13 @@ class TinyLlama(torch.nn.Module):
         return self.llama(input_ids=tokens, labels=tokens).loss
 
 
-def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, rates: tuple[float, float] = SGD_RATES
+) -> list[dict[str, Any]]:
     """Two groups with different learning rates; matrices and vectors mixed into both."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": trainable[::3] + trainable[1::3], "lr": 64.0}, {"params": trainable[2::3], "lr": 32.0}]
+    parts = trainable[::3] + trainable[1::3], trainable[2::3]
+    return [{"params": part, "lr": rate} for part, rate in zip(parts, rates, strict=True)]
 
 
 def learning_rates(model: torch.nn.Module) -> dict[str, float]:
@@ -78,15 +82,16 @@ def batches(accumulation: int, step: int = 0) -> list[torch.Tensor]:
 
 
 def make_engine(
-    config: dict[str, Any],
-    optimizer: Any = functools.partial(torch.optim.SGD, lr=1.0),
+    config: Any,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    rates: tuple[float, float] = SGD_RATES,
     initialize: Any = spectral_ds.initialize,
 ) -> Any:
     model = TinyLlama()
     engine, *_ = initialize(
         model=model,
-        optimizer=lambda groups: optimizer(groups),
-        model_parameters=parameter_groups(model),
+        optimizer=optimizer,
+        model_parameters=parameter_groups(model, rates),
         config=config,
     )
     return engine

@@ -6,7 +6,6 @@ arXiv 0912.3848, section 6.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.polynomial import chebyshev
@@ -39,13 +38,13 @@ class ChebyshevSeries:
         cls,
         response: Response,
         lambda_max: float,
-        order: int | Literal["auto"],
+        order: int | str,
         tolerance: float,
     ) -> "ChebyshevSeries":
         """Interpolate the response at Chebyshev points; exact for polynomials.
 
         Args:
-            order: degree of the series; `auto` takes the least with error <= tolerance.
+            order: degree of the series, or "auto": the least with error <= tolerance.
             tolerance: largest error allowed with `auto`.
 
         Raises:
@@ -56,12 +55,13 @@ class ChebyshevSeries:
 
         def series(degree: int) -> "ChebyshevSeries":
             coefficients = chebyshev.chebinterpolate(
-                lambda x: response(_frequency(x, lambda_max)), degree
+                lambda x: response(_frequency(x, lambda_max)),  # type: ignore[type-var]
+                degree,
             )
             error = float(np.abs(chebyshev.chebval(grid, coefficients) - wanted).max())
             return cls(tuple(coefficients.tolist()), lambda_max, error)
 
-        if order != "auto":
+        if isinstance(order, int):
             return series(order)
         if response.degree is not None and response.degree <= MAX_ORDER:
             return series(response.degree)

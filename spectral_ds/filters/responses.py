@@ -14,6 +14,8 @@ Values = npt.NDArray[np.float64]
 
 
 class Response(Protocol):
+    """A function of frequency."""
+
     @property
     def degree(self) -> int | None: ...
 
@@ -74,4 +76,5 @@ class Polynomial:
         return len(self.coefficients) - 1
 
     def __call__(self, eigenvalues: Values) -> Values:
-        return np.polynomial.polynomial.polyval(eigenvalues, self.coefficients)
+        values: Values = np.polynomial.polynomial.polyval(eigenvalues, np.array(self.coefficients))
+        return values

@@ -6,6 +6,7 @@ Source: Gradient Smoothing (arXiv 2606.30813), which smooths over layers.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class Depth:
         pairs = []
         for path in paths.values():
             path.sort()
-            pairs += [(a, b) for (_, a), (_, b) in zip(path, path[1:], strict=False)]
+            pairs += [(a, b) for (_, a), (_, b) in pairwise(path)]
         return pairs
 
     def edges(

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -54,11 +55,7 @@ class Similarity:
 
     def links(self, parameters: Sequence[ParameterNodes]) -> list[tuple[int, int]]:
         """Pairs of parameters (by position) that this family may join."""
-        return [
-            (a, b)
-            for scope in self.scopes(parameters)
-            for a, b in zip(scope, scope[1:], strict=False)
-        ]
+        return [(a, b) for scope in self.scopes(parameters) for a, b in pairwise(scope)]
 
     def projection(self, width: int, seed: int) -> torch.Tensor | None:
         """The Gaussian projection of features of this width; None where they are kept whole.
@@ -70,9 +67,7 @@ class Similarity:
         if self.sketch_width == 0 or width <= self.sketch_width:
             return None
         generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(
-            width, self.sketch_width, dtype=torch.float64, generator=generator
-        )
+        gaussian = torch.randn(width, self.sketch_width, dtype=torch.float64, generator=generator)
         return gaussian / math.sqrt(self.sketch_width)
 
 

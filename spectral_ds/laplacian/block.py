@@ -60,9 +60,7 @@ class LocalBlock:
         whole_rows = intervals.merge(np.stack((own_rows, own_rows + 1), axis=1)) * width
         padding = tuple(
             (stored_at(int(start)), int(end - start))
-            for start, end in intervals.cut(
-                intervals.subtract(whole_rows, owned), own_rows * width
-            )
+            for start, end in intervals.cut(intervals.subtract(whole_rows, owned), own_rows * width)
         )
         return cls(bucket, own_rows, boundary_rows, owned, needed, placements, padding)
 
@@ -119,9 +117,7 @@ def _row_spans(addresses: intervals.Intervals, width: int) -> intervals.Interval
     return np.stack((addresses[:, 0] // width, -(-addresses[:, 1] // width)), axis=1)
 
 
-def _neighbours_of(
-    owned: intervals.Intervals, edges: Edges, width: int
-) -> intervals.Intervals:
+def _neighbours_of(owned: intervals.Intervals, edges: Edges, width: int) -> intervals.Intervals:
     """Addresses with an edge to an owned one: same column, neighbouring row."""
     pieces = intervals.cut(owned, intervals.members(_row_spans(owned, width)) * width)
     row = pieces[:, 0] // width

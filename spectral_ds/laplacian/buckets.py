@@ -82,11 +82,11 @@ def make_buckets(
 
     buckets: list[Bucket] = []
     open_buckets: dict[int, list[ParameterNodes]] = {}
-    for group in members:
-        width = group[0].width
+    for joined in members:
+        width = joined[0].width
         held = open_buckets.setdefault(width, [])
-        if held and sum(p.numel for p in [*held, *group]) > max_elements:
+        if held and sum(p.numel for p in [*held, *joined]) > max_elements:
             buckets.append(Bucket(tuple(held)))
             held = open_buckets[width] = []
-        held += group
+        held += joined
     return buckets + [Bucket(tuple(held)) for held in open_buckets.values()]

@@ -61,14 +61,18 @@ class TorchSparseKernel:
     name = "torch_sparse"
 
     def __init__(self, block: csr_array, device: torch.device) -> None:
-        self.matrix = _torch_sparse().SparseTensor(
-            rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
-            col=torch.from_numpy(block.indices.astype(np.int64)),
-            value=torch.from_numpy(block.data.astype(np.float32)),
-            sparse_sizes=block.shape,
-            is_sorted=True,
-            trust_data=True,
-        ).to(device)
+        self.matrix = (
+            _torch_sparse()
+            .SparseTensor(
+                rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
+                col=torch.from_numpy(block.indices.astype(np.int64)),
+                value=torch.from_numpy(block.data.astype(np.float32)),
+                sparse_sizes=block.shape,
+                is_sorted=True,
+                trust_data=True,
+            )
+            .to(device)
+        )
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
         product = _torch_sparse().matmul(self.matrix, x)
@@ -101,8 +105,10 @@ def require_kernel(name: KernelName) -> None:
                 f"operator.kernel is 'torch_sparse', but torch_sparse does not import ({error}); "
                 f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'auto' or 'torch_csr'"
             ) from error
-        _warn_once(f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
-                   f"to have both, {INSTALL_TORCH_SPARSE}")
+        _warn_once(
+            f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
+            f"to have both, {INSTALL_TORCH_SPARSE}"
+        )
 
 
 @cache
@@ -111,9 +117,7 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def make_kernel(
-    name: KernelName, block: csr_array, width: int, device: torch.device
-) -> Kernel:
+def make_kernel(name: KernelName, block: csr_array, width: int, device: torch.device) -> Kernel:
     """The kernel for one block; `auto` times both on this block and keeps the faster.
 
     Args:

@@ -83,10 +83,10 @@ def laplacian_rows(
 
 def chebyshev_block(laplacian: coo_array, block: LocalBlock, lambda_max: float) -> csr_array:
     """The local block of L̃ = 2L/λ_max − I; shape (own rows, stored rows)."""
-    is_diagonal = laplacian.row == laplacian.col
-    values = laplacian.data * (2 / lambda_max) - is_diagonal
+    row, column = laplacian.row.astype(np.int64), laplacian.col.astype(np.int64)
+    values = laplacian.data * (2 / lambda_max) - (row == column)
     local = csr_array(
-        (values, (block.local_rows(laplacian.row), block.local_rows(laplacian.col))),
+        (values, (block.local_rows(row), block.local_rows(column))),
         shape=(block.own, block.stored),
     )
     local.sort_indices()

@@ -110,9 +110,7 @@ class ParameterGraph:
         sharded = []
         for bucket in make_buckets(parameters, families, bucket_elements):
             owners = RowOwners.of(bucket, layout)
-            edges = build_adjacency(
-                bucket, families, layout, owners, weights, seed, communicator
-            )
+            edges = build_adjacency(bucket, families, layout, owners, weights, seed, communicator)
             degree = degrees(bucket, edges, owners, communicator)
             rows = np.arange(bucket.nodes)
             primary_rows = rows[owners.primary(rows) == communicator.rank]
@@ -176,7 +174,7 @@ class ParameterGraph:
                     f"parameter {name!r} is not in the graph; it has: {', '.join(offset)}"
                 )
         adjacency = self._gather_adjacency()
-        degree = np.asarray(adjacency.sum(axis=1)).reshape(-1)
+        degree = np.bincount(adjacency.row, adjacency.data, self.num_nodes).astype(np.float64)
         rows = np.arange(self.num_nodes)
         edges = Edges(
             adjacency.row.astype(np.int64), adjacency.col.astype(np.int64), adjacency.data

@@ -4,9 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 
-def band_energies(
-    moments: npt.NDArray[np.float64], bands: int
-) -> npt.NDArray[np.float64]:
+def band_energies(moments: npt.NDArray[np.float64], bands: int) -> npt.NDArray[np.float64]:
     """e_b = ‖P_b X‖²/‖X‖² for equal bands of [0, λ_max], lowest first.
 
     The bands' edges are smooth on the scale λ_max/moments (Jackson kernel, Weiße et al. 2006,

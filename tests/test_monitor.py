@@ -1,0 +1,146 @@
+"""Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import spectral_ds
+from spectral_ds.spectrum import band_energies
+
+BANDS = 4
+
+
+@pytest.mark.parametrize("bands", [2, 8, 64])
+def test_bands_take_the_energy_of_their_frequencies(bands):
+    count = 4 * bands
+    for band in range(bands):
+        x = -1 + (2 * band + 1) / bands  # the middle of the band
+        moments = 3.0 * np.cos(np.arange(count) * np.arccos(x))
+        energies = band_energies(moments, bands)
+        assert energies.sum() == pytest.approx(1)
+        assert (energies > -1e-12).all()
+        assert energies.argmax() == band
+        assert energies[max(0, band - 1) : band + 2].sum() > 0.85
+
+
+def test_a_zero_signal_has_no_energy():
+    assert band_energies(np.zeros(8), 4).tolist() == [0] * 4
+
+
+def monitored_run(stage, section, folder=None, steps=1):
+    """Metrics before and after, and the moments that the monitor measured."""
+    changes = {}
+    if folder is not None:
+        changes["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "run"}
+    config = {**tiny.deepspeed_config(stage, **changes), "spectral_ds": section}
+    # One step: SGD, as the unfiltered one; more: something that converges.
+    optimizer, rates = (
+        (torch.optim.SGD, tiny.SGD_RATES) if steps == 1 else (torch.optim.AdamW, tiny.ADAM_RATES)
+    )
+    engine = tiny.make_engine(config, optimizer, rates)
+    plugin = spectral_ds.plugin_of(engine)
+    moments = []
+    recorded = plugin.monitor._moments
+
+    def remember(signal, count):
+        moments.append(recorded(signal, count))
+        return moments[-1]
+
+    plugin.monitor._moments = remember
+    before = plugin.metrics()
+    tiny.train(engine, steps)
+    metrics = plugin.metrics()
+    engine.destroy()
+    return before, metrics, [m.numpy() for m in moments]
+
+
+def plain_gradients(stage):
+    return tiny.gradients_of_one_step(tiny.deepspeed_config(stage))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("kind", ["normalized", "combinatorial"])
+def test_metrics_are_those_of_the_dense_spectrum(ranks, world_size, kind):
+    edges = [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]
+    section = {
+        "graph": {"edges": edges, "laplacian": kind},
+        "filter": {"response": "heat", "tau": 0.5, "tolerance": 1e-7, "strength": 0.9},
+        "monitor": {"bands": BANDS, "interval": 1},
+    }
+    plain = ranks(world_size).run(plain_gradients, 2)[0]
+    names = [n for n in plain["weights"] if n in plain["gradients"] and tiny.is_filtered(n)]
+    weights = {n: plain["weights"][n] for n in names}
+    gradients = {n: plain["gradients"][n] for n in names}
+    adjacency = oracle.adjacency_of(weights, edges)
+    laplacian = oracle.laplacian_of(adjacency, kind)
+    lambda_max = 2.0 if kind == "normalized" else 2 * np.diag(laplacian).max()
+    filtered = oracle.apply_function(laplacian, oracle.response_of(section["filter"]), gradients)
+
+    results = ranks(world_size).run(monitored_run, 2, section)
+    for before, metrics, moments in results:
+        assert before == {}
+        assert metrics == results[0][1]
+        assert metrics["step"] == 0
+        for signal, when, got in zip(
+            (gradients, filtered), ("before", "after"), moments, strict=True
+        ):
+            norm = np.sqrt(sum((g**2).sum() for g in signal.values()))
+            assert metrics[f"gradient_norm/{when}"] == pytest.approx(norm, rel=1e-5)
+            expected = dense_moments(laplacian, lambda_max, signal, 4 * BANDS)
+            np.testing.assert_allclose(got, expected, atol=1e-5 * expected[0])
+            energies = [metrics[f"band_energy_{when}/{b}"] for b in range(BANDS)]
+            assert sum(energies) == pytest.approx(1)
+        assert metrics["band_energy_after/0"] > metrics["band_energy_before/0"]
+        assert metrics["nodes"] == len(adjacency)
+        assert metrics["edges"] == np.count_nonzero(np.triu(adjacency))
+        assert (metrics["boundary_bytes"] > 0) == (world_size > 1)
+        assert metrics["filter_seconds"] > 0
+
+
+def dense_moments(laplacian, lambda_max, signal, count):
+    """<X, cos(j arccos(2 lambda / lambda_max - 1)) X> by eigendecomposition."""
+
+    def moment(order):
+        def polynomial(values):
+            return np.cos(order * np.arccos(np.clip(2 * values / lambda_max - 1, -1, 1)))
+
+        transformed = oracle.apply_function(laplacian, polynomial, signal)
+        return sum((signal[n] * transformed[n]).sum() for n in signal)
+
+    return np.array([moment(order) for order in range(count)])
+
+
+def test_scalars_join_deepspeeds_own_in_one_event_file(ranks, tmp_path):
+    section = {"monitor": {"interval": 2, "bands": BANDS}}
+    results = ranks(2).run(monitored_run, 2, section, str(tmp_path), 5)
+    [folder] = [path.parent for path in tmp_path.rglob("events.out.tfevents.*")]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {
+        *(f"gradient_norm/{when}" for when in ("before", "after")),
+        *(f"band_energy_{when}/{b}" for when in ("before", "after") for b in range(BANDS)),
+        *("filter_seconds", "boundary_bytes", "nodes", "edges", "strength"),
+    }
+    assert {f"spectral_ds/{name}" for name in expected} <= tags
+    assert any(tag.startswith("Train/") for tag in tags)
+    _, metrics, _ = results[0]
+    for name in expected:
+        scalars = events.Scalars(f"spectral_ds/{name}")
+        assert [s.step for s in scalars] == [0, 2 * tiny.GLOBAL_BATCH, 4 * tiny.GLOBAL_BATCH]
+        assert all(np.isfinite(s.value) for s in scalars)
+        assert scalars[-1].value == pytest.approx(metrics[name], rel=1e-6)
+
+
+def test_other_steps_measure_nothing(ranks):
+    section = {"monitor": {"interval": 3}}
+    _, metrics, moments = ranks(2).run(monitored_run, 2, section, None, 5)[0]
+    assert len(moments) == 4  # steps 0 and 3, before and after
+    assert metrics["step"] == 3
+    section = {"monitor": {"enabled": False}}
+    _, metrics, moments = ranks(2).run(monitored_run, 2, section, None, 2)[0]
+    assert metrics == {}
+    assert moments == []
