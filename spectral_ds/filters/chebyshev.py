@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.polynomial import chebyshev
 
 from spectral_ds.filters.responses import Response, Values
@@ -101,7 +102,7 @@ def apply_series(
     """
     previous, current, out = scratch
     own = operator.block.own
-    out.copy_(previous[:own]).mul_(coefficients[0])
+    torch.mul(previous[:own], coefficients[0], out=out)
     if len(coefficients) == 1:
         return
     operator.apply(previous, current)

@@ -5,6 +5,7 @@ Two kernels of one interface, equal in result: torch-sparse, and torch's native 
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -42,14 +43,15 @@ class TorchCSRKernel:
 
     def __init__(self, block: csr_array, device: torch.device) -> None:
         index_dtype = np.int32 if max(block.nnz, *block.shape) < 2**31 else np.int64
-        self.matrix = torch.sparse_csr_tensor(
-            torch.from_numpy(block.indptr.astype(index_dtype)),
-            torch.from_numpy(block.indices.astype(index_dtype)),
-            torch.from_numpy(block.data.astype(np.float32)),
-            size=block.shape,
-            device=device,
-            check_invariants=False,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.matrix = torch.sparse_csr_tensor(
+                torch.from_numpy(block.indptr.astype(index_dtype)),
+                torch.from_numpy(block.indices.astype(index_dtype)),
+                torch.from_numpy(block.data.astype(np.float32)),
+                size=block.shape,
+                device=device,
+            )
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
         out.addmm_(self.matrix, x, beta=beta, alpha=alpha)

@@ -83,21 +83,25 @@ class Communicator:
     def all_or_none(self) -> Iterator[None]:
         """Run a body without collectives; if it raises on any rank, raise on every rank.
 
-        A rank whose own body raised re-raises it; the others raise an error of the same kind
-        (ValueError or RuntimeError) that names the failing rank and repeats its message.
+        A rank whose own body raised re-raises it; the others raise an error of the same type that
+        names the failing rank and repeats its message.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        failures = self.gather_objects(
-            None if error is None else (isinstance(error, ValueError), str(error))
-        )
+        failures = self.gather_objects(None if error is None else (type(error), str(error)))
         if error is not None:
             raise error
         for rank, failure in enumerate(failures):
             if failure is not None:
-                is_value_error, message = failure
-                kind = ValueError if is_value_error else RuntimeError
-                raise kind(f"rank {rank} failed: {message}")
+                raise _same_error(*failure, rank)
+
+
+def _same_error(kind: type[Exception], message: str, rank: int) -> Exception:
+    message = f"rank {rank} failed: {message}"
+    try:
+        return kind(message)
+    except TypeError:  # a type that wants more than a message
+        return RuntimeError(message)

@@ -1,0 +1,159 @@
+"""Times the filter on one rank beside what it is to be compared with, and prints the ratios.
+
+In:  --blocks N of SmolLM2-135M's shapes (10: 35 million elements, random values), --threads,
+     --device.
+Out: medians in milliseconds, and each filter's time over that of copying the gradient shard and of
+     Muon's orthogonalization (5 Newton-Schulz steps) of the same matrices.
+
+    python launch/benchmark.py [--blocks 10] [--threads 2] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from spectral_ds.filters import ChebyshevSeries, Heat, Response, SpectralFilter, Window
+from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
+from spectral_ds.laplacian import KernelName, ParameterGraph
+from spectral_ds.laplacian.workspace import Workspace
+from spectral_ds.plugin import bucket_elements
+from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+
+BLOCK = {
+    "self_attn.q_proj": (576, 576),
+    "self_attn.k_proj": (192, 576),
+    "self_attn.v_proj": (192, 576),
+    "self_attn.o_proj": (576, 576),
+    "mlp.gate_proj": (1536, 576),
+    "mlp.up_proj": (1536, 576),
+    "mlp.down_proj": (576, 1536),
+}
+
+Tensors = list[torch.Tensor]
+
+
+def make_filter(
+    parameters: list[ParameterNodes],
+    weights: Tensors,
+    family: EdgeFamily,
+    response: Response,
+    order: int,
+    kernel: KernelName,
+    device: torch.device,
+) -> tuple[SpectralFilter, float]:
+    """The filter of one rank that owns everything, and the seconds that building it took."""
+    communicator = Communicator(None, device)
+    layout = ShardLayout.gather([Fragment(p.name, 0, p.numel) for p in parameters], communicator)
+    started = time.perf_counter()
+    graph = ParameterGraph.build(
+        parameters,
+        [family],
+        layout,
+        weights,
+        communicator,
+        normalized=True,
+        kernel=kernel,
+        bucket_elements=bucket_elements(device),
+        seed=0,
+        progress=lambda done: None,
+    )
+    seconds = time.perf_counter() - started
+    series = ChebyshevSeries.fit(response, graph.lambda_max, order, 1e-3)
+    workspace = Workspace(graph.operators, device)
+    return (
+        SpectralFilter(
+            graph.operators, workspace, series, strength=0.5, warmup_steps=0, interval=1
+        ),
+        seconds,
+    )
+
+
+def newton_schulz(matrices: Tensors) -> None:
+    """Muon's orthogonalization in float32 (Jordan et al. 2024): 5 steps of a quintic."""
+    for gradient in matrices:
+        x = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+
+
+def milliseconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of an action, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    """Measures everything in one run and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    device = arguments.device
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    parameters = [
+        ParameterNodes(f"model.layers.{block}.{name}.weight", shape)
+        for block in range(arguments.blocks)
+        for name, shape in BLOCK.items()
+    ]
+    gradients = [torch.randn(p.numel, device=device) for p in parameters]
+    weights = [torch.randn_like(gradient) for gradient in gradients]
+    copies = [torch.empty_like(gradient) for gradient in gradients]
+    matrices = [g.view(p.shape) for g, p in zip(gradients, parameters, strict=True)]
+    trained = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    adamw = torch.optim.AdamW(trained, fused=True)
+
+    actions: dict[str, Callable[[], object]] = {
+        "copy of the gradient shard": lambda: torch._foreach_copy_(copies, gradients),
+        "AdamW, fused": adamw.step,
+    }
+    filters: list[tuple[str, EdgeFamily, Response, int, KernelName]] = [
+        ("depth, window, order 1", Depth(), Window(0.4), 1, "auto"),
+        ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
+        ("similarity, one hop, torch_csr", Similarity(), Window(0.4), 1, "torch_csr"),
+        ("similarity, one hop, torch_sparse", Similarity(), Window(0.4), 1, "torch_sparse"),
+    ]
+    built = {}
+    for label, family, response, order, kernel in filters:
+        spectral_filter, built[label] = make_filter(
+            parameters, weights, family, response, order, kernel, device
+        )
+        actions[label] = functools.partial(spectral_filter.apply, copies, 0)
+    actions["Muon, 5 Newton-Schulz steps"] = lambda: newton_schulz(matrices)
+
+    times = {
+        label: milliseconds(action, device, arguments.repeats)
+        for label, action in tqdm(actions.items(), desc="benchmark", leave=False)
+    }
+    copy, muon = times["copy of the gradient shard"], times["Muon, 5 Newton-Schulz steps"]
+    elements = sum(parameter.numel for parameter in parameters)
+    print(f"{elements / 1e6:.1f} M elements, fp32, {device}, {arguments.threads} threads\n")
+    print(f"{'':34}  {'ms':>9}  {'/ copy':>8}  {'/ Muon':>8}  {'build s':>8}")
+    for label, value in times.items():
+        build = f"{built[label]:8.2f}" if label in built else ""
+        print(f"{label:34}  {value:9.2f}  {value / copy:8.2f}  {value / muon:8.4f}  {build:>8}")
+
+
+if __name__ == "__main__":
+    main()
