@@ -51,6 +51,7 @@ class TorchCSRKernel:
                 torch.from_numpy(block.data.astype(np.float32)),
                 size=block.shape,
                 device=device,
+                check_invariants=True,
             )
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
@@ -69,8 +70,9 @@ class TorchSparseKernel:
                 rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
                 col=torch.from_numpy(block.indices.astype(np.int64)),
                 value=torch.from_numpy(block.data.astype(np.float32)),
-                sparse_sizes=block.shape,
-                is_sorted=True,
+                size=block.shape,
+                device=device,
+                check_invariants=True,
                 trust_data=True,
             )
             .to(device)
