@@ -331,6 +331,9 @@ def main() -> None:
         losses.append(train_step(engine, data, arguments.seed, step=len(losses)))
         get_accelerator().synchronize()
         step_seconds.append(time.perf_counter() - started)
+        if engine.monitor.enabled:
+            loss_event = ("Train/Samples/train_loss", losses[-1], engine.global_samples)
+            engine.monitor.write_events([loss_event])
         progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         progress.update()
         if arguments.save_interval and len(losses) % arguments.save_interval == 0:
@@ -350,7 +353,7 @@ def main() -> None:
     if plugin is not None:
         measured = plugin.metrics()
         for name in ("filter_seconds", "boundary_bytes", "nodes", "edges"):
-            summary[name] = measured[name]
+            summary[name] = measured.get(name)  # none before the first monitored step
     if arguments.save_model:
         save_model(engine, tokenizer, arguments.output / "model")
     if rank == 0:

@@ -1,7 +1,6 @@
 """Ways in: `initialize` for DeepSpeed scripts, `attach` for an engine that exists, `plugin_of`."""
 
 import inspect
-import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,8 +12,6 @@ from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, loa
 from spectral_ds.engines import engine_for
 from spectral_ds.plugin import SpectralPlugin
 from spectral_ds.sharding import Communicator
-
-logger = logging.getLogger(__name__)
 
 # The engine's hook keeps its plugin alive; these references do not.
 _plugins: "weakref.WeakKeyDictionary[Any, weakref.ref[SpectralPlugin]]" = (
@@ -91,8 +88,7 @@ def attach(
     reference = weakref.ref(plugin)
     for holder in engine.holders:
         _plugins[holder] = reference
-    if engine.communicator.rank == 0:
-        logger.info("spectral_ds: %s", plugin.describe())
+    engine.log(f"spectral_ds: {plugin.describe()}")
     return plugin
 
 

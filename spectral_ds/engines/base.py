@@ -61,5 +61,9 @@ class Engine(ABC):
         """Undo `install`."""
 
     @abstractmethod
+    def log(self, message: str) -> None:
+        """Say something once, on rank 0, through the engine's own logger."""
+
+    @abstractmethod
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""

@@ -130,10 +130,16 @@ class DeepSpeedZeroEngine(Engine):
             else:
                 setattr(self._engine, HOOKED, self._previous)
 
+    def log(self, message: str) -> None:
+        from deepspeed.utils import log_dist
+
+        log_dist(message, ranks=[0])
+
     def write(self, metrics: Mapping[str, float]) -> None:
         monitor = self._engine.monitor
         if monitor.enabled:
-            samples = self._engine.global_samples
+            # Where DeepSpeed puts its own scalars of this step, after having counted its samples.
+            samples = self._engine.global_samples + self._engine.train_batch_size()
             monitor.write_events(
                 [(f"spectral_ds/{name}", value, samples) for name, value in metrics.items()]
             )

@@ -64,19 +64,15 @@ class TorchSparseKernel:
     name = "torch_sparse"
 
     def __init__(self, block: csr_array, device: torch.device) -> None:
-        self.matrix = (
-            _torch_sparse()
-            .SparseTensor(
-                rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
-                col=torch.from_numpy(block.indices.astype(np.int64)),
-                value=torch.from_numpy(block.data.astype(np.float32)),
-                size=block.shape,
-                device=device,
-                check_invariants=True,
-                trust_data=True,
-            )
-            .to(device)
+        matrix = _torch_sparse().SparseTensor(
+            rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
+            col=torch.from_numpy(block.indices.astype(np.int64)),
+            value=torch.from_numpy(block.data.astype(np.float32)),
+            sparse_sizes=block.shape,
+            is_sorted=True,
+            trust_data=True,
         )
+        self.matrix = matrix.to(device)
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
         product = _torch_sparse().matmul(self.matrix, x)
