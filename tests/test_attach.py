@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +120,31 @@ def initialize_with(section, stage=2, changes=None):
     engine.destroy()
 
 
+def initialize_in_fp16():
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        initialize_with({}, 2, {"fp16": {"enabled": True}})
+    finally:
+        accelerator.is_fp16_supported = supported
+
+
+def initialize_without_torch_sparse(kernel):
+    from spectral_ds.laplacian import kernels
+
+    hidden = sys.modules.pop("torch_sparse")
+    sys.modules["torch_sparse"] = None
+    kernels._torch_sparse.cache_clear()
+    try:
+        initialize_with({"operator": {"kernel": kernel}})
+    finally:
+        sys.modules["torch_sparse"] = hidden
+        kernels._torch_sparse.cache_clear()
+
+
 def initialize_on_rank_1_with(sections):
     initialize_with(sections[dist.get_rank()])
 
@@ -199,6 +225,18 @@ def test_different_configurations_raise_on_every_rank(ranks):
 def test_unsupported_engines_are_refused_with_the_reason(ranks, stage, changes, words):
     outcomes = ranks(2).outcomes(initialize_with, {}, stage, changes)
     assert_every_rank_raises(outcomes, "UnsupportedEngineError", *words)
+
+
+def test_fp16_is_refused_with_the_reason(ranks):
+    outcomes = ranks(2).outcomes(initialize_in_fp16)
+    assert_every_rank_raises(outcomes, "UnsupportedEngineError", "fp16", "bf16")
+
+
+def test_a_missing_torch_sparse_is_an_error_only_if_asked_for(ranks):
+    outcomes = ranks(2).outcomes(initialize_without_torch_sparse, "torch_sparse")
+    words = "spectral_ds.operator.kernel", "pip install --no-build-isolation", "torch_csr"
+    assert_every_rank_raises(outcomes, "SpectralConfigError", *words)
+    ranks(2).run(initialize_without_torch_sparse, "auto")
 
 
 def test_a_plain_module_is_refused_with_the_reason():

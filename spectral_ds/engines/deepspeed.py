@@ -155,6 +155,7 @@ def _refuse_unsupported(engine: Any) -> None:
     config = engine._config
     reasons = {
         f"ZeRO stage {stage}; set zero_optimization.stage to 1 or 2": stage not in (1, 2),
+        "fp16; use bf16 or fp32": engine.fp16_enabled(),
         "pipeline parallelism": isinstance(engine, PipelineEngine),
         "mixture-of-experts layers": engine.has_moe_layers,
         "tensor or model parallelism": engine.mp_world_size > 1,
