@@ -27,7 +27,7 @@ from spectral_ds.laplacian import KernelName, KernelUnavailableError, ParameterG
 from spectral_ds.laplacian.workspace import Workspace
 from spectral_ds.monitor import Monitor
 from spectral_ds.sharding import ShardLayout
-from spectral_ds.spectrum import chebyshev_moments
+from spectral_ds.spectrum import chebyshev_moments, squared_norm
 
 
 def bucket_elements(device: torch.device) -> int:
@@ -63,9 +63,11 @@ class SpectralPlugin:
         layout = ShardLayout.gather(engine.fragments, communicator)
         layout.check({parameter.name: parameter.numel for parameter in parameters})
         self.graph = self._build_graph(parameters, layout)
-        self._workspace = Workspace(self.graph.operators, communicator.device)
+        operators = [*self.graph.operators, *self.graph.sampled_operators]
+        self._workspace = Workspace(operators, communicator.device)
         self.filter = self._build_filter()
         self.monitor = Monitor(
+            self._squared_norm,
             self._moments,
             engine.write,
             communicator,
@@ -116,9 +118,12 @@ class SpectralPlugin:
             "edges": float(self.graph.num_edges),
         }
 
+    def _squared_norm(self, signal: Sequence[torch.Tensor]) -> torch.Tensor:
+        return squared_norm(self.graph.operators, signal, self.engine.communicator)
+
     def _moments(self, signal: Sequence[torch.Tensor], count: int) -> torch.Tensor:
         return chebyshev_moments(
-            self.graph.operators, self._workspace, signal, count, self.engine.communicator
+            self.graph.sampled_operators, self._workspace, signal, count, self.engine.communicator
         )
 
     def _build_graph(

@@ -113,6 +113,41 @@ def dense_moments(laplacian, lambda_max, signal, count):
     return np.array([moment(order) for order in range(count)])
 
 
+def sampled_run(section):
+    """The moments that a sample of every 8th column gives, where 8 divides the width."""
+    from spectral_ds.laplacian import parameter_graph
+
+    usual = parameter_graph.sample_stride
+    parameter_graph.sample_stride = lambda width: 8 if width % 8 == 0 else 1
+    try:
+        return monitored_run(2, section)
+    finally:
+        parameter_graph.sample_stride = usual
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_sampled_moments_are_those_of_the_sampled_columns(ranks, world_size):
+    edges = [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]
+    section = {
+        "graph": {"edges": edges},
+        "filter": {"response": "window", "strength": 1.0},
+        "monitor": {"bands": BANDS, "interval": 1},
+    }
+    plain = ranks(world_size).run(plain_gradients, 2)[0]
+    names = [n for n in plain["weights"] if n in plain["gradients"] and tiny.is_filtered(n)]
+    laplacian = oracle.laplacian_of(
+        oracle.adjacency_of({n: plain["weights"][n] for n in names}, edges)
+    )
+    columns = {n: oracle.as_rows(plain["gradients"][n]) for n in names}
+    sample = {n: c[:, :: 8 if c.shape[1] % 8 == 0 else 1] for n, c in columns.items()}
+    expected = dense_moments(laplacian, 2.0, sample, 4 * BANDS)
+    norm = np.sqrt(sum((c**2).sum() for c in columns.values()))
+    assert expected[0] < 0.5 * norm**2
+    for _, metrics, moments in ranks(world_size).run(sampled_run, section):
+        np.testing.assert_allclose(moments[0], expected, atol=1e-5 * expected[0])
+        assert metrics["gradient_norm/before"] == pytest.approx(norm, rel=1e-5)
+
+
 def test_scalars_join_deepspeeds_own_in_one_event_file(ranks, tmp_path):
     section = {"monitor": {"interval": 2, "bands": BANDS}}
     results = ranks(2).run(monitored_run, 2, section, str(tmp_path), 5)

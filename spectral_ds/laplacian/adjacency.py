@@ -39,6 +39,12 @@ class RowOwners:
         order = np.argsort(runs[:, 0], kind="stable")
         return cls(bucket, runs[order, 0], runs[order, 1], rank[order])
 
+    def sampled(self, stride: int) -> "RowOwners":
+        """The owners of every stride-th address, by address divided by the stride."""
+        start, end = -(-self.start // stride), -(-self.end // stride)
+        kept = end > start
+        return RowOwners(self.bucket, start[kept], end[kept], self.rank[kept])
+
     def of_address(self, address: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The rank that owns each address."""
         return self.rank[np.searchsorted(self.start, address, side="right") - 1]

@@ -17,6 +17,16 @@ from spectral_ds.sharding import Fragment, intervals
 
 
 @dataclass(frozen=True)
+class Placement:
+    """A fragment's elements skip, skip + stride, ... lie at [offset, offset + length)."""
+
+    fragment: int
+    skip: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
 class LocalBlock:
     """Where each element of a bucket lies in this rank's (stored rows × width) matrices.
 
@@ -26,8 +36,9 @@ class LocalBlock:
         boundary_rows: sorted global node numbers of other ranks' rows with edges to them.
         owned: addresses that this rank owns.
         needed: addresses that it must receive before each multiply.
-        placements: (fragment, offset, length): fragment `fragment` of this rank is stored at
-            elements [offset, offset + length) of the flattened matrix.
+        width: columns stored of each row.
+        stride: 1: all columns; else every stride-th, and addresses are divided by it.
+        placements: where this rank's fragments are stored.
         padding: (offset, length): runs of own rows that this rank does not own.
     """
 
@@ -36,33 +47,68 @@ class LocalBlock:
     boundary_rows: npt.NDArray[np.int64]
     owned: intervals.Intervals
     needed: intervals.Intervals
-    placements: tuple[tuple[int, int, int], ...]
+    width: int
+    stride: int
+    placements: tuple[Placement, ...]
     padding: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, bucket: Bucket, fragments: Sequence[Fragment], edges: Edges) -> "LocalBlock":
-        """Args: `fragments` and `edges` are this rank's; edge sources are its own rows."""
+        """All columns. `fragments` and `edges` are this rank's; edge sources are its own rows."""
         width = bucket.width
         owned = bucket.owned(fragments)
         own_rows = np.unique(intervals.members(_row_spans(owned, width)))
         needed = intervals.subtract(_neighbours_of(owned, edges, width), owned)
         touched = np.unique(intervals.members(_row_spans(needed, width)))
         boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
+        return cls._arrange(bucket, fragments, own_rows, boundary_rows, owned, needed, 1)
+
+    def sampled(self, fragments: Sequence[Fragment], stride: int) -> "LocalBlock":
+        """The same rows with every stride-th column; the stride divides the width."""
+        owned, needed = intervals.every(self.owned, stride), intervals.every(self.needed, stride)
+        return self._arrange(
+            self.bucket, fragments, self.own_rows, self.boundary_rows, owned, needed, stride
+        )
+
+    @classmethod
+    def _arrange(
+        cls,
+        bucket: Bucket,
+        fragments: Sequence[Fragment],
+        own_rows: npt.NDArray[np.int64],
+        boundary_rows: npt.NDArray[np.int64],
+        owned: intervals.Intervals,
+        needed: intervals.Intervals,
+        stride: int,
+    ) -> "LocalBlock":
+        width = bucket.width // stride
 
         def stored_at(address: int) -> int:
             return int(np.searchsorted(own_rows, address // width)) * width + address % width
 
-        placements = tuple(
-            (index, stored_at(address), fragment.length)
-            for index, fragment in enumerate(fragments)
-            if (address := bucket.address(fragment)) is not None
-        )
+        placements = []
+        for index, fragment in enumerate(fragments):
+            address = bucket.address(fragment)
+            if address is not None:
+                skip = -address % stride
+                length = -(-(fragment.length - skip) // stride)
+                if length > 0:
+                    offset = stored_at((address + skip) // stride)
+                    placements.append(Placement(index, skip, offset, length))
         whole_rows = intervals.merge(np.stack((own_rows, own_rows + 1), axis=1)) * width
-        padding = tuple(
-            (stored_at(int(start)), int(end - start))
-            for start, end in intervals.cut(intervals.subtract(whole_rows, owned), own_rows * width)
+        unowned = intervals.cut(intervals.subtract(whole_rows, owned), own_rows * width)
+        padding = tuple((stored_at(int(start)), int(end - start)) for start, end in unowned)
+        return cls(
+            bucket,
+            own_rows,
+            boundary_rows,
+            owned,
+            needed,
+            width,
+            stride,
+            tuple(placements),
+            padding,
         )
-        return cls(bucket, own_rows, boundary_rows, owned, needed, placements, padding)
 
     @property
     def own(self) -> int:
@@ -88,28 +134,24 @@ class LocalBlock:
             fragments: this rank's flat tensors, any floating dtype.
             matrix: (stored, width), float32, contiguous.
         """
-        flat = matrix.view(-1)
         if self.placements:
-            torch._foreach_copy_(
-                [flat[offset : offset + length] for _, offset, length in self.placements],
-                [fragments[index] for index, _, _ in self.placements],
-            )
+            torch._foreach_copy_(self.owned_runs(matrix), self._stored_part(fragments))
+        flat = matrix.view(-1)
         for offset, length in self.padding:
             flat[offset : offset + length].zero_()
 
     def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor]) -> None:
         """Copy owned elements back into the fragments, in their own dtype."""
-        flat = matrix.view(-1)
         if self.placements:
-            torch._foreach_copy_(
-                [fragments[index] for index, _, _ in self.placements],
-                [flat[offset : offset + length] for _, offset, length in self.placements],
-            )
+            torch._foreach_copy_(self._stored_part(fragments), self.owned_runs(matrix))
 
     def owned_runs(self, matrix: torch.Tensor) -> list[torch.Tensor]:
-        """Flat views of the owned elements, one a fragment."""
+        """Flat views of the owned elements, one a placement."""
         flat = matrix.view(-1)
-        return [flat[offset : offset + length] for _, offset, length in self.placements]
+        return [flat[place.offset : place.offset + place.length] for place in self.placements]
+
+    def _stored_part(self, fragments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [fragments[place.fragment][place.skip :: self.stride] for place in self.placements]
 
 
 def _row_spans(addresses: intervals.Intervals, width: int) -> intervals.Intervals:

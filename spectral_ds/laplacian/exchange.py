@@ -102,7 +102,7 @@ class _Chunks:
     def of(
         cls, addresses: intervals.Intervals, block: LocalBlock, device: torch.device
     ) -> "_Chunks":
-        width = block.bucket.width
+        width = block.width
         length = math.gcd(width, int(np.gcd.reduce(addresses.reshape(-1), initial=0)))
         chunk = intervals.members(addresses // length)
         per_row = width // length

@@ -23,10 +23,10 @@ class Workspace:
         def buffer(sizes: list[int]) -> torch.Tensor:
             return torch.zeros(max(sizes, default=0), device=device)
 
-        width_of = [operator.block.bucket.width for operator in operators]
-        stored = [op.block.stored * width for op, width in zip(operators, width_of, strict=True)]
-        own = [op.block.own * width for op, width in zip(operators, width_of, strict=True)]
-        self._x, self._y, self._out = buffer(stored), buffer(stored), buffer(own)
+        blocks = [operator.block for operator in operators]
+        stored = buffer([block.stored * block.width for block in blocks])
+        self._x, self._y = stored, torch.zeros_like(stored)
+        self._out = buffer([block.own * block.width for block in blocks])
         exchanges = [op.exchange for op in operators if op.exchange is not None]
         send = buffer([exchange.elements_sent for exchange in exchanges])
         receive = buffer([exchange.elements_received for exchange in exchanges])
@@ -37,10 +37,9 @@ class Workspace:
     def of(self, operator: LaplacianOperator) -> Scratch:
         """This bucket's views; their contents are left from earlier use."""
         block = operator.block
-        width = block.bucket.width
-        stored, own = block.stored * width, block.own * width
+        stored, own = block.stored * block.width, block.own * block.width
         return Scratch(
-            self._x[:stored].view(block.stored, width),
-            self._y[:stored].view(block.stored, width),
-            self._out[:own].view(block.own, width),
+            self._x[:stored].view(block.stored, block.width),
+            self._y[:stored].view(block.stored, block.width),
+            self._out[:own].view(block.own, block.width),
         )

@@ -21,7 +21,8 @@ class Monitor:
     """Collects one dictionary of metrics a monitored step and hands it to a writer.
 
     Args:
-        moments: gives the first n Chebyshev moments of a signal (fragments), summed over ranks.
+        squared_norm: gives ‖X‖² of a signal (fragments), summed over ranks.
+        moments: gives its first n Chebyshev moments, summed over ranks.
         write: receives the metrics; must itself see to it that one rank writes.
         communicator: for the filter time, which is that of the slowest rank.
         interval: steps between monitored steps; 0: never.
@@ -30,6 +31,7 @@ class Monitor:
 
     def __init__(
         self,
+        squared_norm: Callable[[Sequence[torch.Tensor]], torch.Tensor],
         moments: Callable[[Sequence[torch.Tensor], int], torch.Tensor],
         write: Callable[[Mapping[str, float]], None],
         communicator: Communicator,
@@ -38,6 +40,7 @@ class Monitor:
         bands: int,
     ) -> None:
         self.metrics: dict[str, float] = {}
+        self._squared_norm = squared_norm
         self._moments = moments
         self._write = write
         self._communicator = communicator
@@ -73,7 +76,7 @@ class Monitor:
         moments: npt.NDArray[np.float64] = self._moments(gradients, count).cpu().numpy()
         energies = band_energies(moments, self._bands)
         return {
-            f"gradient_norm/{when}": float(np.sqrt(moments[0])),
+            f"gradient_norm/{when}": float(self._squared_norm(gradients).sqrt()),
             **{f"band_energy_{when}/{b}": float(e) for b, e in enumerate(energies)},
         }
 

@@ -23,6 +23,7 @@ def chebyshev_moments(
     """The first `count` moments, summed over all buckets, columns and ranks (collective).
 
     Args:
+        operators: one a bucket; sampled ones measure a sample of the columns.
         signal: this rank's fragments, flat, any floating dtype.
         count: even, >= 2; costs count/2 hops.
 
@@ -50,3 +51,21 @@ def chebyshev_moments(
     moments[0::2] -= products[0]
     moments[1::2] -= products[1]
     return moments
+
+
+def squared_norm(
+    operators: Sequence[LaplacianOperator],
+    signal: Sequence[torch.Tensor],
+    communicator: Communicator,
+) -> torch.Tensor:
+    """‖X‖² over all columns and ranks, float64, 0-D, equal on all ranks (one all-reduce).
+
+    Args:
+        operators: one a bucket: the parameters to count.
+        signal: this rank's fragments, flat, any floating dtype.
+    """
+    places = [place.fragment for operator in operators for place in operator.block.placements]
+    norms = torch.zeros(len(places) + 1, dtype=torch.float64, device=communicator.device)
+    for index, fragment in enumerate(places):
+        norms[index] = torch.linalg.vector_norm(signal[fragment], dtype=torch.float32)
+    return communicator.sum_(norms.square().sum())
