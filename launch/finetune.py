@@ -288,7 +288,7 @@ def main() -> None:
         engine, _, _, _ = spectral_ds.initialize(
             model=model, model_parameters=parameter_groups(model, weight_decay), config=config
         )
-    except spectral_ds.SpectralConfigError as problem:
+    except (spectral_ds.SpectralConfigError, spectral_ds.UnsupportedEngineError) as problem:
         error = UserError(f"--deepspeed_config {arguments.deepspeed_config}: {problem}")
     end_together(error)
     # --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,8 +245,22 @@ def test_a_plain_module_is_refused_with_the_reason():
         spectral_ds.attach(torch.nn.Linear(2, 2))
 
 
-def initialize_from_file(path):
-    engine = tiny.make_engine(path)
+def initialize_from_file(path, given_as):
+    model = tiny.TinyLlama()
+    arguments = {
+        "config": {"config": path},
+        "config_params": {"config_params": path},
+        "args": {"args": SimpleNamespace(deepspeed_config=path, local_rank=dist.get_rank())},
+    }
+    engine, optimizer, loader, scheduler = spectral_ds.initialize(
+        model=model,
+        model_parameters=tiny.parameter_groups(model),
+        optimizer=torch.optim.SGD,
+        **arguments[given_as],
+    )
+    assert optimizer is engine.optimizer
+    assert loader is None
+    assert scheduler is None
     attached = spectral_ds.plugin_of(engine) is not None
     engine.destroy()
     return attached
@@ -260,11 +275,12 @@ def micro_batch_config(section):
     return config if section is None else {**config, "spectral_ds": section}
 
 
-def test_the_section_is_read_from_a_deepspeed_json(ranks, tmp_path):
+@pytest.mark.parametrize("given_as", ["config", "config_params", "args"])
+def test_the_section_is_read_from_a_deepspeed_json(ranks, tmp_path, given_as):
     for section, expected in (({"preset": "observe"}, True), (None, False)):
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(micro_batch_config(section)))
-        assert ranks(2).run(initialize_from_file, str(path)) == [expected] * 2
+        assert ranks(2).run(initialize_from_file, str(path), given_as) == [expected] * 2
 
 
 def deep_copy_of_the_model_is_possible():
