@@ -1,0 +1,94 @@
+"""Local text as launch/finetune.py reads it: every format, every kind of bad file."""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+
+from text import DataError, batches, load_corpus  # noqa: E402
+
+ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
+
+
+def write(path, kind):
+    """ROWS in one of the formats; the path to load."""
+    if kind == "headless.tsv":
+        content = "".join(f"{i}\t{2 * label - 1}\t{text}\n" for i, (text, label) in enumerate(ROWS))
+    elif kind == "header.tsv":
+        content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in ROWS)
+    elif kind == "objects.jsonl":
+        content = "".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in ROWS)
+    elif kind == "lines.txt":
+        content = "\n".join(text for text, _ in ROWS)
+    elif kind == "passages.txt":
+        content = "\n\n".join(text for text, _ in ROWS)
+    else:
+        columns = {"text": [t for t, _ in ROWS], "label": [y for _, y in ROWS]}
+        datasets.Dataset.from_dict(columns).save_to_disk(str(path / kind))
+        return path / kind
+    (path / kind).write_text(content)
+    return path / kind
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["headless.tsv", "header.tsv", "objects.jsonl", "lines.txt", "passages.txt", "dataset"],
+)
+def test_each_format_gives_the_texts(tmp_path, kind):
+    corpus = load_corpus(write(tmp_path, kind), labelled=False)
+    assert corpus.texts == [text for text, _ in ROWS]
+    assert corpus.labels is None
+
+
+@pytest.mark.parametrize("kind", ["headless.tsv", "header.tsv", "objects.jsonl", "dataset"])
+def test_labels_become_classes(tmp_path, kind):
+    corpus = load_corpus(write(tmp_path, kind), labelled=True)
+    assert corpus.labels == [label for _, label in ROWS]
+    assert corpus.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "labelled", "message"),
+    [
+        ("gone.tsv", None, False, "no such file"),
+        ("empty.tsv", "\n \n", False, "no text"),
+        ("one.tsv", "text only\n", True, "line 1 has only 1 column"),
+        ("cut.jsonl", '{"text": "a"}\n{"text"\n', False, "line 2 is not JSON"),
+        ("keys.jsonl", '{"words": "a"}\n', False, "line 1 is not an object with 'text'"),
+        ("plain.txt", "a film", True, "no labels"),
+        ("same.tsv", "a\tgood\tfilm\nb\tgood\tplot\n", True, "only one class"),
+    ],
+)
+def test_bad_data_is_one_message(tmp_path, name, content, labelled, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_corpus(tmp_path / name, labelled=labelled)
+
+
+def collate(chosen):
+    return {"index": torch.tensor(chosen)}
+
+
+def test_batches_of_all_ranks_cover_an_epoch_once_and_resume_where_they_stopped():
+    def of_rank(rank, first=0):
+        place = {"batch_size": 2, "rank": rank, "world_size": 3, "seed": 5, "first": first}
+        return [b["index"].tolist() for b in islice(batches(range(20), collate, **place), 7)]
+
+    ranks = [of_rank(rank) for rank in range(3)]
+    epoch = [i for rank in ranks for batch in rank[:3] for i in batch]
+    assert len(epoch) == 18
+    assert len(set(epoch)) == 18
+    assert ranks[0][:3] != ranks[0][3:6]
+    assert of_rank(1, first=4)[:3] == ranks[1][4:7]
+
+
+def test_too_few_examples_for_one_batch_is_an_error():
+    with pytest.raises(DataError, match="too short: 3 example"):
+        batches(range(3), collate, batch_size=2, rank=0, world_size=2, seed=0)
