@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
-from text import DataError, batches, load_corpus  # noqa: E402
+from text import DataError, batches, load_corpus
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
 
