@@ -123,6 +123,10 @@ def gradients_of_one_step(config: dict[str, Any]) -> dict[str, Any]:
     """One SGD step; (θ before − θ after)/lr of each trainable parameter, and facts."""
     engine = make_engine(config)
     plugin = spectral_ds.plugin_of(engine)
+    if plugin is not None:  # what was left in scratch memory must not reach any result
+        for operator in plugin.graph.operators:
+            for buffer in plugin._workspace.of(operator):
+                buffer.fill_(float("nan"))
     before = snapshot(engine)
     train(engine)
     after = snapshot(engine)

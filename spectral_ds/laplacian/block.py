@@ -39,7 +39,6 @@ class LocalBlock:
         width: columns stored of each row.
         stride: 1: all columns; else every stride-th, and addresses are divided by it.
         placements: where this rank's fragments are stored.
-        padding: (offset, length): runs of own rows that this rank does not own.
     """
 
     bucket: Bucket
@@ -50,7 +49,6 @@ class LocalBlock:
     width: int
     stride: int
     placements: tuple[Placement, ...]
-    padding: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, bucket: Bucket, fragments: Sequence[Fragment], edges: Edges) -> "LocalBlock":
@@ -95,9 +93,6 @@ class LocalBlock:
                 if length > 0:
                     offset = stored_at((address + skip) // stride)
                     placements.append(Placement(index, skip, offset, length))
-        whole_rows = intervals.merge(np.stack((own_rows, own_rows + 1), axis=1)) * width
-        unowned = intervals.cut(intervals.subtract(whole_rows, owned), own_rows * width)
-        padding = tuple((stored_at(int(start)), int(end - start)) for start, end in unowned)
         return cls(
             bucket,
             own_rows,
@@ -107,7 +102,6 @@ class LocalBlock:
             width,
             stride,
             tuple(placements),
-            padding,
         )
 
     @property
@@ -128,7 +122,10 @@ class LocalBlock:
         return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
 
     def load(self, fragments: Sequence[torch.Tensor], matrix: torch.Tensor) -> None:
-        """Copy fragment values into own rows; what is not owned becomes 0.
+        """Copy fragment values into own rows.
+
+        Elements that are neither owned nor received keep what they hold: no owned element ever
+        depends on them, since columns are filtered independently.
 
         Args:
             fragments: this rank's flat tensors, any floating dtype.
@@ -136,9 +133,6 @@ class LocalBlock:
         """
         if self.placements:
             torch._foreach_copy_(self.owned_runs(matrix), self._stored_part(fragments))
-        flat = matrix.view(-1)
-        for offset, length in self.padding:
-            flat[offset : offset + length].zero_()
 
     def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor]) -> None:
         """Copy owned elements back into the fragments, in their own dtype."""
