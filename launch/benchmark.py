@@ -58,6 +58,7 @@ def make_filter(
         layout,
         weights,
         communicator,
+        communicator,
         normalized=True,
         kernel=kernel,
         bucket_elements=bucket_elements(device),

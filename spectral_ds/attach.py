@@ -55,8 +55,9 @@ def attach(
     """Attach the plugin to an engine that exists (collective on the engine's ranks).
 
     Args:
-        model_or_engine: a DeepSpeed engine.
-        optimizer: for engines that do not hold their own; not for DeepSpeed.
+        model_or_engine: a DeepSpeed engine, or a torch module: plain, in DistributedDataParallel,
+            or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled.
+        optimizer: the optimizer that trains the module; not for DeepSpeed.
         config: see `load_config`; by default the section of the engine's own config.
 
     Returns:
@@ -80,7 +81,7 @@ def attach(
             )
         return {SECTION: engine.config_section}
 
-    agreed = agree_on_config(source, engine.communicator)
+    agreed = agree_on_config(source, engine.everyone)
     assert agreed is not None, "source() always gives a config"
     if not agreed.enabled:
         return None

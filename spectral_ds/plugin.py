@@ -54,7 +54,7 @@ class SpectralPlugin:
         self.config = config
         self.engine = engine
         communicator = engine.communicator
-        with communicator.all_or_none():
+        with engine.everyone.all_or_none():
             parameters = _choose_parameters(engine.shapes, config.graph)
             try:
                 require_kernel(_kernel(config))
@@ -70,19 +70,30 @@ class SpectralPlugin:
             self._squared_norm,
             self._moments,
             engine.write,
-            communicator,
+            engine.everyone,
             interval=config.monitor.interval if config.monitor.enabled else 0,
             bands=config.monitor.bands,
         )
-        engine.install(self.before_step)
+        self._filtered_step = -1
         self.attached = True
+        engine.install(self.before_step)
 
     def before_step(self) -> None:
-        """One step: the engine has averaged the gradients and has not yet clipped them."""
-        step = self.engine.step
+        """What the engine calls before its optimizer step, unless it has been done by hand."""
+        if self._filtered_step != self.engine.step:
+            self.filter_gradients()
+
+    def filter_gradients(self) -> None:
+        """One step: the gradients are averaged and not yet clipped.
+
+        To be called by hand only where a training loop clips by itself: after the backward pass
+        and before `clip_grad_norm_`. The hook then leaves this step alone.
+        """
+        step = self._filtered_step = self.engine.step
         gradients = self.engine.gradients()  # fragments of this rank, writable views
         self.monitor.before_filter(step, gradients)  # only on monitor steps
         self.filter.apply(gradients, step)  # h(L) X, boundary rows exchanged on the way
+        self.engine.gradients_changed()  # norms that were taken too early
         self.monitor.after_filter(step, gradients, self._facts(step))
 
     def detach(self) -> None:
@@ -118,10 +129,10 @@ class SpectralPlugin:
             "edges": float(self.graph.num_edges),
         }
 
-    def _squared_norm(self, signal: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _squared_norm(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
         return squared_norm(self.graph.operators, signal, self.engine.communicator)
 
-    def _moments(self, signal: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    def _moments(self, signal: Sequence[torch.Tensor | None], count: int) -> torch.Tensor:
         return chebyshev_moments(
             self.graph.sampled_operators, self._workspace, signal, count, self.engine.communicator
         )
@@ -134,7 +145,7 @@ class SpectralPlugin:
             total=len(parameters),
             desc="spectral_ds: building the parameter graph",
             unit="parameter",
-            disable=communicator.rank > 0,
+            disable=self.engine.everyone.rank > 0,
             mininterval=1,
         ) as bar:
             return ParameterGraph.build(
@@ -143,6 +154,7 @@ class SpectralPlugin:
                 layout,
                 self.engine.weights(),
                 communicator,
+                self.engine.everyone,
                 normalized=config.graph.laplacian == "normalized",
                 kernel=_kernel(config),
                 bucket_elements=bucket_elements(communicator.device),

@@ -36,6 +36,7 @@ def small_graph(normalized=True, kernel="torch_csr"):
         layout,
         weights,
         communicator,
+        communicator,
         normalized=normalized,
         kernel=kernel,
         bucket_elements=10**6,

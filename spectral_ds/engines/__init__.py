@@ -1,13 +1,18 @@
-"""Where sharded gradients live: one file per engine. Knows fragments, no graph."""
+"""Where sharded gradients live: one file per engine. Knows fragments, no graph.
+
+A new engine: subclass `Engine` (base.py) in a file of its own; set `communicator`, `everyone`,
+`shapes`, `fragments` and `holders`; return views of the local gradients and weights in the order of
+the fragments; call the hook once a step; and name it in `engine_for`. Everything above works on
+fragments, so nothing else changes.
+"""
 
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.base import Engine, UnsupportedEngineError
-from spectral_ds.engines.deepspeed import DeepSpeedZeroEngine
 
-__all__ = ["DeepSpeedZeroEngine", "Engine", "UnsupportedEngineError", "engine_for"]
+__all__ = ["Engine", "UnsupportedEngineError", "engine_for"]
 
 
 def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None) -> Engine:
@@ -17,13 +22,44 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
         UnsupportedEngineError: it is none of the supported engines, or uses a feature of one
             that is not supported; says which, and the way out.
     """
-    if DeepSpeedZeroEngine.recognizes(model_or_engine):
+    from deepspeed import DeepSpeedEngine
+
+    if isinstance(model_or_engine, DeepSpeedEngine):
         if optimizer is not None and optimizer is not model_or_engine.optimizer:
             raise UnsupportedEngineError(
-                "optimizer: a DeepSpeed engine brings its own optimizer; leave the argument out"
+                "optimizer: a DeepSpeed engine brings its own; leave the argument out"
             )
-        return DeepSpeedZeroEngine(model_or_engine)
-    raise UnsupportedEngineError(
-        f"cannot attach to {type(model_or_engine).__name__}: only a DeepSpeed engine with ZeRO "
-        "stage 1 or 2 is supported in this version"
-    )
+        return _deepspeed_engine_for(model_or_engine)
+    if not isinstance(model_or_engine, torch.nn.Module):
+        raise UnsupportedEngineError(
+            f"cannot attach to {type(model_or_engine).__name__}: neither a DeepSpeed engine nor a "
+            "torch module"
+        )
+    if optimizer is None:
+        raise UnsupportedEngineError("optimizer: a torch module needs the optimizer that trains it")
+    from spectral_ds.engines.fsdp2 import FSDP2Engine
+    from spectral_ds.engines.torch import TorchEngine
+
+    kind = FSDP2Engine if FSDP2Engine.recognizes(model_or_engine) else TorchEngine
+    return kind(model_or_engine, optimizer)
+
+
+def _deepspeed_engine_for(engine: Any) -> Engine:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from spectral_ds.engines.deepspeed import refuse_unsupported
+    from spectral_ds.engines.deepspeed_replicated import DeepSpeedReplicatedEngine
+    from spectral_ds.engines.deepspeed_zero3 import DeepSpeedZero3Engine
+    from spectral_ds.engines.deepspeed_zero12 import DeepSpeedZero12Engine
+
+    refuse_unsupported(engine)
+    kind = type(engine.optimizer)
+    if kind is DeepSpeedZeroOptimizer:
+        return DeepSpeedZero12Engine(engine)
+    if kind is DeepSpeedZeroOptimizer_Stage3:
+        return DeepSpeedZero3Engine(engine)
+    if kind is BF16_Optimizer or engine.zero_optimization_stage() == 0:
+        return DeepSpeedReplicatedEngine(engine)
+    raise UnsupportedEngineError(f"spectral_ds does not support DeepSpeed's {kind.__name__}")

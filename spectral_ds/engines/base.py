@@ -18,10 +18,12 @@ class UnsupportedEngineError(RuntimeError):
 
 
 class Engine(ABC):
-    """An engine's sharded gradients, seen as fragments.
+    """An engine's gradients, seen as fragments.
 
     Attributes:
-        communicator: the ranks over which parameters are sharded.
+        communicator: the ranks over which parameters are sharded; this rank alone where every
+            rank holds them whole.
+        everyone: all ranks that train together, replicas included.
         shapes: full shape of each trainable parameter by name, in model order; equal on all
             ranks.
         fragments: what this rank owns; fixed. `gradients` and `weights` follow this order.
@@ -29,6 +31,7 @@ class Engine(ABC):
     """
 
     communicator: Communicator
+    everyone: Communicator
     shapes: Mapping[str, tuple[int, ...]]
     fragments: Sequence[Fragment]
     holders: Sequence[object]
@@ -41,20 +44,26 @@ class Engine(ABC):
     @property
     @abstractmethod
     def step(self) -> int:
-        """Optimizer steps taken so far; survives the engine's checkpoints."""
+        """Optimizer steps taken so far."""
 
     @abstractmethod
-    def gradients(self) -> list[torch.Tensor]:
-        """Averaged gradients as flat writable views, valid inside the hook only."""
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Averaged gradients as flat writable views, valid inside the hook only.
+
+        None for a parameter that got no gradient in this step.
+        """
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
         """Weights as flat views, in the highest precision that the engine keeps."""
 
+    def gradients_changed(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Bring up to date what the engine derived from the gradients before they were edited."""
+
     @abstractmethod
     def install(self, before_step: Callable[[], None]) -> None:
         """Call `before_step` before each optimizer step: after the gradients are averaged over
-        ranks and accumulation, before overflow check, norm and clipping."""
+        ranks and accumulation, and before the engine's own overflow check, norm and clipping."""
 
     @abstractmethod
     def remove(self) -> None:

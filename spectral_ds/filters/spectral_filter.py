@@ -48,11 +48,12 @@ class SpectralFilter:
         """Boundary exchanges and multiplies a bucket at this step."""
         return 0 if self._is_identity(self.strength_at(step)) else self.series.order
 
-    def apply(self, gradients: Sequence[torch.Tensor], step: int) -> None:
+    def apply(self, gradients: Sequence[torch.Tensor | None], step: int) -> None:
         """Filter in place (collective, one exchange a hop and bucket).
 
         Args:
-            gradients: this rank's fragments, flat, any floating dtype; arithmetic is float32.
+            gradients: this rank's fragments, flat, any floating dtype; None is a parameter without
+                gradient: it counts as zeros and stays as it is. Arithmetic is float32.
             step: optimizer step, from 0, equal on all ranks.
         """
         strength = self.strength_at(step)

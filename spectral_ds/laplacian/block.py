@@ -121,31 +121,45 @@ class LocalBlock:
         is_own[is_own] = self.own_rows[at[is_own]] == rows[is_own]
         return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
 
-    def load(self, fragments: Sequence[torch.Tensor], matrix: torch.Tensor) -> None:
+    def load(self, fragments: Sequence[torch.Tensor | None], matrix: torch.Tensor) -> None:
         """Copy fragment values into own rows.
 
         Elements that are neither owned nor received keep what they hold: no owned element ever
         depends on them, since columns are filtered independently.
 
         Args:
-            fragments: this rank's flat tensors, any floating dtype.
+            fragments: this rank's flat tensors, any floating dtype; None counts as zeros.
             matrix: (stored, width), float32, contiguous.
         """
-        if self.placements:
-            torch._foreach_copy_(self.owned_runs(matrix), self._stored_part(fragments))
+        runs, values = self._paired(matrix, fragments)
+        if runs:
+            torch._foreach_copy_(runs, values)
+        for run, place in zip(self.owned_runs(matrix), self.placements, strict=True):
+            if fragments[place.fragment] is None:
+                run.zero_()
 
-    def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor]) -> None:
+    def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor | None]) -> None:
         """Copy owned elements back into the fragments, in their own dtype."""
-        if self.placements:
-            torch._foreach_copy_(self._stored_part(fragments), self.owned_runs(matrix))
+        runs, values = self._paired(matrix, fragments)
+        if runs:
+            torch._foreach_copy_(values, runs)
 
     def owned_runs(self, matrix: torch.Tensor) -> list[torch.Tensor]:
         """Flat views of the owned elements, one a placement."""
         flat = matrix.view(-1)
         return [flat[place.offset : place.offset + place.length] for place in self.placements]
 
-    def _stored_part(self, fragments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return [fragments[place.fragment][place.skip :: self.stride] for place in self.placements]
+    def _paired(
+        self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor | None]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views of the stored elements, in the matrix and in the fragments that there are."""
+        runs, values = [], []
+        for run, place in zip(self.owned_runs(matrix), self.placements, strict=True):
+            fragment = fragments[place.fragment]
+            if fragment is not None:
+                runs.append(run)
+                values.append(fragment[place.skip :: self.stride])
+        return runs, values
 
 
 def _row_spans(addresses: intervals.Intervals, width: int) -> intervals.Intervals:

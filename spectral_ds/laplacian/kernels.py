@@ -4,6 +4,7 @@ Two kernels of one interface, equal in result: torch-sparse, and torch's native 
 """
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from scipy.sparse import csr_array
+
+from spectral_ds.sharding import Communicator
 
 KernelName = Literal["auto", "torch_sparse", "torch_csr"]
 
@@ -117,28 +120,48 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def make_kernel(name: KernelName, block: csr_array, width: int, device: torch.device) -> Kernel:
-    """The kernel for one block; `auto` times both on this block and keeps the faster.
+def make_kernel(
+    name: KernelName, block: csr_array, width: int, everyone: Communicator
+) -> Kernel | None:
+    """The kernel for one block (collective for `auto`); None for a block without rows.
+
+    `auto` times both kernels on the ranks' real blocks and keeps the faster in sum, on all ranks
+    alike: replicas of a gradient must not differ in the last bit.
 
     Args:
         block: A, float64, indices sorted.
         width: columns of the signals it will multiply.
-        device: where they live.
+        everyone: all ranks; its device is the kernel's.
     """
     kinds: dict[str, Callable[[csr_array, torch.device], Kernel]] = {
         "torch_csr": TorchCSRKernel,
         "torch_sparse": TorchSparseKernel,
     }
+    device = everyone.device
+    is_empty = block.shape[0] == 0
     if name != "auto":
-        return kinds[name](block, device)
+        return None if is_empty else kinds[name](block, device)
+    seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
+    kernels: list[Kernel] = []
+    if not _imports_torch_sparse():
+        seconds[1] = math.inf
+        kinds.pop("torch_sparse")
+    if not is_empty:
+        x = torch.zeros(block.shape[1], width, device=device)
+        out = torch.zeros(block.shape[0], width, device=device)
+        kernels = [kind(block, device) for kind in kinds.values()]
+        for index, kernel in enumerate(kernels):
+            seconds[index] = _seconds(kernel, x, out)
+    fastest = int(everyone.sum_(seconds).argmin())
+    return None if is_empty else kernels[fastest]
+
+
+def _imports_torch_sparse() -> bool:
     try:
         _torch_sparse()
     except (ImportError, OSError):
-        return TorchCSRKernel(block, device)
-    x = torch.zeros(block.shape[1], width, device=device)
-    out = torch.zeros(block.shape[0], width, device=device)
-    kernels = [kind(block, device) for kind in kinds.values()]
-    return min(kernels, key=lambda kernel: _seconds(kernel, x, out))
+        return False
+    return True
 
 
 def _seconds(kernel: Kernel, x: torch.Tensor, out: torch.Tensor, repeats: int = 3) -> float:

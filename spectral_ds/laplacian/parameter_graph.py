@@ -69,6 +69,7 @@ class ParameterGraph:
         normalized: bool,
         kernel: KernelName,
         communicator: Communicator,
+        everyone: Communicator,
     ) -> None:
         self.parameters = tuple(parameters)
         self.normalized = normalized
@@ -77,7 +78,7 @@ class ParameterGraph:
         self._communicator = communicator
         self._max_degree = max((float(b.degree.max(initial=0)) for b in buckets), default=0.0)
         self.lambda_max = 2.0 if normalized else 2 * self._max_degree or 1.0
-        made = [self._make_operators(bucket, layout, kernel) for bucket in buckets]
+        made = [self._make_operators(bucket, layout, kernel, everyone) for bucket in buckets]
         self.operators = [operator for operator, _ in made]
         self.sampled_operators = [sampled for _, sampled in made]
         counts = torch.tensor(
@@ -98,6 +99,7 @@ class ParameterGraph:
         layout: ShardLayout,
         weights: Sequence[torch.Tensor],
         communicator: Communicator,
+        everyone: Communicator,
         *,
         normalized: bool,
         kernel: KernelName,
@@ -113,6 +115,7 @@ class ParameterGraph:
             layout: the fragments of all ranks.
             weights: this rank's reference weights, flat, in the order of `layout.own`.
             communicator: the ranks that share the parameters.
+            everyone: all ranks; more than those if parameters are replicated.
             normalized: the normalized or the combinatorial Laplacian.
             kernel: the multiply kernel.
             bucket_elements: parameters are packed into buckets of at most this size.
@@ -128,10 +131,14 @@ class ParameterGraph:
             primary_rows = rows[owners.primary(rows) == communicator.rank]
             sharded.append(ShardedBucket(bucket, edges, degree, owners, primary_rows))
             progress(len(bucket.parameters))
-        return cls(parameters, sharded, layout, normalized, kernel, communicator)
+        return cls(parameters, sharded, layout, normalized, kernel, communicator, everyone)
 
     def _make_operators(
-        self, sharded: ShardedBucket, layout: ShardLayout, kernel: KernelName
+        self,
+        sharded: ShardedBucket,
+        layout: ShardLayout,
+        kernel: KernelName,
+        everyone: Communicator,
     ) -> tuple[LaplacianOperator, LaplacianOperator]:
         """The operator on all columns and the one on a sample, which share the local block of L."""
         bucket, communicator = sharded.bucket, self._communicator
@@ -139,9 +146,7 @@ class ParameterGraph:
         exchange = BoundaryExchange.plan(block, sharded.owners, communicator)
         rows = laplacian_rows(sharded.edges, sharded.degree, block.own_rows, self.normalized)
         matrix = chebyshev_block(rows, block, self.lambda_max)
-        multiply = (
-            make_kernel(kernel, matrix, bucket.width, communicator.device) if block.own else None
-        )
+        multiply = make_kernel(kernel, matrix, bucket.width, everyone)
         operator = LaplacianOperator(block, exchange, multiply)
         stride = sample_stride(bucket.width)
         if stride == 1:

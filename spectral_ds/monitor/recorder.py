@@ -24,15 +24,15 @@ class Monitor:
         squared_norm: gives ‖X‖² of a signal (fragments), summed over ranks.
         moments: gives its first n Chebyshev moments, summed over ranks.
         write: receives the metrics; must itself see to it that one rank writes.
-        communicator: for the filter time, which is that of the slowest rank.
+        communicator: of all ranks, for the filter time, which is that of the slowest.
         interval: steps between monitored steps; 0: never.
         bands: number of equal frequency bands.
     """
 
     def __init__(
         self,
-        squared_norm: Callable[[Sequence[torch.Tensor]], torch.Tensor],
-        moments: Callable[[Sequence[torch.Tensor], int], torch.Tensor],
+        squared_norm: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
+        moments: Callable[[Sequence[torch.Tensor | None], int], torch.Tensor],
         write: Callable[[Mapping[str, float]], None],
         communicator: Communicator,
         *,
@@ -51,14 +51,14 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0
 
-    def before_filter(self, step: int, gradients: Sequence[torch.Tensor]) -> None:
+    def before_filter(self, step: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Measure the gradient as the engine averaged it (collective on monitored steps)."""
         if self.is_due(step):
             self.metrics = {"step": float(step), **self._measure("before", gradients)}
             self._filter_started = self._now()
 
     def after_filter(
-        self, step: int, gradients: Sequence[torch.Tensor], facts: Mapping[str, float]
+        self, step: int, gradients: Sequence[torch.Tensor | None], facts: Mapping[str, float]
     ) -> None:
         """Measure the filtered gradient and write everything (collective on monitored steps).
 
@@ -71,7 +71,7 @@ class Monitor:
             self.metrics |= {"filter_seconds": seconds, **facts}
             self._write({name: value for name, value in self.metrics.items() if name != "step"})
 
-    def _measure(self, when: str, gradients: Sequence[torch.Tensor]) -> dict[str, float]:
+    def _measure(self, when: str, gradients: Sequence[torch.Tensor | None]) -> dict[str, float]:
         count = MOMENTS_PER_BAND * self._bands
         moments: npt.NDArray[np.float64] = self._moments(gradients, count).cpu().numpy()
         energies = band_energies(moments, self._bands)

@@ -30,6 +30,14 @@ class Communicator:
         self.rank = dist.get_rank(group) if distributed else 0
         self.world_size = dist.get_world_size(group) if distributed else 1
 
+    @classmethod
+    def alone(cls, device: torch.device) -> "Communicator":
+        """A group of this process only: for parameters that every rank holds whole."""
+        communicator = cls.__new__(cls)
+        communicator.group, communicator.device = None, device
+        communicator.rank, communicator.world_size = 0, 1
+        return communicator
+
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.world_size == 1:

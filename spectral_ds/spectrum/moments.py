@@ -16,7 +16,7 @@ from spectral_ds.sharding import Communicator
 def chebyshev_moments(
     operators: Sequence[LaplacianOperator],
     workspace: Workspace,
-    signal: Sequence[torch.Tensor],
+    signal: Sequence[torch.Tensor | None],
     count: int,
     communicator: Communicator,
 ) -> torch.Tensor:
@@ -24,7 +24,7 @@ def chebyshev_moments(
 
     Args:
         operators: one a bucket; sampled ones measure a sample of the columns.
-        signal: this rank's fragments, flat, any floating dtype.
+        signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
         count: even, >= 2; costs count/2 hops.
 
     Returns:
@@ -55,17 +55,19 @@ def chebyshev_moments(
 
 def squared_norm(
     operators: Sequence[LaplacianOperator],
-    signal: Sequence[torch.Tensor],
+    signal: Sequence[torch.Tensor | None],
     communicator: Communicator,
 ) -> torch.Tensor:
     """‖X‖² over all columns and ranks, float64, 0-D, equal on all ranks (one all-reduce).
 
     Args:
         operators: one a bucket: the parameters to count.
-        signal: this rank's fragments, flat, any floating dtype.
+        signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
     """
     places = [place.fragment for operator in operators for place in operator.block.placements]
     norms = torch.zeros(len(places) + 1, dtype=torch.float64, device=communicator.device)
-    for index, fragment in enumerate(places):
-        norms[index] = torch.linalg.vector_norm(signal[fragment], dtype=torch.float32)
+    for index, place in enumerate(places):
+        fragment = signal[place]
+        if fragment is not None:
+            norms[index] = torch.linalg.vector_norm(fragment, dtype=torch.float32)
     return communicator.sum_(norms.square().sum())

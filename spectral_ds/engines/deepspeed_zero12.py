@@ -1,0 +1,108 @@
+"""DeepSpeed ZeRO stages 1 and 2: gradients live in flat partitions, one a parameter group.
+
+On the device they are a list of views that tiles the partition; with CPU offload they are the
+`.grad` of the float32 partition.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spectral_ds.engines.deepspeed import DeepSpeedEngine
+from spectral_ds.engines.used import UsedParameters
+from spectral_ds.sharding import Fragment
+
+
+class DeepSpeedZero12Engine(DeepSpeedEngine):
+    """Fragments of a `DeepSpeedZeroOptimizer`."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine, engine.optimizer.real_dp_process_group[0])
+        zero = self._optimizer
+        self._used: UsedParameters | None = None
+        self._parameters: list[torch.nn.Parameter] = []
+        # (parameter group, offset in this rank's partition) of each fragment.
+        self._places: list[tuple[int, int]] = []
+        self.fragments: list[Fragment] = []
+        self.shapes = self._shapes_of({id(p) for group in zero.bit16_groups for p in group})
+        for group, parameters in enumerate(zero.params_in_partition):
+            self._add_fragments(group, parameters)
+
+    def _add_fragments(self, group: int, parameters: list[torch.nn.Parameter]) -> None:
+        """The runs of these parameters in this rank's partition of one parameter group."""
+        zero, rank = self._optimizer, self.communicator.rank
+        partition_size = int(zero.partition_size[group])
+        for parameter in parameters:
+            key = zero.get_param_id(parameter)
+            start = int(zero.grad_start_offset[group][rank][key])
+            offset = int(zero.grad_partition_insertion_offset[group][rank][key])
+            length = min(parameter.numel() - start, partition_size - offset)
+            if length > 0:
+                self._parameters.append(parameter)
+                self._places.append((group, offset))
+                self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        zero = self._optimizer
+        if zero.cpu_offload:
+            return self._offloaded_gradients()
+        # DeepSpeed's list follows `params_in_partition`; what belongs to no parameter is padding.
+        tensors: list[torch.Tensor | None] = [
+            tensor.view(-1)
+            for group, parameters in enumerate(zero.params_in_partition)
+            for tensor, _ in zip(
+                (
+                    tensor
+                    for tensor in zero.averaged_gradients[group]
+                    if not getattr(tensor, "_zero_padding", False)
+                ),
+                parameters,
+                strict=False,
+            )
+            if tensor.numel() > 0
+        ]
+        assert [0 if t is None else t.numel() for t in tensors] == [
+            fragment.length for fragment in self.fragments
+        ], "gradients do not tile the shard"
+        return tensors
+
+    def _offloaded_gradients(self) -> list[torch.Tensor | None]:
+        assert self._used is not None, "installed"
+        partitions = self._optimizer.single_partition_of_fp32_groups
+        return [
+            partitions[group].grad.view(-1).narrow(0, offset, fragment.length)
+            if parameter in self._used
+            else None
+            for (group, offset), fragment, parameter in zip(
+                self._places, self.fragments, self._parameters, strict=True
+            )
+        ]
+
+    def weights(self) -> list[torch.Tensor]:
+        partitions = self._optimizer.single_partition_of_fp32_groups
+        return [
+            partitions[group].detach().view(-1).narrow(0, offset, fragment.length)
+            for (group, offset), fragment in zip(self._places, self.fragments, strict=True)
+        ]
+
+    def gradients_changed(self) -> None:
+        """With offload, DeepSpeed clips by norms that it took during backward: take them again."""
+        if self._used is None:
+            return
+        zero = self._optimizer
+        for parameter, gradient in zip(self._parameters, self.gradients(), strict=True):
+            if gradient is not None:
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                zero.norm_for_param_grads[zero.get_param_id(parameter)] = norm
+        self._used.clear()
+
+    def install(self, before_step: Callable[[], None]) -> None:
+        super().install(before_step)
+        if self._optimizer.cpu_offload:
+            self._used = UsedParameters(self._parameters)
+
+    def remove(self) -> None:
+        super().remove()
+        if self._used is not None:
+            self._used.remove()

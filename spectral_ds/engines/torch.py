@@ -1,0 +1,120 @@
+"""A plain torch module or DDP with a torch optimizer: every rank holds the full gradient.
+
+The hook is the optimizer's step pre-hook, so it runs once a step, after whatever the training loop
+does between backward and `step()`. A loop that clips calls `plugin.filter_gradients()` before.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.sharding import Communicator, Fragment
+
+logger = logging.getLogger(__name__)
+
+# What wrappers put into parameter names.
+WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class TorchEngine(Engine):
+    """One fragment a parameter, the same on all ranks; every rank filters all of them alike.
+
+    Args:
+        model: a module, or one in DistributedDataParallel; may be compiled.
+        optimizer: the optimizer that trains it.
+
+    Raises:
+        UnsupportedEngineError: FSDP1 is in use, or the optimizer trains none of the parameters.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        module = model
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        _refuse_fsdp1(module)
+        self._optimizer = optimizer
+        self._step = 0
+        self._handles: list[Any] = []
+        self.holders = (model, module, optimizer)
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        named = {
+            canonical_name(name): parameter
+            for name, parameter in module.named_parameters()
+            if id(parameter) in trained and parameter.requires_grad and parameter.numel() > 0
+        }
+        if not named:
+            raise UnsupportedEngineError("optimizer: it trains no parameter of the model")
+        self._parameters = list(named.values())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        device = next(iter(self._parameters)).device
+        self._find_shards(named, device)
+
+    def _find_shards(self, named: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+        """Set `communicator`, `everyone` and `fragments`."""
+        self.everyone = Communicator(None, device)
+        self.communicator = Communicator.alone(device)
+        self.fragments = [Fragment(name, 0, p.numel()) for name, p in named.items()]
+
+    def _local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a parameter or gradient, flat."""
+        return tensor.view(-1)
+
+    @property
+    def config_section(self) -> Any:
+        return None
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        return [None if p.grad is None else self._local(p.grad) for p in self._parameters]
+
+    def weights(self) -> list[torch.Tensor]:
+        return [self._local(parameter.detach()) for parameter in self._parameters]
+
+    def install(self, before_step: Callable[[], None]) -> None:
+        def pre_hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+            before_step()
+
+        def post_hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self._step += 1
+
+        self._handles = [
+            self._optimizer.register_step_pre_hook(pre_hook),
+            self._optimizer.register_step_post_hook(post_hook),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def log(self, message: str) -> None:
+        if self.everyone.rank == 0:
+            logger.info(message)
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        """These engines have no monitor; `plugin.metrics()` has the figures."""
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what torch.compile and activation checkpointing add."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def _refuse_fsdp1(module: torch.nn.Module) -> None:
+    if not dist.is_available():
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+        raise UnsupportedEngineError(
+            "spectral_ds does not support FullyShardedDataParallel (FSDP1); "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
