@@ -268,7 +268,7 @@ def initialize_from_file(path, given_as):
 
 def micro_batch_config(section):
     config = {
-        "train_micro_batch_size_per_gpu": 6,
+        "train_micro_batch_size_per_gpu": 12,
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
     }

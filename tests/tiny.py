@@ -1,7 +1,9 @@
 """A tiny Llama-like model with everything that is awkward, and one training run of it."""
 
+from contextlib import nullcontext
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_ds
 
-GLOBAL_BATCH = 12
+GLOBAL_BATCH = 24
 # Large, so that weights before minus after hold the gradient to full float32 precision.
 SGD_RATES = (64.0, 32.0)
 ADAM_RATES = (1e-3, 5e-4)
@@ -35,11 +37,15 @@ class TinyLlama(torch.nn.Module):
         )
         self.spare = torch.nn.Linear(24, 5)  # never used: no gradient
         self.llama.model.layers[1].mlp.down_proj.weight.requires_grad_(False)
-        with torch.no_grad():  # rows at equal distance, and a row without direction
-            self.llama.model.layers[0].mlp.up_proj.weight[7] = self.llama.model.layers[
-                0
-            ].mlp.up_proj.weight[3]
-            self.llama.model.layers[2].self_attn.o_proj.weight[5] = 0
+        up = self.llama.model.layers[0].mlp.up_proj.weight
+        out = self.llama.model.layers[2].self_attn.o_proj.weight
+        whole = nullcontext()
+        if hasattr(up, "ds_id"):  # made under zero.Init
+            whole = deepspeed.zero.GatheredParameters([up, out], modifier_rank=0)
+        with torch.no_grad(), whole:
+            if up.numel() > 0:
+                up[7] = up[3]  # rows at equal distance
+                out[5] = 0  # a row without direction
         self.to(dtype)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,7 +80,7 @@ def deepspeed_config(stage: int, **changes: Any) -> dict[str, Any]:
 
 
 def batches(accumulation: int, step: int = 0) -> list[torch.Tensor]:
-    """This rank's micro-batches of one step; together over ranks always the same 12 sequences."""
+    """This rank's micro-batches of one step; together over ranks always the same sequences."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, 53, (GLOBAL_BATCH, 9), generator=generator)
     own = tokens[dist.get_rank() :: dist.get_world_size()]

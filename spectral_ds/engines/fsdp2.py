@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from spectral_ds.engines.base import UnsupportedEngineError
-from spectral_ds.engines.torch import TorchEngine
+from spectral_ds.engines.ddp import TorchEngine
 from spectral_ds.sharding import Communicator, Fragment
 
 

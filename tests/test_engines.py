@@ -1,0 +1,91 @@
+"""The engine matrix: every supported cell equals the oracle and the one-process run."""
+
+import functools
+
+import numpy as np
+import pytest
+from cells import CELLS, one_step, ten_steps
+from test_oracle import METHODS, expected_update, relative_error
+
+SECTION = METHODS["depth-and-similarity-polynomial"]
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def unfiltered(ranks):
+    """The same step without the plugin."""
+    return functools.cache(
+        lambda name, world_size, accumulation: ranks(world_size).run(
+            one_step, name, None, accumulation
+        )[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "accumulation"),
+    [
+        *((name, size, 1) for name, cell in CELLS.items() for size in cell.world_sizes),
+        *((name, 2, 2) for name, cell in CELLS.items() if 2 in cell.world_sizes),
+        ("plain", 1, 2),
+    ],
+)
+def test_a_step_of_every_cell_equals_the_oracle(ranks, unfiltered, name, world_size, accumulation):
+    plain = unfiltered(name, world_size, accumulation)
+    _, _, expected = expected_update(SECTION, plain)
+    results = ranks(world_size).run(one_step, name, SECTION, accumulation)
+    for result in results:
+        assert relative_error(result["gradients"], expected) <= TOLERANCE[CELLS[name].precision]
+        assert result["metrics"]["edges"] > 0
+    # Each element of each trainable parameter has exactly one owner in each group of shards.
+    group = results[0]["shard_ranks"]
+    for first in range(0, world_size if group > 1 else 1, group):
+        members = results[first : first + group]
+        for parameter, size in results[0]["sizes"].items():
+            count = np.zeros(size, int)
+            for result in members:
+                for owned, start, length in result["owned"]:
+                    if owned == parameter:
+                        count[start : start + length] += 1
+            assert (count == 1).all()
+
+
+@pytest.fixture(scope="module")
+def one_process(ranks):
+    return ranks(1).run(ten_steps, "plain", SECTION)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        (name, size)
+        for name, cell in CELLS.items()
+        for size in cell.world_sizes
+        if cell.precision == "fp32" and size in (2, 3) and not cell.zero_init
+    ],
+)
+def test_ten_adamw_steps_equal_the_one_process_run(ranks, one_process, name, world_size):
+    for weights in ranks(world_size).run(ten_steps, name, SECTION):
+        for parameter, value in one_process.items():
+            np.testing.assert_allclose(weights[parameter], value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, c in CELLS.items() if c.precision == "fp32" and 2 in c.world_sizes]
+)
+def test_clipping_uses_the_norm_of_the_filtered_gradient(ranks, unfiltered, name):
+    limit = 0.01
+    _, _, expected = expected_update(SECTION, unfiltered(name, 2, 1))
+    norm = np.sqrt(sum((g**2).sum() for g in expected.values()))
+    assert norm > 2 * limit
+    expected = {parameter: g * limit / norm for parameter, g in expected.items()}
+    result = ranks(2).run(one_step, name, SECTION, 1, limit)[0]
+    assert relative_error(result["gradients"], expected) <= 1e-4  # engines add 1e-6 to norms
+
+
+@pytest.mark.parametrize("name", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_depth_edges_between_parameters_cut_alike_send_nothing(ranks, name, world_size):
+    section = METHODS["depth-window"]
+    for result in ranks(world_size).run(one_step, name, section):
+        assert result["bytes_per_hop"] == 0
+        assert result["metrics"]["boundary_bytes"] == 0
