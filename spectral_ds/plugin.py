@@ -4,6 +4,7 @@ The only place that sees both engines and graphs. Reads the configuration and ha
 arguments to everything below.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
@@ -70,11 +71,13 @@ class SpectralPlugin:
             self._squared_norm,
             self._moments,
             engine.write,
+            self._warn,
             engine.everyone,
             interval=config.monitor.interval if config.monitor.enabled else 0,
             bands=config.monitor.bands,
         )
         self._filtered_step = -1
+        self._skipped_steps = engine.skipped_steps
         self.attached = True
         engine.install(self.before_step)
 
@@ -89,6 +92,7 @@ class SpectralPlugin:
         To be called by hand only where a training loop clips by itself: after the backward pass
         and before `clip_grad_norm_`. The hook then leaves this step alone.
         """
+        self._warn_of_skipped_steps()
         step = self._filtered_step = self.engine.step
         gradients = self.engine.gradients()  # fragments of this rank, writable views
         self.monitor.before_filter(step, gradients)  # only on monitor steps
@@ -107,7 +111,7 @@ class SpectralPlugin:
         `step`; `gradient_norm/before` and `/after` of the filtered parameters;
         `band_energy_before/b` and `band_energy_after/b`, shares of energy in equal bands of
         frequency, lowest first; `filter_seconds` of the slowest rank; `boundary_bytes` that all
-        ranks sent in the step; `strength`; `nodes`; `edges`.
+        ranks sent in the step; `strength`; `skipped_steps` so far; `nodes`; `edges`.
         """
         return dict(self.monitor.metrics)
 
@@ -121,10 +125,20 @@ class SpectralPlugin:
             "on this rank"
         )
 
+    def _warn_of_skipped_steps(self) -> None:
+        skipped = self.engine.skipped_steps
+        if skipped > self._skipped_steps:
+            self._warn(f"gradients were not finite; the engine has skipped {skipped} steps")
+        self._skipped_steps = skipped
+
+    def _warn(self, message: str) -> None:
+        self.engine.log(f"spectral_ds: {message}", logging.WARNING)
+
     def _facts(self, step: int) -> Mapping[str, float]:
         return {
             "boundary_bytes": float(self.graph.bytes_per_hop * self.filter.hops_at(step)),
             "strength": self.filter.strength_at(step),
+            "skipped_steps": float(self.engine.skipped_steps),
             "nodes": float(self.graph.num_nodes),
             "edges": float(self.graph.num_edges),
         }

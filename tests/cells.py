@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import spectral_ds
 
@@ -57,6 +58,10 @@ CELLS = {
         for s in (1, 2, 3)
     },
     **{f"zero{s}-fp16": Cell("deepspeed", s, "fp16") for s in (1, 2, 3)},
+    **{
+        f"zero{s}-fp16-offload": Cell("deepspeed", s, "fp16", zero=OPTIMIZER_ON_CPU, offload=True)
+        for s in (1, 2, 3)
+    },
     "fsdp2": Cell("fsdp2"),
     "fsdp2-offload": Cell("fsdp2", offload=True),
     "fsdp2-bf16": Cell("fsdp2", precision="bf16"),
@@ -192,8 +197,9 @@ def shard(module: torch.nn.Module, cell: Cell) -> None:
         options["mp_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
-    for layer in module.llama.model.layers:
-        fully_shard(layer, **options)
+    for layer in module.modules():
+        if isinstance(layer, LlamaDecoderLayer):
+            fully_shard(layer, **options)
     fully_shard(module, **options)
 
 

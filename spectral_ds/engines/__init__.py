@@ -6,6 +6,7 @@ the fragments; call the hook once a step; and name it in `engine_for`. Everythin
 fragments, so nothing else changes.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
         UnsupportedEngineError: it is none of the supported engines, or uses a feature of one
             that is not supported; says which, and the way out.
     """
-    from deepspeed import DeepSpeedEngine
-
-    if isinstance(model_or_engine, DeepSpeedEngine):
+    deepspeed = sys.modules.get("deepspeed")  # who has not imported it has no engine of it
+    if deepspeed is not None and isinstance(model_or_engine, deepspeed.DeepSpeedEngine):
         if optimizer is not None and optimizer is not model_or_engine.optimizer:
             raise UnsupportedEngineError(
                 "optimizer: a DeepSpeed engine brings its own; leave the argument out"

@@ -4,6 +4,7 @@ A new engine is one new file: a subclass that yields fragments and calls a hook 
 optimizer step.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,11 @@ class Engine(ABC):
     def step(self) -> int:
         """Optimizer steps taken so far."""
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that the engine itself has skipped so far because of non-finite gradients."""
+        return 0
+
     @abstractmethod
     def gradients(self) -> list[torch.Tensor | None]:
         """Averaged gradients as flat writable views, valid inside the hook only.
@@ -70,7 +76,7 @@ class Engine(ABC):
         """Undo `install`."""
 
     @abstractmethod
-    def log(self, message: str) -> None:
+    def log(self, message: str, level: int = logging.INFO) -> None:
         """Say something once, on rank 0, through the engine's own logger."""
 
     @abstractmethod

@@ -32,9 +32,7 @@ class TorchEngine(Engine):
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        module = model
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            module = module.module
+        module = unwrapped(model)
         _refuse_fsdp1(module)
         self._optimizer = optimizer
         self._step = 0
@@ -48,6 +46,12 @@ class TorchEngine(Engine):
         }
         if not named:
             raise UnsupportedEngineError("optimizer: it trains no parameter of the model")
+        for name, parameter in named.items():
+            if not parameter.is_contiguous():
+                raise UnsupportedEngineError(
+                    f"parameter {name!r} is not contiguous in memory (strides "
+                    f"{parameter.stride()}), so it has no flat view; make it contiguous"
+                )
         self._parameters = list(named.values())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         device = next(iter(self._parameters)).device
@@ -93,12 +97,23 @@ class TorchEngine(Engine):
         for handle in self._handles:
             handle.remove()
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, level: int = logging.INFO) -> None:
         if self.everyone.rank == 0:
-            logger.info(message)
+            logger.log(level, message)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """These engines have no monitor; `plugin.metrics()` has the figures."""
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside torch.compile and DistributedDataParallel, in any order."""
+    while True:
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def canonical_name(name: str) -> str:

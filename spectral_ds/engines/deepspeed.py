@@ -6,12 +6,14 @@ once per parameter group.)
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator
 
 HOOKED = "_take_model_step"
@@ -32,6 +34,13 @@ class DeepSpeedEngine(Engine):
         self.holders = (engine, engine.module)
         self.everyone = Communicator(group, torch.device(engine.device))
         self.communicator = self.everyone
+        # One parameter a fragment; set by the subclass.
+        self._parameters: list[torch.nn.Parameter] = []
+        # DeepSpeed keeps the float32 gradient on the CPU, and norms that it took during backward.
+        self._is_offloaded = False
+        # The gradient of a parameter that a step does not use is that of an earlier step.
+        self._keeps_old_gradients = False
+        self._used: UsedParameters | None = None
         self._name_of = {id(p): name for name, p in engine.module.named_parameters()}
 
     def _shapes_of(self, trained: set[int]) -> dict[str, tuple[int, ...]]:
@@ -50,6 +59,24 @@ class DeepSpeedEngine(Engine):
     def step(self) -> int:
         return int(self._engine.global_steps)
 
+    @property
+    def skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def _has_gradient(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the parameter got a gradient since the last step."""
+        return self._used is None or parameter in self._used
+
+    def gradients_changed(self) -> None:
+        if self._is_offloaded:
+            norms = self._optimizer.norm_for_param_grads
+            for parameter, gradient in zip(self._parameters, self.gradients(), strict=True):
+                if gradient is not None:
+                    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                    norms[self._optimizer.get_param_id(parameter)] = norm
+        if self._used is not None:
+            self._used.clear()
+
     def install(self, before_step: Callable[[], None]) -> None:
         original = getattr(self._engine, HOOKED)
         self._previous = self._engine.__dict__.get(HOOKED)
@@ -60,11 +87,15 @@ class DeepSpeedEngine(Engine):
                 before_step()
             return original(*args, **kwargs)
 
+        if self._keeps_old_gradients:
+            self._used = UsedParameters(self._parameters)
         self._hook = take_model_step
         setattr(self._engine, HOOKED, take_model_step)
 
     def remove(self) -> None:
         hook, self._hook = self._hook, None
+        if self._used is not None:
+            self._used.remove()
         # If somebody wrapped our wrapper, it stays in their chain and only passes calls on.
         if self._engine.__dict__.get(HOOKED) is hook:
             if self._previous is None:
@@ -72,10 +103,10 @@ class DeepSpeedEngine(Engine):
             else:
                 setattr(self._engine, HOOKED, self._previous)
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, level: int = logging.INFO) -> None:
         from deepspeed.utils import log_dist
 
-        log_dist(message, ranks=[0])
+        log_dist(message, ranks=[0], level=level)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         monitor = self._engine.monitor

@@ -4,13 +4,11 @@ On the device they are a list of views that tiles the partition; with CPU offloa
 `.grad` of the float32 partition.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.deepspeed import DeepSpeedEngine
-from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Fragment
 
 
@@ -20,8 +18,7 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.optimizer.real_dp_process_group[0])
         zero = self._optimizer
-        self._used: UsedParameters | None = None
-        self._parameters: list[torch.nn.Parameter] = []
+        self._is_offloaded = self._keeps_old_gradients = bool(zero.cpu_offload)
         # (parameter group, offset in this rank's partition) of each fragment.
         self._places: list[tuple[int, int]] = []
         self.fragments: list[Fragment] = []
@@ -45,7 +42,7 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
 
     def gradients(self) -> list[torch.Tensor | None]:
         zero = self._optimizer
-        if zero.cpu_offload:
+        if self._is_offloaded:
             return self._offloaded_gradients()
         # DeepSpeed's list follows `params_in_partition`; what belongs to no parameter is padding.
         tensors: list[torch.Tensor | None] = [
@@ -68,11 +65,10 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
         return tensors
 
     def _offloaded_gradients(self) -> list[torch.Tensor | None]:
-        assert self._used is not None, "installed"
         partitions = self._optimizer.single_partition_of_fp32_groups
         return [
             partitions[group].grad.view(-1).narrow(0, offset, fragment.length)
-            if parameter in self._used
+            if self._has_gradient(parameter)
             else None
             for (group, offset), fragment, parameter in zip(
                 self._places, self.fragments, self._parameters, strict=True
@@ -85,24 +81,3 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
             partitions[group].detach().view(-1).narrow(0, offset, fragment.length)
             for (group, offset), fragment in zip(self._places, self.fragments, strict=True)
         ]
-
-    def gradients_changed(self) -> None:
-        """With offload, DeepSpeed clips by norms that it took during backward: take them again."""
-        if self._used is None:
-            return
-        zero = self._optimizer
-        for parameter, gradient in zip(self._parameters, self.gradients(), strict=True):
-            if gradient is not None:
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                zero.norm_for_param_grads[zero.get_param_id(parameter)] = norm
-        self._used.clear()
-
-    def install(self, before_step: Callable[[], None]) -> None:
-        super().install(before_step)
-        if self._optimizer.cpu_offload:
-            self._used = UsedParameters(self._parameters)
-
-    def remove(self) -> None:
-        super().remove()
-        if self._used is not None:
-            self._used.remove()

@@ -1,12 +1,10 @@
 """DeepSpeed ZeRO stage 3: every parameter is cut into equal runs, one a rank."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.deepspeed import DeepSpeedEngine
-from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Fragment
 
 
@@ -16,8 +14,8 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
     def __init__(self, engine: Any) -> None:
         zero = engine.optimizer
         super().__init__(engine, zero.dp_process_group)
-        self._used: UsedParameters | None = None
-        self._parameters: list[torch.nn.Parameter] = []
+        self._is_offloaded = bool(zero.offload_optimizer)
+        self._keeps_old_gradients = True
         # (sub-group, position in it, offset in its flat partition) of each fragment.
         self._places: list[tuple[int, int, int]] = []
         self.fragments: list[Fragment] = []
@@ -36,15 +34,14 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
                     self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
 
     def gradients(self) -> list[torch.Tensor | None]:
-        assert self._used is not None, "installed"
         zero = self._optimizer
         found: list[torch.Tensor | None] = []
         for (sub_group, position, offset), fragment, parameter in zip(
             self._places, self.fragments, self._parameters, strict=True
         ):
-            if parameter not in self._used:
+            if not self._has_gradient(parameter):
                 found.append(None)
-            elif zero.offload_optimizer:
+            elif self._is_offloaded:
                 partition = zero.fp32_partitioned_groups_flat[sub_group].grad
                 found.append(partition.view(-1).narrow(0, offset, fragment.length))
             else:
@@ -58,23 +55,3 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
             partitions[sub_group].detach().view(-1).narrow(0, offset, fragment.length)
             for (sub_group, _, offset), fragment in zip(self._places, self.fragments, strict=True)
         ]
-
-    def gradients_changed(self) -> None:
-        """With offload, DeepSpeed clips by norms that it took during backward: take them again."""
-        assert self._used is not None, "installed"
-        zero = self._optimizer
-        if zero.offload_optimizer:
-            for parameter, gradient in zip(self._parameters, self.gradients(), strict=True):
-                if gradient is not None:
-                    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                    zero.norm_for_param_grads[zero.get_param_id(parameter)] = norm
-        self._used.clear()
-
-    def install(self, before_step: Callable[[], None]) -> None:
-        super().install(before_step)
-        self._used = UsedParameters(self._parameters)
-
-    def remove(self) -> None:
-        super().remove()
-        if self._used is not None:
-            self._used.remove()

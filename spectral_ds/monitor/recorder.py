@@ -24,6 +24,7 @@ class Monitor:
         squared_norm: gives ‖X‖² of a signal (fragments), summed over ranks.
         moments: gives its first n Chebyshev moments, summed over ranks.
         write: receives the metrics; must itself see to it that one rank writes.
+        warn: says something once, on rank 0.
         communicator: of all ranks, for the filter time, which is that of the slowest.
         interval: steps between monitored steps; 0: never.
         bands: number of equal frequency bands.
@@ -34,6 +35,7 @@ class Monitor:
         squared_norm: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
         moments: Callable[[Sequence[torch.Tensor | None], int], torch.Tensor],
         write: Callable[[Mapping[str, float]], None],
+        warn: Callable[[str], None],
         communicator: Communicator,
         *,
         interval: int,
@@ -43,6 +45,8 @@ class Monitor:
         self._squared_norm = squared_norm
         self._moments = moments
         self._write = write
+        self._warn = warn
+        self._not_finite = 0
         self._communicator = communicator
         self._interval = interval
         self._bands = bands
@@ -55,6 +59,9 @@ class Monitor:
         """Measure the gradient as the engine averaged it (collective on monitored steps)."""
         if self.is_due(step):
             self.metrics = {"step": float(step), **self._measure("before", gradients)}
+            if not np.isfinite(self.metrics["gradient_norm/before"]):
+                self._not_finite += 1
+                self._warn(f"gradients are not finite (in {self._not_finite} monitored steps)")
             self._filter_started = self._now()
 
     def after_filter(

@@ -1,0 +1,464 @@
+"""What engines do in special cases, and that the plugin minds it: stale gradients, overflow,
+replicas, compiled, checkpointed and adapted models, refused features."""
+
+import functools
+from types import SimpleNamespace
+
+import cells
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from cells import CELLS, Cell, Training
+from ranks import RankError
+from test_oracle import METHODS, expected_update, relative_error
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectral_ds
+
+SECTION = METHODS["depth-and-similarity-polynomial"]
+
+
+class Shortened(tiny.TinyLlama):
+    """A step may leave out the last block."""
+
+    def forward(self, tokens, blocks=3):
+        self.llama.config.num_hidden_layers = blocks
+        return self.llama(input_ids=tokens, labels=tokens).loss
+
+
+def step_that_leaves_out_a_block(name, section):
+    """A whole step, then attach, then a step without the last block."""
+    training = Training(CELLS[name], None, model=Shortened)
+    training.step(0)
+    if section is not None:
+        if training.cell.engine == "deepspeed":
+            spectral_ds.attach(training.engine, config=section)
+        else:
+            spectral_ds.attach(training.wrapped, training.optimizer, section)
+    before = training.snapshot()
+    training.step(1, blocks=2)
+    after = training.snapshot()
+    rates = cells.rates_by_name(training.module)
+    training.close()
+    return {
+        "weights": before,
+        "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload", "zero0", "fsdp2", "ddp"],
+)
+def test_gradients_of_unused_parameters_are_neither_filtered_nor_spread(ranks, name):
+    plain = ranks(2).run(step_that_leaves_out_a_block, name, None)[0]
+    result = ranks(2).run(step_that_leaves_out_a_block, name, SECTION)[0]
+    unused = [n for n in plain["gradients"] if ".layers.2." in n or n.startswith("spare")]
+    current = {n: np.zeros_like(g) if n in unused else g for n, g in plain["gradients"].items()}
+    _, _, expected = expected_update(SECTION, {**plain, "gradients": current})
+    if name not in ("zero0", "zero1", "zero2"):
+        # There an unused parameter has a gradient of zero, like any other; elsewhere it has none,
+        # and what the engine does with it (ZeRO-3 and offload step it again) stays as it is.
+        expected = {**expected, **{n: plain["gradients"][n] for n in unused}}
+    assert relative_error(result["gradients"], expected) <= 1e-5
+
+
+def overflowing_run(name):
+    """Steps 0 and 2 are sound, step 1 overflows on one rank."""
+    training = Training(CELLS[name], {**SECTION, "monitor": {"interval": 1}})
+    training.step(0)
+    before = training.snapshot()
+    engine = training.engine
+    [tokens] = tiny.batches(1, 1)
+    loss = engine(tokens)
+    engine.backward(loss * (torch.inf if dist.get_rank() == 1 else 1))
+    engine.step()
+    unchanged = all(np.array_equal(v, before[n]) for n, v in training.snapshot().items())
+    skipped = engine.skipped_steps
+    training.step(2)
+    moved = training.snapshot()
+    finite = all(np.isfinite(v).all() for v in moved.values())
+    changed = any(not np.array_equal(v, before[n]) for n, v in moved.items())
+    metrics = training.plugin.metrics()
+    training.close()
+    return unchanged, skipped, finite, changed, metrics
+
+
+@pytest.mark.parametrize("name", ["zero1-fp16", "zero2-fp16", "zero3-fp16"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all_and_leaves_no_trace(ranks, name):
+    for unchanged, skipped, finite, changed, metrics in ranks(2).run(overflowing_run, name):
+        assert (unchanged, skipped, finite, changed) == (True, 1, True, True)
+        assert metrics["skipped_steps"] == 1
+        assert np.isfinite(list(metrics.values())).all()
+
+
+def step_with_infinite_gradient(name):
+    """What is logged when a gradient of a torch engine, which skips no step, is not finite."""
+    import logging
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append((record.levelname, record.getMessage()))
+    logger = logging.getLogger("spectral_ds")
+    logger.addHandler(handler)
+    try:
+        training = Training(CELLS[name], {**SECTION, "monitor": {"interval": 1}})
+        for _ in range(2):
+            training.wrapped(tiny.batches(1)[0]).mul(torch.inf).backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        training.close()
+    finally:
+        logger.removeHandler(handler)
+    return messages
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_gradient_that_is_not_finite_is_counted_in_a_warning_of_rank_0(ranks, name):
+    first, second = ranks(2).run(step_with_infinite_gradient, name)
+    warnings = [message for level, message in first if level == "WARNING"]
+    assert [str(count) in m for count, m in enumerate(warnings, start=1)] == [True, True]
+    assert not second
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1-bf16-fp32-accumulation", "ddp", "hsdp"])
+def test_replicas_stay_bitwise_equal(ranks, name):
+    first, *others = ranks(2).run(cells.one_step, name, SECTION)
+    for other in others:
+        for parameter in first["after"]:
+            np.testing.assert_array_equal(other["after"][parameter], first["after"][parameter])
+
+
+def test_the_norm_of_the_replicated_bf16_optimizer_is_that_of_the_filtered_gradient(ranks):
+    name = "zero1-bf16-fp32-accumulation"
+    plain = ranks(2).run(cells.one_step, name, None)[0]
+    _, _, expected = expected_update(SECTION, plain)
+    norm = np.sqrt(sum((g**2).sum() for g in expected.values()))
+    unfiltered_norm = np.sqrt(sum((g**2).sum() for g in plain["gradients"].values()))
+    assert unfiltered_norm > 1.05 * norm
+    expected = {n: g / 3 for n, g in expected.items()}
+    result = ranks(2).run(cells.one_step, name, SECTION, 1, float(norm) / 3)[0]
+    assert relative_error(result["gradients"], expected) <= 2e-2
+
+
+class Checkpointed(tiny.TinyLlama):
+    """Recomputes activations in the backward pass."""
+
+    def __init__(self, use_reentrant=False):
+        super().__init__()
+        self.llama.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        self.llama.train()
+
+
+def step_of_model(name, section, model):
+    training = Training(CELLS[name], section, model=model)
+    training.step()
+    after = training.snapshot()
+    training.close()
+    return after
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2", "ddp"])
+def test_activation_checkpointing_changes_nothing(ranks, name):
+    usual = ranks(2).run(step_of_model, name, SECTION, tiny.TinyLlama)[0]
+    recomputed = ranks(2).run(step_of_model, name, SECTION, Checkpointed)[0]
+    for parameter, value in usual.items():
+        np.testing.assert_allclose(recomputed[parameter], value, atol=1e-5)
+
+
+def plain_step(optimizer, filtered=None, wrap=lambda module: module):
+    """One step of a torch optimizer; with `filtered`, of these gradients and no plugin."""
+    module = tiny.TinyLlama()
+    wrapped = wrap(module)
+    groups = tiny.parameter_groups(module, (1e-2, 1e-3))
+    stepper = optimizer(groups)
+    if filtered is None:
+        plugin = spectral_ds.attach(wrapped, stepper, SECTION)
+    before = {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
+    wrapped(tiny.batches(1)[0]).backward()
+    gradients = {
+        n: p.grad.numpy().copy() for n, p in module.named_parameters() if p.grad is not None
+    }
+    if filtered is not None:
+        for name, parameter in module.named_parameters():
+            if name in filtered:
+                parameter.grad = torch.from_numpy(filtered[name]).to(parameter.dtype)
+    stepper.step()
+    if filtered is None:
+        names = [p.name for p in plugin.graph.parameters]
+        plugin.detach()
+    else:
+        names = []
+    after = {
+        n.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): p.detach().numpy()
+        for n, p in module.named_parameters()
+    }
+    return {"weights": before, "gradients": gradients, "after": after, "names": names}
+
+
+def expected_gradients(plain):
+    """What the oracle makes of the gradients of one process; unused parameters have none."""
+    trainable = [n for n, p in tiny.TinyLlama().named_parameters() if p.requires_grad]
+    zeros = {n: np.zeros_like(plain["weights"][n]) for n in trainable}
+    _, _, expected = expected_update(
+        SECTION, {**plain, "gradients": {**zeros, **plain["gradients"]}}
+    )
+    return {n: expected[n] for n in plain["gradients"]}
+
+
+OPTIMIZERS = {
+    "AdamW": functools.partial(torch.optim.AdamW, foreach=True),
+    "AdamW-fused": functools.partial(torch.optim.AdamW, fused=True),
+    "SGD-momentum": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "Adafactor": torch.optim.Adafactor,
+}
+
+
+def optimizer_case(name):
+    result = plain_step(OPTIMIZERS[name])
+    reference = plain_step(OPTIMIZERS[name], expected_gradients(result))
+    return result["after"], reference["after"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps_on_the_filtered_gradient(ranks, name):
+    got, expected = ranks(1).run(optimizer_case, name)[0]
+    for parameter, value in expected.items():
+        np.testing.assert_allclose(got[parameter], value, atol=2e-5)
+
+
+def compile_eagerly(module):
+    return torch.compile(module, backend="eager")
+
+
+def wrap_in_checkpoints(module):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    layers = module.llama.model.layers
+    for index in range(len(layers)):
+        layers[index] = checkpoint_wrapper(layers[index])
+    return module
+
+
+def wrapped_case(wrap):
+    usual = plain_step(OPTIMIZERS["SGD-momentum"])
+    wrapped = plain_step(OPTIMIZERS["SGD-momentum"], wrap=wrap)
+    return usual, wrapped
+
+
+def compile_ddp(module):
+    wrapped = torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+    return torch.compile(wrapped, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compile_eagerly, compile_ddp, wrap_in_checkpoints])
+def test_compiled_and_wrapped_models_keep_their_names_and_results(ranks, wrap):
+    usual, wrapped = ranks(1).run(wrapped_case, wrap)[0]
+    assert wrapped["names"] == usual["names"]
+    for parameter, value in usual["after"].items():
+        np.testing.assert_allclose(wrapped["after"][parameter], value, atol=1e-6)
+
+
+class Adapted(torch.nn.Module):
+    """LoRA adapters on a frozen model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=53,
+                hidden_size=24,
+                intermediate_size=37,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+            )
+        )
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        self.adapted = peft.get_peft_model(base, settings)
+
+    def forward(self, tokens):
+        return self.adapted(input_ids=tokens, labels=tokens).loss
+
+
+def adapted_step(name, section):
+    training = Training(CELLS[name], section, model=Adapted)
+    before = training.snapshot()
+    training.step()
+    after = training.snapshot()
+    rates = cells.rates_by_name(training.module)
+    training.close()
+    return {
+        "weights": before,
+        "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
+    }
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2", "ddp"])
+def test_lora_adapters_are_filtered_and_frozen_weights_stay(ranks, name):
+    plain = ranks(2).run(adapted_step, name, None)[0]
+    assert all("lora" in n for n in plain["gradients"])
+    result = ranks(2).run(adapted_step, name, SECTION)[0]
+    _, laplacian, expected = expected_update(SECTION, plain)
+    assert np.count_nonzero(np.triu(laplacian, 1)) > 0
+    assert relative_error(result["gradients"], expected) <= 1e-5
+    for parameter in plain["weights"]:
+        if "lora" not in parameter:
+            np.testing.assert_array_equal(result["weights"][parameter], plain["weights"][parameter])
+
+
+def attach_by_hand_twice(name):
+    """A loop that clips calls filter_gradients by hand; the hook must not filter again."""
+    training = Training(CELLS[name], SECTION, clipping=1e9)
+    training.step()
+    by_hand = training.snapshot()
+    training.close()
+    training = Training(CELLS[name], SECTION)
+    training.step()
+    by_hook = training.snapshot()
+    training.close()
+    return by_hand, by_hook
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp"])
+def test_filtering_by_hand_replaces_the_hook(ranks, name):
+    by_hand, by_hook = ranks(2).run(attach_by_hand_twice, name)[0]
+    for parameter, value in by_hook.items():
+        np.testing.assert_allclose(by_hand[parameter], value, atol=1e-6)
+
+
+def refusals():
+    """Messages of attaching to an engine with one unsupported feature after another."""
+    engine = tiny.make_engine(tiny.deepspeed_config(2))
+    zero = engine._config.zero_config
+    changes = {
+        "has_moe_layers": {"has_moe_layers": True},
+        "mp_world_size": {"mp_world_size": 2},
+        "zenflow": {"zenflow": True},
+        "super_offload": {"super_offload": lambda: True},
+        "nvme": {"zero": {"offload_optimizer": SimpleNamespace(device="nvme")}},
+        "mics": {"zero": {"mics_shard_size": 2}},
+        "hpz": {"zero": {"zero_hpz_partition_size": 2}},
+        "deepcompile": {"compile_config": SimpleNamespace(deepcompile=True)},
+        "muon": {"basic_optimizer": type("MuonWithAuxAdam", (), {})()},
+        "optimizer class": {"optimizer": type("OtherOptimizer", (), {})()},
+        "hook": {"_take_model_step": None},
+    }
+    messages = {}
+    for label, change in changes.items():
+        stand_in = _StandIn(engine, zero, change)
+        try:
+            from spectral_ds.engines import _deepspeed_engine_for
+
+            _deepspeed_engine_for(stand_in)
+        except spectral_ds.UnsupportedEngineError as error:
+            messages[label] = str(error)
+    engine.destroy()
+    return messages
+
+
+class _StandIn:
+    """A real engine, but for a few attributes."""
+
+    def __init__(self, engine, zero, change):
+        zero_change = change.pop("zero", {})
+        fields = {name: getattr(zero, name) for name in type(zero).model_fields}
+        self._config = SimpleNamespace(
+            zero_config=SimpleNamespace(**{**fields, **zero_change}),
+            compile_config=change.pop("compile_config", None),
+        )
+        self._missing = [name for name, value in change.items() if value is None]
+        self._engine = engine
+        self.__dict__.update({n: v for n, v in change.items() if v is not None})
+
+    def __getattr__(self, name):
+        if name in self._missing:
+            raise AttributeError(name)
+        return getattr(self._engine, name)
+
+
+def test_unsupported_features_are_refused_with_the_reason(ranks):
+    messages = ranks(2).run(refusals)[0]
+    words = {
+        "has_moe_layers": "mixture-of-experts",
+        "mp_world_size": "tensor or model parallelism",
+        "zenflow": "ZenFlow",
+        "super_offload": "SuperOffload",
+        "nvme": "NVMe",
+        "mics": "MiCS",
+        "hpz": "hpZ",
+        "deepcompile": "DeepCompile",
+        "muon": "Muon",
+        "optimizer class": "OtherOptimizer",
+        "hook": "_take_model_step",
+    }
+    assert messages.keys() == words.keys()
+    for label, word in words.items():
+        assert word in messages[label]
+
+
+def attach_stage_0_fp16():
+    Training(Cell("deepspeed", 0, "fp16"), {})
+
+
+def attach_fsdp1():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    module = FullyShardedDataParallel(
+        tiny.TinyLlama(), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
+def attach_column_shards():
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    module = torch.nn.Linear(6, 4)
+    fully_shard(module, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
+def attach_half_sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
+    fully_shard(module[0])
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
+def attach_without_optimizer():
+    spectral_ds.attach(torch.nn.Linear(2, 2), config={})
+
+
+def attach_channels_last():
+    module = torch.nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
+def attach_foreign_optimizer():
+    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    spectral_ds.attach(torch.nn.Linear(2, 2), other, {})
+
+
+@pytest.mark.parametrize(
+    ("attach", "words"),
+    [
+        (attach_stage_0_fp16, ["fp16", "stage 0", "bf16"]),
+        (attach_fsdp1, ["FSDP1", "fully_shard"]),
+        (attach_column_shards, ["weight", "Shard(dim=1)", "dimension 0"]),
+        (attach_half_sharded, ["1.weight", "root"]),
+        (attach_channels_last, ["weight", "contiguous"]),
+        (attach_without_optimizer, ["optimizer"]),
+        (attach_foreign_optimizer, ["optimizer", "no parameter"]),
+    ],
+)
+def test_what_cannot_be_attached_is_refused_on_every_rank(ranks, attach, words):
+    for outcome in ranks(2).outcomes(attach):
+        assert isinstance(outcome, RankError), outcome
+        assert outcome.kind == "UnsupportedEngineError", outcome.traceback
+        for word in words:
+            assert word in outcome.message
