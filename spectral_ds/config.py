@@ -15,15 +15,17 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import hjson  # type: ignore[import-untyped]
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-SECTION = "spectral_ds"
+from spectral_ds.config_sources import (
+    SECTION,
+    SpectralConfigError,
+    plain,
+    read_section,
+    show,
+)
 
 # The values that act in this version. Every other value of these keys is valid but refused.
 # Whoever implements the rest of a key adds the values, or deletes the line once all of them act.
@@ -65,13 +67,6 @@ PRESETS = ("paper", "retain", "denoise", "gradient_smoothing", "laplacian_smooth
            "whiten", "observe")  # fmt: skip
 RESPONSES = ("identity", "heat", "tikhonov", "window", "lowpass", "highpass", "bandpass",
              "polynomial", "bands", "wiener", "whiten")  # fmt: skip
-
-# Keys by which a whole DeepSpeed config is known when it has no section.
-DEEPSPEED_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"}
-
-
-class SpectralConfigError(ValueError):
-    """The configuration cannot be used. One line a problem: key, value, what is allowed."""
 
 
 def _rule(default: object, allowed: str, test: Callable[[Any], bool]) -> Any:
@@ -245,7 +240,7 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     2.0
     """
     problems: list[str] = []
-    user = _check_section(SpectralConfig, _read_section(source), SECTION, problems)
+    user = _check_section(SpectralConfig, read_section(source), SECTION, problems)
     preset = _read_preset(user.get("preset", SpectralConfig.preset))
     usual = preset.get("filter", {}).get("response", FilterConfig.response)
     response = user.get("filter", {}).get("response", usual)
@@ -269,69 +264,10 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     return config
 
 
-def _read_section(source: Mapping[str, Any] | str | os.PathLike[str]) -> Any:
-    """The section of a dict or a file, as it was written."""
-    if isinstance(source, Mapping):
-        content, name, section_may_be_bare = _plain(source), "the config", True
-    elif isinstance(source, str | os.PathLike):
-        is_yaml = Path(source).suffix.lower() in (".yaml", ".yml")
-        content = _read_yaml(Path(source)) if is_yaml else read_json(source)
-        name, section_may_be_bare = str(source), is_yaml
-    else:
-        raise SpectralConfigError(f"config = {source!r}: must be a mapping or a path")
-    if not isinstance(content, Mapping):
-        raise SpectralConfigError(f"{name}: must hold a mapping, holds {_show(content)}")
-    if SECTION in content:
-        return _plain(content[SECTION])
-    misspelt = difflib.get_close_matches(SECTION, map(str, content), n=1, cutoff=0.8)
-    if misspelt or not section_may_be_bare or DEEPSPEED_KEYS & content.keys():
-        hint = f"; nearest key there: {misspelt[0]}" if misspelt else ""
-        raise SpectralConfigError(f'{name}: the section "{SECTION}" is missing{hint}')
-    return content
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """A DeepSpeed JSON, read as DeepSpeed reads it: comments allowed, no key twice.
-
-    Raises:
-        SpectralConfigError: the file cannot be read.
-    """
-    try:
-        return hjson.loads(Path(path).read_text("utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError) as error:
-        raise SpectralConfigError(f"{path}: cannot be read as JSON: {error}") from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return _plain(OmegaConf.load(path))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise SpectralConfigError(f"{path}: cannot be read as YAML: {error}") from error
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'the key "{name}" is written twice')
-    return dict(pairs)
-
-
-def _plain(value: Any) -> Any:
-    """An OmegaConf container as dicts and lists, interpolations resolved; else unchanged."""
-    if OmegaConf.is_config(value):
-        try:
-            return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            key = error.full_key or SECTION
-            raise SpectralConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    return value
-
-
 def _read_preset(name: str) -> dict[str, Any]:
     path = importlib.resources.files("spectral_ds") / "filters" / "presets" / f"{name}.yaml"
     problems: list[str] = []
-    preset = _plain(OmegaConf.create(path.read_text("utf-8")))
+    preset = plain(OmegaConf.create(path.read_text("utf-8")))
     checked = _check_section(SpectralConfig, preset, SECTION, problems)
     assert not problems, problems
     return checked
@@ -346,7 +282,7 @@ def _check_section(schema: Any, raw: Any, key: str, problems: list[str]) -> dict
     rules = {rule.name: rule for rule in fields(schema)}
     allowed = ", ".join(rules)
     if not isinstance(raw, Mapping):
-        problems.append(f"{key} = {_show(raw)}: must be a mapping with keys out of {allowed}")
+        problems.append(f"{key} = {show(raw)}: must be a mapping with keys out of {allowed}")
         return {}
     hints = get_type_hints(schema)
     valid = {}
@@ -355,7 +291,7 @@ def _check_section(schema: Any, raw: Any, key: str, problems: list[str]) -> dict
         if name not in rules:
             nearest = _nearest(str(name), key, list(rules))
             problems.append(
-                f"{full} = {_show(value)}: unknown key; nearest: {nearest} (allowed: {allowed})"
+                f"{full} = {show(value)}: unknown key; nearest: {nearest} (allowed: {allowed})"
             )
             continue
         try:
@@ -363,12 +299,12 @@ def _check_section(schema: Any, raw: Any, key: str, problems: list[str]) -> dict
             pattern = re.sub(r"\[\d+\]", "[]", full.removeprefix(f"{SECTION}."))
             if checked not in AVAILABLE.get(pattern, (checked,)):
                 available = ", ".join(
-                    each if isinstance(each, str) else _show(each) for each in AVAILABLE[pattern]
+                    each if isinstance(each, str) else show(each) for each in AVAILABLE[pattern]
                 )
                 raise _RefusedError(f"is not available in this version (available: {available})")
             valid[name] = checked
         except _RefusedError as refused:
-            problems.append(f"{full} = {_show(value)}: {refused}")
+            problems.append(f"{full} = {show(value)}: {refused}")
     return valid
 
 
@@ -437,7 +373,7 @@ def _unused(key: str, schema: type, raw: dict[str, Any], choice: str) -> Iterato
         default = getattr(schema, name)
         if choice not in choices and raw.get(name, default) != default:
             belongs = f"belongs to {kind} {' or '.join(choices)}, not to {choice}"
-            yield f"{SECTION}.{key}.{name} = {_show(raw[name])}: {belongs}"
+            yield f"{SECTION}.{key}.{name} = {show(raw[name])}: {belongs}"
 
 
 def _nearest(name: str, key: str, siblings: list[str]) -> str:
@@ -456,9 +392,3 @@ def _all_keys(schema: Any, key: str) -> Iterator[str]:
         for part in (hint, *get_args(hint)):
             if is_dataclass(part) and name != "graphs":
                 yield from _all_keys(part, f"{key}.{name}{index}")
-
-
-def _show(value: Any) -> str:
-    """A value as the user wrote it, in JSON."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -11,7 +11,8 @@ from typing import Literal, cast
 import torch
 from tqdm import tqdm
 
-from spectral_ds.config import GraphConfig, SpectralConfig, SpectralConfigError
+from spectral_ds.config import GraphConfig, SpectralConfig
+from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
     ChebyshevSeries,

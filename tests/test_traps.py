@@ -2,7 +2,6 @@
 replicas, compiled, checkpointed and adapted models, refused features."""
 
 import functools
-from types import SimpleNamespace
 
 import cells
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
-from cells import CELLS, Cell, Training
-from ranks import RankError
+from cells import CELLS, Training
 from test_oracle import METHODS, expected_update, relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -328,137 +326,3 @@ def test_filtering_by_hand_replaces_the_hook(ranks, name):
     by_hand, by_hook = ranks(2).run(attach_by_hand_twice, name)[0]
     for parameter, value in by_hook.items():
         np.testing.assert_allclose(by_hand[parameter], value, atol=1e-6)
-
-
-def refusals():
-    """Messages of attaching to an engine with one unsupported feature after another."""
-    engine = tiny.make_engine(tiny.deepspeed_config(2))
-    zero = engine._config.zero_config
-    changes = {
-        "has_moe_layers": {"has_moe_layers": True},
-        "mp_world_size": {"mp_world_size": 2},
-        "zenflow": {"zenflow": True},
-        "super_offload": {"super_offload": lambda: True},
-        "nvme": {"zero": {"offload_optimizer": SimpleNamespace(device="nvme")}},
-        "mics": {"zero": {"mics_shard_size": 2}},
-        "hpz": {"zero": {"zero_hpz_partition_size": 2}},
-        "deepcompile": {"compile_config": SimpleNamespace(deepcompile=True)},
-        "muon": {"basic_optimizer": type("MuonWithAuxAdam", (), {})()},
-        "optimizer class": {"optimizer": type("OtherOptimizer", (), {})()},
-        "hook": {"_take_model_step": None},
-    }
-    messages = {}
-    for label, change in changes.items():
-        stand_in = _StandIn(engine, zero, change)
-        try:
-            from spectral_ds.engines import _deepspeed_engine_for
-
-            _deepspeed_engine_for(stand_in)
-        except spectral_ds.UnsupportedEngineError as error:
-            messages[label] = str(error)
-    engine.destroy()
-    return messages
-
-
-class _StandIn:
-    """A real engine, but for a few attributes."""
-
-    def __init__(self, engine, zero, change):
-        zero_change = change.pop("zero", {})
-        fields = {name: getattr(zero, name) for name in type(zero).model_fields}
-        self._config = SimpleNamespace(
-            zero_config=SimpleNamespace(**{**fields, **zero_change}),
-            compile_config=change.pop("compile_config", None),
-        )
-        self._missing = [name for name, value in change.items() if value is None]
-        self._engine = engine
-        self.__dict__.update({n: v for n, v in change.items() if v is not None})
-
-    def __getattr__(self, name):
-        if name in self._missing:
-            raise AttributeError(name)
-        return getattr(self._engine, name)
-
-
-def test_unsupported_features_are_refused_with_the_reason(ranks):
-    messages = ranks(2).run(refusals)[0]
-    words = {
-        "has_moe_layers": "mixture-of-experts",
-        "mp_world_size": "tensor or model parallelism",
-        "zenflow": "ZenFlow",
-        "super_offload": "SuperOffload",
-        "nvme": "NVMe",
-        "mics": "MiCS",
-        "hpz": "hpZ",
-        "deepcompile": "DeepCompile",
-        "muon": "Muon",
-        "optimizer class": "OtherOptimizer",
-        "hook": "_take_model_step",
-    }
-    assert messages.keys() == words.keys()
-    for label, word in words.items():
-        assert word in messages[label]
-
-
-def attach_stage_0_fp16():
-    Training(Cell("deepspeed", 0, "fp16"), {})
-
-
-def attach_fsdp1():
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    module = FullyShardedDataParallel(
-        tiny.TinyLlama(), device_id=torch.device("cpu"), use_orig_params=True
-    )
-    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
-
-
-def attach_column_shards():
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
-
-    module = torch.nn.Linear(6, 4)
-    fully_shard(module, shard_placement_fn=lambda p: Shard(p.ndim - 1))
-    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
-
-
-def attach_half_sharded():
-    from torch.distributed.fsdp import fully_shard
-
-    module = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 4))
-    fully_shard(module[0])
-    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
-
-
-def attach_without_optimizer():
-    spectral_ds.attach(torch.nn.Linear(2, 2), config={})
-
-
-def attach_channels_last():
-    module = torch.nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
-    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
-
-
-def attach_foreign_optimizer():
-    other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
-    spectral_ds.attach(torch.nn.Linear(2, 2), other, {})
-
-
-@pytest.mark.parametrize(
-    ("attach", "words"),
-    [
-        (attach_stage_0_fp16, ["fp16", "stage 0", "bf16"]),
-        (attach_fsdp1, ["FSDP1", "fully_shard"]),
-        (attach_column_shards, ["weight", "Shard(dim=1)", "dimension 0"]),
-        (attach_half_sharded, ["1.weight", "root"]),
-        (attach_channels_last, ["weight", "contiguous"]),
-        (attach_without_optimizer, ["optimizer"]),
-        (attach_foreign_optimizer, ["optimizer", "no parameter"]),
-    ],
-)
-def test_what_cannot_be_attached_is_refused_on_every_rank(ranks, attach, words):
-    for outcome in ranks(2).outcomes(attach):
-        assert isinstance(outcome, RankError), outcome
-        assert outcome.kind == "UnsupportedEngineError", outcome.traceback
-        for word in words:
-            assert word in outcome.message
