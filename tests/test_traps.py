@@ -260,6 +260,27 @@ def test_compiled_and_wrapped_models_keep_their_names_and_results(ranks, wrap):
         np.testing.assert_allclose(wrapped["after"][parameter], value, atol=1e-6)
 
 
+def compiled_step(name):
+    training = Training(CELLS[name], SECTION)
+    if training.cell.engine == "deepspeed":
+        training.engine.compile(backend="eager")
+    else:
+        training.wrapped = torch.compile(training.wrapped, backend="eager")
+    training.step()
+    after = training.snapshot()
+    training.close()
+    return after
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
+def test_sharded_models_may_be_compiled(ranks, name):
+    usual = ranks(2).run(step_of_model, name, SECTION, tiny.TinyLlama)[0]
+    compiled = ranks(2).run(compiled_step, name)[0]
+    for parameter, value in compiled.items():
+        plain_name = parameter.replace("_orig_mod.", "")
+        np.testing.assert_allclose(value, usual[plain_name], atol=1e-5)
+
+
 class Adapted(torch.nn.Module):
     """LoRA adapters on a frozen model."""
 
