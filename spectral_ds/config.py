@@ -48,6 +48,7 @@ AVAILABLE: dict[str, tuple[object, ...]] = {
     "regularizer.reference_device": ("same",),
     "monitor.figures_interval": (100,),
     "operator.exchange": ("auto", "boundary"),
+    "checkpoint.enabled": (True,),
 }
 
 # Keys that only some edge families or some responses use.

@@ -122,7 +122,6 @@ def test_default_similarity_keys_load_with_depth() -> None:
         ("monitor.bands", 64),
         ("operator.kernel", "torch_csr"),
         ("operator.exchange", "boundary"),
-        ("checkpoint.enabled", False),
         ("enabled", False),
         ("seed", 2**63 - 1),
     ],
@@ -513,6 +512,7 @@ def test_wrong_coefficients_are_reported_once() -> None:
         ("regularizer.reference_device", "cpu", "same"),
         ("monitor.figures_interval", 50, "100"),
         ("operator.exchange", "transpose", "auto, boundary"),
+        ("checkpoint.enabled", False, "true"),
     ],
 )
 def test_value_of_a_later_version_is_refused_as_not_available(
