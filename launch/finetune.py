@@ -354,8 +354,9 @@ def main() -> None:
     }
     if plugin is not None:
         measured = plugin.metrics()
-        for name in ("filter_seconds", "boundary_bytes", "nodes", "edges"):
+        for name in ("filter_seconds", "boundary_bytes"):
             summary[name] = measured.get(name)  # none before the first monitored step
+        summary |= {"nodes": plugin.graph.num_nodes, "edges": plugin.graph.num_edges}
     if arguments.save_model:
         save_model(engine, tokenizer, arguments.output / "model")
     if rank == 0:

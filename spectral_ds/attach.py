@@ -131,9 +131,12 @@ def _section(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
     What is neither a mapping nor a readable file is left to DeepSpeed to refuse.
     """
-    config = given.get("config", given.get("config_params"))
-    if config is None:
-        config = getattr(given.get("args"), "deepspeed_config", None)
+    places = (
+        given.get("config"),
+        given.get("config_params"),
+        getattr(given.get("args"), "deepspeed_config", None),
+    )
+    config = next((place for place in places if place is not None), None)
     if isinstance(config, str | os.PathLike) and os.path.isfile(config):
         config = read_json(config)
     if isinstance(config, Mapping) and SECTION in config:

@@ -56,7 +56,11 @@ class SpectralPlugin:
         self.config = config
         self.engine = engine
         communicator = engine.communicator
+        models = engine.everyone.gather_objects(list(engine.shapes.items()))
         with engine.everyone.all_or_none():
+            for rank, shapes in enumerate(models):
+                if shapes != models[0]:
+                    raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
             parameters = _choose_parameters(engine.shapes, config.graph)
             try:
                 require_kernel(_kernel(config))
@@ -219,6 +223,19 @@ def _choose_parameters(
             f"parameters, for example {_some(shapes)}"
         )
     return [ParameterNodes(name, shapes[name]) for name in chosen]
+
+
+def _difference(
+    rank: int, shapes: Mapping[str, tuple[int, ...]], first: Mapping[str, tuple[int, ...]]
+) -> str:
+    """How the trainable parameters of a rank differ from those of rank 0."""
+    for name in (*first, *shapes):
+        if first.get(name) != shapes.get(name):
+            return (
+                f"ranks train different models: parameter {name!r} has shape {first.get(name)} "
+                f"on rank 0 and {shapes.get(name)} on rank {rank}"
+            )
+    return f"ranks train different models: parameters are in another order on rank {rank}"
 
 
 def _some(names: Mapping[str, object]) -> str:

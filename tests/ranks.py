@@ -6,6 +6,7 @@ raises reports its error; a rank that hangs ends the pool.
 
 import multiprocessing as mp
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -106,7 +107,7 @@ class RankPool:
             process.kill()
         for process in self._processes:
             process.join()
-        self._store.unlink(missing_ok=True)
+        shutil.rmtree(self._store.parent, ignore_errors=True)
 
 
 def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:

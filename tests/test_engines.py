@@ -24,9 +24,10 @@ def unfiltered(ranks):
 @pytest.mark.parametrize(
     ("name", "world_size", "accumulation"),
     [
-        *((name, size, 1) for name, cell in CELLS.items() for size in cell.world_sizes),
-        *((name, 2, 2) for name, cell in CELLS.items() if 2 in cell.world_sizes),
-        ("plain", 1, 2),
+        (name, size, accumulation)
+        for name, cell in CELLS.items()
+        for size in cell.world_sizes
+        for accumulation in (1, 2)
     ],
 )
 def test_a_step_of_every_cell_equals_the_oracle(ranks, unfiltered, name, world_size, accumulation):
@@ -51,7 +52,8 @@ def test_a_step_of_every_cell_equals_the_oracle(ranks, unfiltered, name, world_s
 
 @pytest.fixture(scope="module")
 def one_process(ranks):
-    return ranks(1).run(ten_steps, "plain", SECTION)[0]
+    """Weights after ten steps on one rank, by the cell that makes the same initial weights."""
+    return functools.cache(lambda name: ranks(1).run(ten_steps, name, SECTION)[0])
 
 
 @pytest.mark.parametrize(
@@ -60,12 +62,14 @@ def one_process(ranks):
         (name, size)
         for name, cell in CELLS.items()
         for size in cell.world_sizes
-        if cell.precision == "fp32" and size in (2, 3) and not cell.zero_init
+        if cell.precision == "fp32" and (size > 1 or not cell.zero_init)
     ],
 )
 def test_ten_adamw_steps_equal_the_one_process_run(ranks, one_process, name, world_size):
     for weights in ranks(world_size).run(ten_steps, name, SECTION):
-        for parameter, value in one_process.items():
+        # zero.Init draws other initial weights.
+        reference = one_process(name if CELLS[name].zero_init else "plain")
+        for parameter, value in reference.items():
             np.testing.assert_allclose(weights[parameter], value, atol=1e-4)
 
 

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["a", "fine", "film", "with", "no", "plot", "but", "the", "best", "cast", "this", "year"]
@@ -31,15 +32,8 @@ def folder(tmp_path_factory):
     )
     torch.manual_seed(0)
     LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=24,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            eos_token_id=0,
-            bos_token_id=0,
+        tiny.llama_config(
+            vocab_size=len(vocabulary), max_position_embeddings=64, eos_token_id=0, bos_token_id=0
         )
     ).save_pretrained(path / "model")
     generator = torch.Generator().manual_seed(0)

@@ -114,6 +114,19 @@ def attach_without_optimizer():
     spectral_ds.attach(torch.nn.Linear(2, 2), config={})
 
 
+def attach_another_model_on_rank_1():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3 + torch.distributed.get_rank()))
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
+def test_different_models_raise_on_every_rank(ranks):
+    for outcome in ranks(2).outcomes(attach_another_model_on_rank_1):
+        assert isinstance(outcome, RankError), outcome
+        assert outcome.kind == "ValueError"
+        for word in ("0.weight", "(3, 2)", "(4, 2)", "rank 1"):
+            assert word in outcome.message
+
+
 def attach_channels_last():
     module = torch.nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
     spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})

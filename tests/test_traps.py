@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from cells import CELLS, Training
 from test_oracle import METHODS, expected_update, relative_error
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import spectral_ds
 
@@ -287,15 +287,7 @@ class Adapted(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        base = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=53,
-                hidden_size=24,
-                intermediate_size=37,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-            )
-        )
+        base = LlamaForCausalLM(tiny.llama_config())
         settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
         self.adapted = peft.get_peft_model(base, settings)
 
