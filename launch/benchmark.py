@@ -15,16 +15,22 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
-from spectral_ds.filters import ChebyshevSeries, Heat, Response, SpectralFilter, Window
+from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Response, Window
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.laplacian import KernelName, ParameterGraph
-from spectral_ds.laplacian.workspace import Workspace
-from spectral_ds.plugin import bucket_elements
+from spectral_ds.laplacian import (
+    KernelName,
+    ParameterGraph,
+    WeightFeatures,
+    Workspace,
+    make_plan,
+)
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.stage import bucket_elements
 
 BLOCK = {
     "self_attn.q_proj": (576, 576),
@@ -44,10 +50,10 @@ def make_filter(
     weights: Tensors,
     family: EdgeFamily,
     response: Response,
-    order: int,
+    order: int | str,
     kernel: KernelName,
     device: torch.device,
-) -> tuple[SpectralFilter, float]:
+) -> tuple[GraphFilter, float]:
     """The filter of one rank that owns everything, and the seconds that building it took."""
     communicator = Communicator(None, device)
     layout = ShardLayout.gather([Fragment(p.name, 0, p.numel) for p in parameters], communicator)
@@ -56,24 +62,24 @@ def make_filter(
         parameters,
         [family],
         layout,
-        weights,
-        communicator,
+        {"weights": WeightFeatures(layout.own, weights, 0, communicator)},
         communicator,
         normalized=True,
-        kernel=kernel,
-        bucket_elements=bucket_elements(device),
-        seed=0,
         progress=lambda done: None,
     )
-    seconds = time.perf_counter() - started
-    series = ChebyshevSeries.fit(response, graph.lambda_max, order, 1e-3)
-    workspace = Workspace(graph.operators, device)
-    return (
-        SpectralFilter(
-            graph.operators, workspace, series, strength=0.5, warmup_steps=0, interval=1
-        ),
-        seconds,
+    transfer = FixedTransfer(response, graph, order, 1e-3, device)
+    plan = make_plan(
+        graph,
+        layout,
+        communicator,
+        communicator,
+        hops=transfer.hops,
+        exchange="auto",
+        kernel=kernel,
+        bucket_elements=bucket_elements(device),
     )
+    seconds = time.perf_counter() - started
+    return GraphFilter(plan.operators, Workspace(plan.operators, device), transfer), seconds
 
 
 def newton_schulz(matrices: Tensors) -> None:
@@ -129,18 +135,22 @@ def main() -> None:
         "copy of the gradient shard": lambda: torch._foreach_copy_(copies, gradients),
         "AdamW, fused": adamw.step,
     }
-    filters: list[tuple[str, EdgeFamily, Response, int, KernelName]] = [
-        ("depth, window, order 1", Depth(), Window(0.4), 1, "auto"),
+    columns = [replace(parameter, kind="column") for parameter in parameters]
+    filters: list[tuple[str, EdgeFamily, Response, int | str, KernelName]] = [
+        ("depth, window, exact", Depth(), Window(0.4), "auto", "auto"),
+        ("depth, heat, exact", Depth(), Heat(1.0), "auto", "auto"),
         ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
+        ("similarity of columns, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
         ("similarity, one hop, torch_csr", Similarity(), Window(0.4), 1, "torch_csr"),
         ("similarity, one hop, torch_sparse", Similarity(), Window(0.4), 1, "torch_sparse"),
     ]
     built = {}
     for label, family, response, order, kernel in filters:
-        spectral_filter, built[label] = make_filter(
-            parameters, weights, family, response, order, kernel, device
+        nodes = columns if "columns" in label else parameters
+        graph_filter, built[label] = make_filter(
+            nodes, weights, family, response, order, kernel, device
         )
-        actions[label] = functools.partial(spectral_filter.apply, copies, 0)
+        actions[label] = functools.partial(graph_filter.apply, copies, 0.5)
     actions["Muon, 5 Newton-Schulz steps"] = lambda: newton_schulz(matrices)
 
     times = {
@@ -150,10 +160,10 @@ def main() -> None:
     copy, muon = times["copy of the gradient shard"], times["Muon, 5 Newton-Schulz steps"]
     elements = sum(parameter.numel for parameter in parameters)
     print(f"{elements / 1e6:.1f} M elements, fp32, {device}, {arguments.threads} threads\n")
-    print(f"{'':34}  {'ms':>9}  {'/ copy':>8}  {'/ Muon':>8}  {'build s':>8}")
+    print(f"{'':37}  {'ms':>9}  {'/ copy':>8}  {'/ Muon':>8}  {'build s':>8}")
     for label, value in times.items():
         build = f"{built[label]:8.2f}" if label in built else ""
-        print(f"{label:34}  {value:9.2f}  {value / copy:8.2f}  {value / muon:8.4f}  {build:>8}")
+        print(f"{label:37}  {value:9.2f}  {value / copy:8.2f}  {value / muon:8.4f}  {build:>8}")
 
 
 if __name__ == "__main__":

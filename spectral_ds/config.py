@@ -30,16 +30,6 @@ from spectral_ds.config_sources import (
 # The values that act in this version. Every other value of these keys is valid but refused.
 # Whoever implements the rest of a key adds the values, or deletes the line once all of them act.
 AVAILABLE: dict[str, tuple[object, ...]] = {
-    "preset": ("paper", "observe"),
-    "graph.node": ("row",),
-    "graph.edges[].family": ("depth", "similarity"),
-    "graph.edges[].features": ("weights",),
-    "graph.refresh_interval": (0,),
-    "graphs": ((),),
-    "filter.response": ("identity", "heat", "tikhonov", "window", "polynomial"),
-    "filter.rescale": ("none",),
-    "filter.apply_to": ("gradient",),
-    "filter.temporal": (None,),
     "regularizer.strength": (0.0,),
     "regularizer.response": ("laplacian",),
     "regularizer.ridge": (0.0,),
@@ -47,7 +37,6 @@ AVAILABLE: dict[str, tuple[object, ...]] = {
     "regularizer.reference": ("pretrained",),
     "regularizer.reference_device": ("same",),
     "monitor.figures_interval": (100,),
-    "operator.exchange": ("auto", "boundary"),
     "checkpoint.enabled": (True,),
 }
 
@@ -57,12 +46,20 @@ FAMILIES_USING = {
     "neighbours": ("similarity",),
     "scope": ("similarity",),
     "sketch_width": ("similarity",),
+    "head_width": ("pair",),
 }
 RESPONSES_USING = {
     "tau": ("heat", "tikhonov"),
     "alpha": ("window",),
     "coefficients": ("polynomial",),
+    "cutoff": ("lowpass", "highpass"),
+    "low": ("bandpass",),
+    "high": ("bandpass",),
+    "gains": ("bands",),
+    "bands": ("wiener", "whiten"),
+    "power": ("whiten",),
 }
+ADAPTIVE = ("wiener", "whiten")
 
 PRESETS = ("paper", "retain", "denoise", "gradient_smoothing", "laplacian_smoothing", "grokfast",
            "whiten", "observe")  # fmt: skip
@@ -112,6 +109,8 @@ class EdgeConfig:
     neighbours: int = _integer(8, at_least=1)  # nearest nodes each node is joined to
     scope: str = _choice("parameter", "parameter", "role")  # where neighbours are looked for
     sketch_width: int = _integer(64, at_least=0)  # length of a projected feature; 0 = never project
+    # pair: rows of an attention head; 0 = from the model's own config
+    head_width: int = _integer(0, at_least=0)
     weight: float = _rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
 
 
@@ -150,6 +149,15 @@ class FilterConfig:
     alpha: float = _unit_interval(0.4)
     # polynomial: of lambda^0, lambda^1, ...
     coefficients: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    # lowpass keeps, highpass drops what is below this share of [0, lambda_max]
+    cutoff: float = _unit_interval(0.25)
+    low: float = _unit_interval(0.0)  # bandpass keeps what is between these shares
+    high: float = _unit_interval(0.5)
+    # bands: of equal bands of [0, lambda_max], lowest first
+    gains: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    # wiener, whiten: equal bands with a gain each
+    bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
+    power: float = _not_negative(0.5)  # whiten: the gain of a band is its power to the minus this
     order: int | str = _rule(  # Chebyshev order; auto = the least within tolerance
         "auto",
         "auto or an integer from 1 to 512",
@@ -161,8 +169,17 @@ class FilterConfig:
     rescale: str = _choice("none", "none", "norm")
     apply_to: str = _choice("gradient", "gradient", "update")
     warmup_steps: int = _integer(0, at_least=0)  # optimizer steps until full strength
+    decay_steps: int = _integer(0, at_least=0)  # steps of its fall to 0 after that; 0 = it stays
     interval: int = _integer(1, at_least=1)  # filter every so many optimizer steps
     temporal: TemporalConfig | None = None
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Running means of gradients, for similarity of gradients, adaptive responses and `snr`."""
+
+    interval: int = _integer(10, at_least=1)  # optimizer steps between samples
+    decay: float = _rule(0.99, "a number > 0 and < 1", lambda value: 0 < value < 1)  # a sample
 
 
 @dataclass(frozen=True)
@@ -212,11 +229,17 @@ class SpectralConfig:
     graph: GraphConfig = GraphConfig()
     graphs: tuple[GraphConfig, ...] = _rule((), "a list of mappings", lambda value: True)  # stacked
     filter: FilterConfig = FilterConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
     monitor: MonitorConfig = MonitorConfig()
     operator: OperatorConfig = OperatorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = _rule(0, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+
+    @property
+    def stack(self) -> tuple[GraphConfig, ...]:
+        """The graphs that filter one after another."""
+        return self.graphs or (self.graph,)
 
     def digest(self) -> str:
         """SHA-256 of the configuration, hexadecimal; equal on two ranks iff all values are."""
@@ -251,18 +274,52 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     refused = {problem.partition(" = ")[0] for problem in problems}
     if f"{SECTION}.filter.response" not in refused:
         problems += _unused("filter", FilterConfig, user.get("filter", {}), response)
-    for index, edge in enumerate(user.get("graph", {}).get("edges", ())):
-        family = edge.get("family", EdgeConfig.family)
-        problems += _unused(f"graph.edges[{index}]", EdgeConfig, edge, family)
-    coefficients = (preset.get("filter", {}) | user.get("filter", {})).get("coefficients")
-    key = f"{SECTION}.filter.coefficients"
-    if response == "polynomial" and not coefficients and key not in refused:
-        problems.append(f"{key} = []: must hold at least one number for response polynomial")
+    graphs = {f"graphs[{i}]": graph for i, graph in enumerate(user.get("graphs", ()))}
+    for key, graph in {"graph": user.get("graph", {}), **graphs}.items():
+        for index, edge in enumerate(graph.get("edges", ())):
+            family = edge.get("family", EdgeConfig.family)
+            problems += _unused(f"{key}.edges[{index}]", EdgeConfig, edge, family)
+    for name, of_response in {"coefficients": "polynomial", "gains": "bands"}.items():
+        numbers = (preset.get("filter", {}) | user.get("filter", {})).get(name)
+        key = f"{SECTION}.filter.{name}"
+        if response == of_response and not numbers and key not in refused:
+            problems.append(f"{key} = []: must hold at least one number for response {response}")
+    if user.get("graph") and graphs:
+        problems.append(
+            f"{SECTION}.graphs = {show(user['graphs'])}: stands in place of {SECTION}.graph; "
+            "write one of them"
+        )
     if problems:
         raise SpectralConfigError("\n".join(problems))
     merged = OmegaConf.to_container(OmegaConf.merge(preset, user))
     config: SpectralConfig = _frozen(SpectralConfig, merged)
+    problems += _contradictions(config)
+    if problems:
+        raise SpectralConfigError("\n".join(problems))
     return config
+
+
+def _contradictions(config: SpectralConfig) -> Iterator[str]:
+    """Problems of values that are valid each, but not together."""
+    low, high = config.filter.low, config.filter.high
+    if config.filter.response == "bandpass" and low >= high:
+        yield f"{SECTION}.filter.low = {low:g}: must be below filter.high = {high:g}"
+    for index, graph in enumerate(config.stack):
+        key = f"{SECTION}.graphs[{index}]" if config.graphs else f"{SECTION}.graph"
+        by_gradient = [edge for edge in graph.edges if edge.features == "gradient"]
+        if by_gradient and graph.refresh_interval == 0:
+            yield (
+                f"{key}.refresh_interval = 0: edges by features gradient are made when the graph "
+                "is rebuilt; must be an integer >= 1"
+            )
+        widths = sorted({edge.sketch_width for edge in by_gradient})
+        if len(widths) > 1:
+            yield (
+                f"{key}.edges: sketch_width = {widths}: all edges by features gradient must have "
+                "the same"
+            )
+        if graph.node == "element" and any(edge.family == "similarity" for edge in graph.edges):
+            yield f"{key}.node = element: family similarity has nothing to compare in one number"
 
 
 def _read_preset(name: str) -> dict[str, Any]:

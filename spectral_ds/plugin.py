@@ -1,79 +1,76 @@
-"""SpectralPlugin: what happens at a step, in order, and how it is set up.
+"""SpectralPlugin: what happens at a step, in order.
 
-The only place that sees both engines and graphs. Reads the configuration and hands plain
-arguments to everything below.
+The only place that sees both engines and graphs. `stage.py` reads the configuration of each graph.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from spectral_ds.config import GraphConfig, SpectralConfig
+from spectral_ds.config import SpectralConfig
 from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
-    ChebyshevSeries,
-    Heat,
-    Identity,
-    Polynomial,
-    Response,
+    NormKeeper,
     SpectralFilter,
-    Tikhonov,
-    Window,
+    StrengthSchedule,
+    TemporalFilter,
+    Updates,
 )
-from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity, match_parameters
-from spectral_ds.laplacian import KernelName, KernelUnavailableError, ParameterGraph, require_kernel
-from spectral_ds.laplacian.workspace import Workspace
-from spectral_ds.monitor import Monitor
+from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
+from spectral_ds.laplacian import (
+    KernelName,
+    KernelUnavailableError,
+    ParameterGraph,
+    require_kernel,
+)
+from spectral_ds.monitor import ENOUGH_SAMPLES, Monitor, verdict
 from spectral_ds.sharding import ShardLayout
-from spectral_ds.spectrum import chebyshev_moments, squared_norm
+from spectral_ds.spectrum import (
+    Density,
+    Eigenpairs,
+    SignalToNoise,
+    chebyshev_moments,
+    density_of_states,
+    lowest_eigenpairs,
+    squared_norm,
+)
+from spectral_ds.stage import Stage, choose_parameters, edge_families
 
-
-def bucket_elements(device: torch.device) -> int:
-    """How many elements to pack into a bucket, over all ranks.
-
-    On CPUs a bucket should stay in the cache (measured on 53 M elements: 1.9 times faster);
-    accelerators want fewer and larger launches.
-    """
-    return 2**20 if device.type == "cpu" else 2**26
+Signal = Sequence[torch.Tensor | None]
 
 
 class SpectralPlugin:
-    """Filters the gradients of one engine before each of its optimizer steps.
+    """Filters the gradients or updates of one engine at each of its optimizer steps.
 
     Made by `spectral_ds.initialize` or `spectral_ds.attach`, on every rank (collective).
 
     Attributes:
         config: the configuration in use.
-        graph: the parameter graph.
+        stages: the graphs that filter one after another, each with what acts on it.
         attached: False once detached.
     """
 
     def __init__(self, engine: Engine, config: SpectralConfig) -> None:
         self.config = config
         self.engine = engine
-        communicator = engine.communicator
-        models = engine.everyone.gather_objects(list(engine.shapes.items()))
-        with engine.everyone.all_or_none():
-            for rank, shapes in enumerate(models):
-                if shapes != models[0]:
-                    raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
-            parameters = _choose_parameters(engine.shapes, config.graph)
-            try:
-                require_kernel(_kernel(config))
-            except KernelUnavailableError as error:
-                raise SpectralConfigError(f"spectral_ds.{error}") from error
-        layout = ShardLayout.gather(engine.fragments, communicator)
-        layout.check({parameter.name: parameter.numel for parameter in parameters})
-        self.graph = self._build_graph(parameters, layout)
-        operators = [*self.graph.operators, *self.graph.sampled_operators]
-        self._workspace = Workspace(operators, communicator.device)
-        self.filter = self._build_filter()
+        chosen = self._agree_on_parameters()
+        layout = ShardLayout.gather(engine.fragments, engine.communicator)
+        nodes = {node.name: node for nodes in chosen for node in nodes}
+        layout.check({name: node.numel for name, node in nodes.items()})
+        self._is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
+        self.stages = [
+            Stage(parameters, graph, config, engine, layout)
+            for parameters, graph in zip(chosen, config.stack, strict=True)
+        ]
+        self.filter = self._build_filter(list(nodes))
+        self._updates = Updates(self._weights()) if self._acts_on_updates else None
         self.monitor = Monitor(
-            self._squared_norm,
+            lambda signal: squared_norm(signal, engine.communicator),
             self._moments,
             engine.write,
             self._warn,
@@ -81,14 +78,15 @@ class SpectralPlugin:
             interval=config.monitor.interval if config.monitor.enabled else 0,
             bands=config.monitor.bands,
         )
-        self._filtered_step = -1
+        self._handled_step = -1
         self._skipped_steps = engine.skipped_steps
+        self._has_judged = False
         self.attached = True
-        engine.install(self.before_step)
+        engine.install(self.before_step, self.after_update if self._acts_on_updates else None)
 
     def before_step(self) -> None:
         """What the engine calls before its optimizer step, unless it has been done by hand."""
-        if self._filtered_step != self.engine.step:
+        if self._handled_step != self.engine.step:
             self.filter_gradients()
 
     def filter_gradients(self) -> None:
@@ -98,37 +96,177 @@ class SpectralPlugin:
         and before `clip_grad_norm_`. The hook then leaves this step alone.
         """
         self._warn_of_skipped_steps()
-        step = self._filtered_step = self.engine.step
-        gradients = self.engine.gradients()  # fragments of this rank, writable views
-        self.monitor.before_filter(step, gradients)  # only on monitor steps
-        self.filter.apply(gradients, step)  # h(L) X, boundary rows exchanged on the way
-        self.engine.gradients_changed()  # norms that were taken too early
-        self.monitor.after_filter(step, gradients, self._facts(step))
+        step = self._handled_step = self.engine.step
+        gradients = self._only_filtered(self.engine.gradients())  # of this rank, writable views
+        scale = self.engine.loss_scale
+        for stage in self.stages:
+            if stage.is_due(step):
+                stage.build()  # a new graph, every refresh_interval
+            stage.observe(step, gradients, scale)  # signal and noise, every statistics.interval
+        if self._filters_update(step):
+            self._remember_weights()
+        else:
+            self._apply(step, "gradient", gradients, scale)
+            if not self.filter.is_idle(step):
+                self.engine.gradients_changed()  # norms that were taken too early
+
+    def after_update(self) -> None:
+        """What the engine calls when the base optimizer has moved its most precise weights."""
+        step = self._handled_step
+        if self._updates is not None and self._filters_update(step):
+            with self._updates.of(self._weights()) as moved:
+                updates = iter(moved)
+                signal = [next(updates) if chosen else None for chosen in self._is_filtered]
+                self._apply(step, "update", signal, 1.0)
+
+    def _apply(self, step: int, what: str, signal: Signal, scale: float) -> None:
+        """Y = (1 − s) X + s · h(L) X, measured before and after on monitor steps."""
+        self.monitor.before_filter(step, what, signal)
+        self.filter.apply(signal, step, scale)  # neighbours are exchanged on the way
+        self.monitor.after_filter(step, what, signal, lambda: self._facts(step))
 
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
         self.engine.remove()
         self.attached = False
 
+    @property
+    def graph(self) -> ParameterGraph:
+        """The parameter graph; of several, the first."""
+        return self.stages[0].graph
+
     def metrics(self) -> dict[str, float]:
         """Metrics of the last monitored step, equal on all ranks; empty before the first.
 
-        `step`; `gradient_norm/before` and `/after` of the filtered parameters;
-        `band_energy_before/b` and `band_energy_after/b`, shares of energy in equal bands of
-        frequency, lowest first; `filter_seconds` of the slowest rank; `boundary_bytes` that all
-        ranks sent in the step; `strength`; `skipped_steps` so far; `nodes`; `edges`.
+        `step`; `gradient_norm/before` and `/after` of the filtered parameters (`update_norm` if
+        updates are filtered); `band_energy_before/b` and `band_energy_after/b`, shares of energy in
+        equal bands of frequency, lowest first; `signal_to_noise/b`, `/total` and
+        `/kept_over_total`, once two gradients were sampled; `filter_seconds` of the slowest rank;
+        `boundary_bytes` that all ranks sent in the step; `strength`; `skipped_steps` so far;
+        `nodes`; `edges`. Of several graphs, spectra are measured on the first.
         """
         return dict(self.monitor.metrics)
 
     def describe(self) -> str:
         """What is attached, for people."""
-        series = self.filter.series
+        parts = []
+        for stage in self.stages:
+            transfer = stage.filter.transfer
+            parts.append(
+                f"{stage.graph.describe()}; {stage.plan.describe()}; filter "
+                f"{self.config.filter.response} of Chebyshev order {transfer.hops} "
+                f"(error <= {transfer.error:.1e}); scratch "
+                f"{stage.workspace.bytes / 2**20:.1f} MiB on this rank"
+            )
         return (
-            f"{self.graph.describe()}; filter {self.config.filter.response} of Chebyshev order "
-            f"{series.order} (error <= {series.error:.1e}), strength "
-            f"{self.config.filter.strength:g}; scratch {self._workspace.bytes / 2**20:.1f} MiB "
-            "on this rank"
+            "; then ".join(parts)
+            + f"; strength {self.config.filter.strength:g} on {self.config.filter.apply_to}s"
         )
+
+    def eigenpairs(self, k: int, graph: int = 0) -> list[Eigenpairs]:
+        """The k lowest eigenpairs of every group of joined parameters (collective).
+
+        Args:
+            graph: which of several stacked graphs.
+
+        Raises:
+            NotConvergedError: the solver did not reach its residual; on all ranks.
+        """
+        stage = self.stages[graph]
+        with tqdm(
+            total=len(stage.graph.groups),
+            desc="spectral_ds: eigenpairs",
+            unit="group",
+            disable=self.engine.everyone.rank > 0,
+            mininterval=1,
+        ) as bar:
+            return lowest_eigenpairs(
+                stage.graph,
+                k,
+                self.engine.communicator,
+                seed=self.config.seed,
+                progress=bar.update,
+            )
+
+    def density(self, bins: int, graph: int = 0) -> Density:
+        """Share of the graph's eigenvalues in each of equal bins of [0, λ_max] (collective)."""
+        return density_of_states(
+            self.stages[graph].graph, bins, self.engine.communicator, seed=self.config.seed
+        )
+
+    def band_energies(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Shares of energy in equal bands of frequency at the last monitored step.
+
+        Returns:
+            "before" and "after" the filter: (bands,), float64, lowest first; empty before the
+            first monitored step.
+        """
+        metrics, bands = self.monitor.metrics, range(self.config.monitor.bands)
+        return {
+            when: np.array([metrics[f"band_energy_{when}/{b}"] for b in bands])
+            for when in ("before", "after")
+            if f"band_energy_{when}/0" in metrics
+        }
+
+    def snr(self, graph: int = 0) -> SignalToNoise:
+        """Signal, noise and their ratio per band of frequency, from the samples so far.
+
+        Raises:
+            RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
+        """
+        statistics = self.stages[graph].statistics
+        if statistics is None:
+            raise RuntimeError(
+                "signal and noise are not measured: set spectral_ds.monitor.enabled to true, and "
+                "graph.node to row or column"
+            )
+        return statistics.signal_to_noise()
+
+    def _facts(self, step: int) -> Mapping[str, float]:
+        is_idle = self.filter.is_idle(step)
+        facts = {
+            "boundary_bytes": float(0 if is_idle else sum(s.plan.bytes_sent for s in self.stages)),
+            "strength": self.filter.schedule.at(step),
+            "skipped_steps": float(self.engine.skipped_steps),
+            "nodes": float(sum(stage.graph.num_nodes for stage in self.stages)),
+            "edges": float(sum(stage.graph.num_edges for stage in self.stages)),
+        }
+        stage = self.stages[0]
+        if stage.statistics is not None and stage.statistics.samples >= 2:
+            found = stage.statistics.signal_to_noise()
+            gains = stage.filter.transfer.values(2 * found.centers - 1).cpu().numpy()
+            facts |= found.metrics(gains)
+            if not self._has_judged and stage.statistics.samples >= ENOUGH_SAMPLES:
+                self._has_judged = True
+                self.engine.log(f"spectral_ds: {verdict(found.signal, found.noise, gains)}")
+        return facts
+
+    def _moments(self, signal: Signal, count: int) -> torch.Tensor:
+        stage = self.stages[0]
+        return chebyshev_moments(
+            stage.plan.sampled, stage.workspace, signal, count, self.engine.communicator
+        )
+
+    @property
+    def _acts_on_updates(self) -> bool:
+        return self.config.filter.apply_to == "update"
+
+    def _filters_update(self, step: int) -> bool:
+        """Whether this step's update is filtered, not its gradient."""
+        return self._acts_on_updates and not self.filter.is_idle(step)
+
+    def _only_filtered(self, fragments: list[torch.Tensor | None]) -> Signal:
+        pairs = zip(fragments, self._is_filtered, strict=True)
+        return [fragment if chosen else None for fragment, chosen in pairs]
+
+    def _weights(self) -> list[torch.Tensor]:
+        """The weights of filtered fragments."""
+        pairs = zip(self.engine.weights(), self._is_filtered, strict=True)
+        return [weight for weight, chosen in pairs if chosen]
+
+    def _remember_weights(self) -> None:
+        assert self._updates is not None, "made if updates are filtered"
+        self._updates.remember(self._weights())
 
     def _warn_of_skipped_steps(self) -> None:
         skipped = self.engine.skipped_steps
@@ -139,90 +277,55 @@ class SpectralPlugin:
     def _warn(self, message: str) -> None:
         self.engine.log(f"spectral_ds: {message}", logging.WARNING)
 
-    def _facts(self, step: int) -> Mapping[str, float]:
-        return {
-            "boundary_bytes": float(self.graph.bytes_per_hop * self.filter.hops_at(step)),
-            "strength": self.filter.strength_at(step),
-            "skipped_steps": float(self.engine.skipped_steps),
-            "nodes": float(self.graph.num_nodes),
-            "edges": float(self.graph.num_edges),
-        }
+    def _agree_on_parameters(self) -> list[list[ParameterNodes]]:
+        """The parameters of each graph; all ranks raise if one cannot go on."""
+        engine, config = self.engine, self.config
+        models = engine.everyone.gather_objects(list(engine.shapes.items()))
+        chosen = []
+        with engine.everyone.all_or_none():
+            for rank, shapes in enumerate(models):
+                if shapes != models[0]:
+                    raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
+            for index, graph in enumerate(config.stack):
+                key = f"graphs[{index}]" if config.graphs else "graph"
+                chosen.append(choose_parameters(engine.shapes, graph, key))
+                try:
+                    for family in edge_families(graph, engine):
+                        family.links(chosen[-1])
+                except UnknownHeadWidthError as error:
+                    raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
+            kernel: KernelName = config.operator.kernel  # type: ignore[assignment]
+            try:
+                require_kernel(kernel)
+            except KernelUnavailableError as error:
+                raise SpectralConfigError(f"spectral_ds.{error}") from error
+        return chosen
 
-    def _squared_norm(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        return squared_norm(self.graph.operators, signal, self.engine.communicator)
-
-    def _moments(self, signal: Sequence[torch.Tensor | None], count: int) -> torch.Tensor:
-        return chebyshev_moments(
-            self.graph.sampled_operators, self._workspace, signal, count, self.engine.communicator
-        )
-
-    def _build_graph(
-        self, parameters: Sequence[ParameterNodes], layout: ShardLayout
-    ) -> ParameterGraph:
-        communicator, config = self.engine.communicator, self.config
-        with tqdm(
-            total=len(parameters),
-            desc="spectral_ds: building the parameter graph",
-            unit="parameter",
-            disable=self.engine.everyone.rank > 0,
-            mininterval=1,
-        ) as bar:
-            return ParameterGraph.build(
-                parameters,
-                _families(config.graph),
-                layout,
-                self.engine.weights(),
+    def _build_filter(self, names: Sequence[str]) -> SpectralFilter:
+        settings, communicator = self.config.filter, self.engine.communicator
+        number = {name: index for index, name in enumerate(names)}
+        norms = temporal = None
+        if settings.rescale == "norm":
+            # Fragments that are not filtered share a number of their own.
+            owners = [number.get(f.parameter, len(names)) for f in self.engine.fragments]
+            norms = NormKeeper(owners, len(names) + 1, communicator)
+        if settings.temporal is not None:
+            lengths = [
+                fragment.length if chosen else 0
+                for fragment, chosen in zip(self.engine.fragments, self._is_filtered, strict=True)
+            ]
+            temporal = TemporalFilter(
+                lengths,
                 communicator,
-                self.engine.everyone,
-                normalized=config.graph.laplacian == "normalized",
-                kernel=_kernel(config),
-                bucket_elements=bucket_elements(communicator.device),
-                seed=config.seed,
-                progress=bar.update,
+                decay=settings.temporal.decay,
+                amplify=settings.temporal.amplify,
             )
-
-    def _build_filter(self) -> SpectralFilter:
-        settings = self.config.filter
-        try:
-            series = ChebyshevSeries.fit(
-                _response(self.config), self.graph.lambda_max, settings.order, settings.tolerance
-            )
-        except ValueError as error:
-            raise SpectralConfigError(f"spectral_ds.{error}") from error
+        schedule = StrengthSchedule(
+            settings.strength, settings.warmup_steps, settings.decay_steps, settings.interval
+        )
         return SpectralFilter(
-            self.graph.operators,
-            self._workspace,
-            series,
-            strength=settings.strength,
-            warmup_steps=settings.warmup_steps,
-            interval=settings.interval,
+            lambda: [stage.filter for stage in self.stages], schedule, norms, temporal
         )
-
-
-def _choose_parameters(
-    shapes: Mapping[str, tuple[int, ...]], config: GraphConfig
-) -> list[ParameterNodes]:
-    """The parameters that the patterns choose.
-
-    Raises:
-        SpectralConfigError: a pattern that the user wrote matches no parameter, or none is left.
-    """
-    chosen, unmatched = match_parameters(shapes, config.include, config.exclude)
-    defaults = GraphConfig()
-    for key in ("include", "exclude"):
-        for pattern in getattr(config, key):
-            if pattern in unmatched and pattern not in getattr(defaults, key):
-                raise SpectralConfigError(
-                    f"spectral_ds.graph.{key}: pattern {pattern!r} matches no trainable "
-                    f"parameter; there are {len(shapes)}, for example {_some(shapes)}"
-                )
-    if not chosen:
-        raise SpectralConfigError(
-            f"spectral_ds.graph: no parameter is left to filter; include {list(config.include)} "
-            f"without exclude {list(config.exclude)} leaves none of {len(shapes)} trainable "
-            f"parameters, for example {_some(shapes)}"
-        )
-    return [ParameterNodes(name, shapes[name]) for name in chosen]
 
 
 def _difference(
@@ -236,37 +339,3 @@ def _difference(
                 f"on rank 0 and {shapes.get(name)} on rank {rank}"
             )
     return f"ranks train different models: parameters are in another order on rank {rank}"
-
-
-def _some(names: Mapping[str, object]) -> str:
-    return ", ".join(list(names)[:3]) or "none"
-
-
-def _families(config: GraphConfig) -> list[EdgeFamily]:
-    return [
-        Depth(edge.weight)
-        if edge.family == "depth"
-        else Similarity(
-            edge.neighbours,
-            cast(Literal["parameter", "role"], edge.scope),
-            edge.sketch_width,
-            edge.weight,
-        )
-        for edge in config.edges
-    ]
-
-
-def _response(config: SpectralConfig) -> Response:
-    settings = config.filter
-    responses: dict[str, Response] = {
-        "identity": Identity(),
-        "heat": Heat(settings.tau),
-        "tikhonov": Tikhonov(settings.tau),
-        "window": Window(settings.alpha),
-        "polynomial": Polynomial(settings.coefficients),
-    }
-    return responses[settings.response]
-
-
-def _kernel(config: SpectralConfig) -> KernelName:
-    return cast(KernelName, config.operator.kernel)

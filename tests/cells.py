@@ -234,7 +234,7 @@ def one_step(name: str, section: Any, accumulation: int = 1, clipping: float = 0
         ]
         facts["sizes"] = {n: int(np.prod(s)) for n, s in training.plugin.engine.shapes.items()}
         facts["shard_ranks"] = training.plugin.engine.communicator.world_size
-        facts["bytes_per_hop"] = training.plugin.graph.bytes_per_hop
+        facts["bytes_sent"] = sum(stage.plan.bytes_sent for stage in training.plugin.stages)
     training.close()
     return facts
 

@@ -27,7 +27,7 @@ def unfiltered(ranks):
         (name, size, accumulation)
         for name, cell in CELLS.items()
         for size in cell.world_sizes
-        for accumulation in (1, 2)
+        for accumulation in ((1, 2) if size in (1, 3) else (1,))
     ],
 )
 def test_a_step_of_every_cell_equals_the_oracle(ranks, unfiltered, name, world_size, accumulation):
@@ -62,7 +62,7 @@ def one_process(ranks):
         (name, size)
         for name, cell in CELLS.items()
         for size in cell.world_sizes
-        if cell.precision == "fp32" and (size > 1 or not cell.zero_init)
+        if cell.precision == "fp32" and size in (1, 2, 4) and (size > 1 or not cell.zero_init)
     ],
 )
 def test_ten_adamw_steps_equal_the_one_process_run(ranks, one_process, name, world_size):
@@ -91,5 +91,5 @@ def test_clipping_uses_the_norm_of_the_filtered_gradient(ranks, unfiltered, name
 def test_depth_edges_between_parameters_cut_alike_send_nothing(ranks, name, world_size):
     section = METHODS["depth-window"]
     for result in ranks(world_size).run(one_step, name, section):
-        assert result["bytes_per_hop"] == 0
+        assert result["bytes_sent"] == 0
         assert result["metrics"]["boundary_bytes"] == 0

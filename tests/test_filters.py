@@ -1,4 +1,6 @@
-"""Responses, Chebyshev series and their error, against PyGSP and dense functions."""
+"""Responses, their Chebyshev series and what else a filter is made of."""
+
+import itertools
 
 import numpy as np
 import pygsp
@@ -7,42 +9,71 @@ import scipy.sparse
 import torch
 
 from spectral_ds.filters import (
+    NO_SERIES,
+    BandTransfer,
     ChebyshevSeries,
+    FixedTransfer,
+    GraphFilter,
     Heat,
     Identity,
+    NormKeeper,
     Polynomial,
+    SpectralFilter,
+    StrengthSchedule,
+    TemporalFilter,
     Tikhonov,
+    ToleranceError,
+    Updates,
     Window,
+    chebyshev,
+    whiten_gains,
+    wiener_gains,
 )
 from spectral_ds.filters.chebyshev import apply_series
-from spectral_ds.filters.spectral_filter import SpectralFilter
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph
-from spectral_ds.laplacian.workspace import Workspace
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.spectrum import SignalAndNoise
 
 CPU = torch.device("cpu")
+ALONE = Communicator.alone(CPU)
+SPARSE = (Similarity(4), Depth())
+PATHS = (Depth(),)  # these are filtered by their exact eigenbasis
 
 
-def small_graph(normalized=True, kernel="torch_csr"):
+def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
+    """The graph of three 9 × 5 parameters, and a plan of one operator."""
     parameters = [ParameterNodes(f"l.{block}.w", (9, 5)) for block in range(3)]
-    communicator = Communicator(None, CPU)
-    layout = ShardLayout.gather([Fragment(p.name, 0, 45) for p in parameters], communicator)
+    layout = ShardLayout.gather([Fragment(p.name, 0, 45) for p in parameters], ALONE)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(45, generator=generator) for _ in parameters]
-    return ParameterGraph.build(
+    graph = ParameterGraph.build(
         parameters,
-        [Similarity(4), Depth()],
+        families,
         layout,
-        weights,
-        communicator,
-        communicator,
+        {"weights": WeightFeatures(layout.own, weights, 0, ALONE)},
+        ALONE,
         normalized=normalized,
-        kernel=kernel,
-        bucket_elements=10**6,
-        seed=0,
         progress=lambda done: None,
     )
+    plan = make_plan(
+        graph,
+        layout,
+        ALONE,
+        ALONE,
+        hops=3,
+        exchange="auto",
+        kernel=kernel,
+        bucket_elements=10**6,
+    )
+    assert len(plan.operators) == 1
+    return graph, plan
+
+
+def filter_of(graph, plan, transfer, **schedule):
+    """The whole filter of one graph."""
+    graph_filter = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer)
+    return SpectralFilter(lambda: [graph_filter], StrengthSchedule(**schedule))
 
 
 @pytest.mark.parametrize(
@@ -81,17 +112,17 @@ def test_an_order_below_the_degree_reports_its_error():
 
 
 def test_a_tolerance_out_of_reach_names_the_keys():
-    with pytest.raises(ValueError, match=r"filter\.tolerance 0\.001 .* 512 .* filter\.tau"):
+    with pytest.raises(ToleranceError, match=r"filter\.tolerance 0\.001 .* 512 .* filter\.tau"):
         ChebyshevSeries.fit(Heat(1e6), 2.0, "auto", 1e-3)
 
 
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize(("tau", "order"), [(1.0, 30), (4.0, 40)])
 def test_heat_equals_pygsp(normalized, tau, order):
-    graph = small_graph(normalized)
+    graph, plan = small_graph(normalized)
     kind = "normalized" if normalized else "combinatorial"
     # W is read back from the combinatorial Laplacian of the same graph.
-    combinatorial = small_graph(False).laplacian().toarray()
+    combinatorial = small_graph(False)[0].laplacian().toarray()
     adjacency = scipy.sparse.csr_matrix(np.diag(np.diag(combinatorial)) - combinatorial)
     reference = pygsp.graphs.Graph(adjacency, lap_type=kind)
     reference.compute_fourier_basis()
@@ -99,28 +130,26 @@ def test_heat_equals_pygsp(normalized, tau, order):
     signal = torch.randn(27, 5, generator=torch.Generator().manual_seed(2))
     expected = heat.filter(signal.double().numpy(), method="exact")
     series = ChebyshevSeries.fit(Heat(tau), graph.lambda_max, order, 1e-3)
-    [operator] = graph.operators
-    workspace = Workspace(graph.operators, CPU)
-    scratch = workspace.of(operator)
+    [operator] = plan.operators
+    scratch = Workspace(plan.operators, CPU).of(operator)
     scratch.x.copy_(signal)
-    apply_series(operator, series.coefficients, scratch)
+    apply_series(operator, torch.tensor(series.coefficients), scratch)
     np.testing.assert_allclose(scratch.out.numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("families", [SPARSE, PATHS])
 @pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
-def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel):
-    graph = small_graph(kernel=kernel)
-    workspace = Workspace(graph.operators, CPU)
-    series = ChebyshevSeries.fit(Heat(1.0), 2.0, "auto", 1e-3)
-    spectral_filter = SpectralFilter(
-        graph.operators, workspace, series, strength=0.5, warmup_steps=0, interval=1
-    )
+def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
+    graph, plan = small_graph(kernel=kernel, families=families)
+    workspace = Workspace(plan.operators, CPU)
+    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
+    graph_filter = GraphFilter(plan.operators, workspace, transfer)
     results = []
     for leftover in (0.0, float("nan")):
-        for buffer in workspace.of(graph.operators[0]):
+        for buffer in workspace.of(plan.operators[0]):
             buffer.fill_(leftover)
         gradients = [torch.arange(45.0) + i for i in range(3)]
-        spectral_filter.apply(gradients, 0)
+        graph_filter.apply(gradients, 0.5)
         results.append(torch.cat(gradients))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     assert results[0].isfinite().all()
@@ -128,35 +157,15 @@ def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel):
 
 @pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "auto"])
 def test_kernels_multiply_alike(kernel):
-    operator = small_graph(normalized=False, kernel=kernel).operators[0]
-    dense = small_graph(normalized=False).laplacian().toarray()
-    lambda_max = small_graph(normalized=False).lambda_max
-    scaled = 2 / lambda_max * dense - np.eye(27)
+    graph, plan = small_graph(normalized=False, kernel=kernel)
+    [operator] = plan.operators
+    scaled = 2 / graph.lambda_max * graph.laplacian().toarray() - np.eye(27)
     x = torch.randn(27, 5)
     out = torch.randn(27, 5)
     for alpha, beta in ((1.0, 0.0), (2.0, -1.0)):
         expected = alpha * scaled @ x.double().numpy() + beta * out.double().numpy()
         operator.apply(x, out, alpha, beta)
         np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
-
-
-def test_strength_warms_up_and_interval_skips_steps():
-    graph = small_graph()
-    series = ChebyshevSeries.fit(Heat(1.0), 2.0, "auto", 1e-3)
-    spectral_filter = SpectralFilter(
-        graph.operators,
-        Workspace(graph.operators, CPU),
-        series,
-        strength=0.8,
-        warmup_steps=4,
-        interval=2,
-    )
-    strengths = [spectral_filter.strength_at(step) for step in range(8)]
-    np.testing.assert_allclose(strengths, [0.2, 0, 0.6, 0, 0.8, 0, 0.8, 0])
-    assert [spectral_filter.hops_at(step) for step in (0, 1)] == [series.order, 0]
-    gradients = [torch.ones(45) for _ in range(3)]
-    spectral_filter.apply(gradients, 1)
-    assert all((gradient == 1).all() for gradient in gradients)
 
 
 def test_a_missing_torch_sparse_is_an_error_or_a_warning(monkeypatch, caplog):
@@ -174,6 +183,259 @@ def test_a_missing_torch_sparse_is_an_error_or_a_warning(monkeypatch, caplog):
         require_kernel("auto")
         assert len(caplog.records) == 1
         assert "native CSR" in caplog.text
-        assert small_graph(kernel="auto").operators[0].kernel.name == "torch_csr"
+        assert small_graph(kernel="auto")[1].operators[0].kernel.name == "torch_csr"
     finally:
         kernels._torch_sparse.cache_clear()
+
+
+# Strength
+
+
+@pytest.mark.parametrize(
+    ("schedule", "strengths"),
+    [
+        ({"warmup_steps": 4, "interval": 2}, [0.2, 0, 0.6, 0, 0.8, 0, 0.8, 0]),
+        ({"warmup_steps": 2, "decay_steps": 4}, [0.4, 0.8, 0.8, 0.6, 0.4, 0.2, 0, 0]),
+        ({"decay_steps": 2, "interval": 3}, [0.8, 0, 0, 0, 0, 0, 0, 0]),
+        ({}, [0.8] * 8),
+    ],
+)
+def test_strength_warms_up_falls_and_skips_steps(schedule, strengths):
+    found = [StrengthSchedule(0.8, **schedule).at(step) for step in range(8)]
+    np.testing.assert_allclose(found, strengths, atol=1e-15)
+
+
+def test_a_step_of_strength_zero_leaves_gradients_alone():
+    graph, plan = small_graph()
+    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
+    whole = filter_of(graph, plan, transfer, strength=0.8, warmup_steps=4, interval=2)
+    gradients = [torch.randn(45) for _ in range(3)]
+    before = torch.cat(gradients)
+    assert [whole.is_idle(step) for step in range(4)] == [False, True, False, True]
+    whole.apply(gradients, 1)
+    assert torch.equal(torch.cat(gradients), before)
+    whole.apply(gradients, 2)
+    assert not torch.equal(torch.cat(gradients), before)
+
+
+@pytest.mark.parametrize("families", [SPARSE, PATHS])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_strength_mixes_the_filtered_signal_with_the_signal(families, strength):
+    graph, plan = small_graph(families=families)
+    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-6, CPU)
+    gradients = [torch.randn(45) for _ in range(3)]
+    x = torch.cat(gradients).view(27, 5).double().numpy()
+    values, vectors = np.linalg.eigh(graph.laplacian().toarray())
+    filtered = (vectors * np.exp(-values)) @ vectors.T @ x
+    filter_of(graph, plan, transfer, strength=strength).apply(gradients, 0)
+    expected = (1 - strength) * x + strength * filtered
+    np.testing.assert_allclose(torch.cat(gradients).view(27, 5), expected, atol=1e-5)
+
+
+def test_graphs_filter_one_after_another_then_comes_the_norm_then_time():
+    order = []
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def is_identity(self, strength):
+            return strength == 0
+
+        def apply(self, signal, strength):
+            order.append((self.name, strength))
+
+        def norms(self, signal):
+            order.append("norms")
+            return 1.0
+
+        def restore(self, signal, norms):
+            order.append("restored")
+
+    class Time:
+        def apply(self, signal, scale):
+            order.append(("time", scale))
+
+    whole = SpectralFilter(
+        lambda: [Part("rows"), Part("columns")], StrengthSchedule(0.5, interval=2), Part(""), Time()
+    )
+    whole.apply([], 0, scale=4.0)
+    assert order == ["norms", ("rows", 0.5), ("columns", 0.5), "restored", ("time", 4.0)]
+    assert not whole.is_idle(1)  # the running mean goes on
+
+
+# Transfer functions
+
+
+def test_identity_is_known_as_such_and_costs_no_hop():
+    graph, plan = small_graph()
+    transfer = FixedTransfer(Identity(), graph, "auto", 1e-3, CPU)
+    assert (transfer.hops, transfer.is_identity) == (0, True)
+    assert filter_of(graph, plan, transfer, strength=1.0).is_idle(0)
+    assert not FixedTransfer(Polynomial((0.5,)), graph, "auto", 1e-3, CPU).is_identity
+
+
+def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
+    """The exact eigenbasis then takes the series, not the response."""
+    graph, _ = small_graph(families=PATHS)
+    x = np.linspace(-1, 1, 9)
+    exact = FixedTransfer(Heat(3.0), graph, "auto", 1e-3, CPU)
+    coarse = FixedTransfer(Heat(3.0), graph, 2, 1e-3, CPU)
+    np.testing.assert_allclose(exact.values(x), np.exp(-3 * (x + 1)), atol=1e-12)
+    assert coarse.hops == 2
+    series = np.polynomial.chebyshev.chebval(x, coarse.coefficients().numpy())
+    np.testing.assert_allclose(coarse.values(x), series, atol=1e-12)
+    assert np.abs(series - np.exp(-3 * (x + 1))).max() > 0.05
+
+
+def test_only_paths_take_responses_that_have_no_series(monkeypatch):
+    monkeypatch.setattr(chebyshev, "MAX_ORDER", 20)
+    paths, _ = small_graph(families=PATHS)
+    transfer = FixedTransfer(Heat(1e3), paths, "auto", 1e-3, CPU)
+    assert transfer.hops == NO_SERIES
+    np.testing.assert_allclose(transfer.values(np.array([-1.0, 1.0])), [1, 0], atol=1e-12)
+    with pytest.raises(ToleranceError):
+        FixedTransfer(Heat(1e3), small_graph()[0], "auto", 1e-3, CPU)
+
+
+@pytest.mark.parametrize("edges", [(0, 0.25, 1), (0, 0.2, 0.5, 1), tuple(np.linspace(0, 1, 9))])
+def test_band_transfer_has_each_gain_within_its_band(edges):
+    gains = torch.tensor([(-1.0) ** b * (b + 1) for b in range(len(edges) - 1)]).double()
+    transfer = BandTransfer(edges, lambda: gains, lambda: 0, 255, CPU)
+    assert transfer.hops == 255
+    for gain, (low, high) in zip(gains, itertools.pairwise(edges), strict=True):
+        middle = np.array([low + high - 1])  # as x in [-1, 1]
+        assert transfer.values(middle).item() == pytest.approx(gain.item(), abs=0.05)
+
+
+def test_band_transfer_stays_between_its_gains_and_is_what_its_series_is():
+    gains = torch.tensor([0.0, 1.0, 0.0]).double()
+    transfer = BandTransfer((0, 0.3, 0.4, 1), lambda: gains, lambda: 0, 31, CPU)
+    x = np.linspace(-1, 1, 1001)
+    values = transfer.values(x).numpy()
+    assert values.min() > -1e-12
+    assert values.max() < 1 + 1e-12
+    coefficients = transfer.coefficients().numpy()
+    assert len(coefficients) == 32
+    np.testing.assert_allclose(np.polynomial.chebyshev.chebval(x, coefficients), values, atol=1e-12)
+
+
+def test_equal_gains_are_a_factor():
+    gains = torch.full((4,), 0.7).double()
+    transfer = BandTransfer((0, 0.25, 0.5, 0.75, 1), lambda: gains, lambda: 0, 15, CPU)
+    np.testing.assert_allclose(transfer.values(np.linspace(-1, 1, 33)), 0.7, atol=1e-12)
+
+
+@pytest.mark.parametrize("families", [SPARSE, PATHS])
+def test_the_filter_follows_gains_when_their_version_changes(families):
+    graph, plan = small_graph(families=families)
+    state = {"gain": 0.5, "version": 0}
+    transfer = BandTransfer(
+        (0, 0.5, 1),
+        lambda: torch.full((2,), state["gain"]).double(),
+        lambda: state["version"],
+        7,
+        CPU,
+    )
+    whole = filter_of(graph, plan, transfer, strength=1.0)
+    for gain, version, factor in ((0.5, 0, 0.5), (3.0, 0, 0.5), (3.0, 1, 3.0)):
+        state |= {"gain": gain, "version": version}
+        gradients = [torch.ones(45) for _ in range(3)]
+        whole.apply(gradients, 0)
+        np.testing.assert_allclose(torch.cat(gradients), factor, atol=1e-5)
+
+
+def test_a_graph_that_is_not_ready_leaves_signals_alone():
+    graph, plan = small_graph()
+    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
+    waiting = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer, is_ready=False)
+    gradients = [torch.randn(45) for _ in range(3)]
+    before = torch.cat(gradients)
+    waiting.apply(gradients, 1.0)
+    assert torch.equal(torch.cat(gradients), before)
+
+
+# Adaptive gains
+
+
+def test_wiener_gains_keep_the_share_of_signal():
+    signal = torch.tensor([3.0, 1.0, -0.5, 2.0, 0.0]).double()
+    noise = torch.tensor([1.0, 3.0, 1.0, -0.1, 0.0]).double()
+    gains = wiener_gains(SignalAndNoise(signal, noise))
+    assert gains.tolist() == [0.75, 0.25, 0, 1, 1]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5, 1.0])
+def test_whiten_gains_are_a_power_of_the_power_and_keep_the_total(exponent):
+    power = torch.tensor([16.0, 4.0, 1.0]).double()
+    gains = whiten_gains(power, exponent)
+    np.testing.assert_allclose(gains / gains[0], [1, 4**exponent, 16**exponent])
+    assert (gains.square() * power).sum().item() == pytest.approx(21)
+    if exponent == 0.5:
+        np.testing.assert_allclose(gains.square() * power, 7)
+
+
+def test_whiten_gains_are_finite_without_power():
+    assert whiten_gains(torch.zeros(3).double(), 0.5).tolist() == [1, 1, 1]
+    gains = whiten_gains(torch.tensor([1.0, 0.0]).double(), 0.5)
+    assert gains.isfinite().all()
+    assert gains[0].item() == pytest.approx(np.sqrt((1 + 1e-12) / 2))
+
+
+# Norm, time, updates
+
+
+def test_rescaling_restores_the_norm_of_each_parameter():
+    """Fragments 0 and 2 are of one parameter; 3 has no gradient; 4 is filtered to zero."""
+    keeper = NormKeeper([0, 1, 0, 1, 2], 3, ALONE)
+    signal = [torch.randn(5), torch.randn(4).half(), torch.randn(3), None, torch.ones(2)]
+    norms = keeper.norms(signal)
+    expected = [torch.cat([signal[0], signal[2]]).norm(), signal[1].float().norm(), 2**0.5]
+    np.testing.assert_allclose(norms, expected, rtol=1e-6)
+    for fragment, factor in ((0, 3.0), (1, 0.5), (2, 3.0), (4, 0.0)):
+        signal[fragment] *= factor
+    directions = [signal[i].clone() for i in (0, 1, 2)]
+    keeper.restore(signal, norms)
+    np.testing.assert_allclose(keeper.norms(signal)[:2], expected[:2], rtol=1e-3)
+    np.testing.assert_allclose(signal[0], directions[0] / 3, rtol=1e-6)
+    np.testing.assert_allclose(signal[2], directions[2] / 3, rtol=1e-6)
+    np.testing.assert_allclose(signal[1].float(), 2 * directions[1].float(), rtol=2e-3)
+    assert signal[4].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_temporal_filter_is_grokfast(scale):
+    """Against algorithm 2 of arXiv 2405.20233, written as a loop."""
+    temporal = TemporalFilter([4, 2], ALONE, decay=0.9, amplify=2.0)
+    mean = None
+    for _ in range(5):
+        gradient = torch.randn(4)
+        mean = gradient if mean is None else 0.9 * mean + 0.1 * gradient
+        fragments = [gradient * scale, None]
+        temporal.apply(fragments, scale)
+        np.testing.assert_allclose(fragments[0] / scale, gradient + 2 * mean, atol=1e-5)
+    assert temporal.means[1].tolist() == [0, 0]
+
+
+def test_temporal_filter_forgets_a_step_that_is_not_finite():
+    temporal = TemporalFilter([2, 2], ALONE, decay=0.9, amplify=2.0)
+    temporal.apply([torch.ones(2), torch.ones(2)], 1.0)
+    temporal.apply([torch.tensor([float("inf"), 1]), 9 * torch.ones(2)], 1.0)
+    assert [mean.tolist() for mean in temporal.means] == [[1, 1], [1, 1]]
+    fresh = TemporalFilter([2], ALONE, decay=0.9, amplify=2.0)
+    fresh.apply([torch.full((2,), float("nan"))], 1.0)
+    assert fresh.means[0].tolist() == [0, 0]
+    assert not fresh.has_mean.any()
+
+
+def test_weights_follow_what_is_done_to_their_update():
+    weights = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    updates = Updates(weights)
+    updates.remember(weights)
+    for weight in weights:
+        weight += 1.0
+    with updates.of(weights) as moved:
+        assert [update.tolist() for update in moved] == [[1, 1], [1]]
+        moved[0] *= 0.5
+        moved[1].zero_()
+    assert [weight.tolist() for weight in weights] == [[1.5, 2.5], [3.0]]

@@ -1,27 +1,59 @@
-"""Nodes, roles, edge families: pure functions."""
+"""Nodes, roles, edge families, and where nodes lie in memory: pure functions."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from spectral_ds.graph import Depth, Edges, ParameterNodes, Similarity, match_parameters
+from spectral_ds.graph import (
+    Depth,
+    Edges,
+    Pair,
+    ParameterNodes,
+    Ring,
+    Similarity,
+    UnknownHeadWidthError,
+    match_parameters,
+)
+from spectral_ds.graph.projection import gaussian_projection, sketch_size
 from spectral_ds.graph.similarity import gaussian_weight, nearest
-from spectral_ds.laplacian import make_buckets
+from spectral_ds.laplacian.buckets import Bucket, linked_parameters
+from spectral_ds.laplacian.rectangles import addresses, rectangles_of
+from spectral_ds.sharding import Fragment
+
+KINDS = ["row", "column", "element"]
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "role", "block", "rows", "width"),
+    ("name", "shape", "role", "block"),
     [
-        ("model.layers.12.mlp.up.weight", (8, 3), "model.layers.*.mlp.up.weight", 12, 8, 3),
-        ("h.0.experts.3.weight", (4, 2, 5), "h.*.experts.3.weight", 0, 4, 10),
-        ("norm.weight", (7,), "norm.weight", None, 1, 7),
-        ("scale", (), "scale", None, 1, 1),
-        ("layer2.weight", (2, 2), "layer2.weight", None, 2, 2),
+        ("model.layers.12.mlp.up.weight", (8, 3), "model.layers.*.mlp.up.weight", 12),
+        ("h.0.experts.3.weight", (4, 2, 5), "h.*.experts.3.weight", 0),
+        ("norm.weight", (7,), "norm.weight", None),
+        ("layer2.weight", (2, 2), "layer2.weight", None),
     ],
 )
-def test_nodes_are_rows_and_roles_drop_the_block(name, shape, role, block, rows, width):
+def test_roles_drop_the_block(name, shape, role, block):
     nodes = ParameterNodes(name, shape)
-    assert (nodes.role, nodes.block, nodes.rows, nodes.width) == (role, block, rows, width)
+    assert (nodes.role, nodes.block) == (role, block)
+
+
+@pytest.mark.parametrize(
+    ("shape", "nodes"),
+    [
+        # (nodes, width) by row, column, element, parameter
+        ((8, 3), [(8, 3), (3, 8), (24, 1), (1, 24)]),
+        ((4, 2, 5), [(4, 10), (10, 4), (40, 1), (1, 40)]),
+        ((7,), [(1, 7), (1, 7), (7, 1), (1, 7)]),
+        ((), [(1, 1), (1, 1), (1, 1), (1, 1)]),
+        ((1, 6), [(1, 6), (6, 1), (6, 1), (1, 6)]),
+        ((6, 1), [(6, 1), (1, 6), (6, 1), (1, 6)]),
+    ],
+)
+def test_nodes_and_their_width_by_kind(shape, nodes):
+    found = [ParameterNodes("w", shape, kind) for kind in (*KINDS, "parameter")]
+    assert [(each.nodes, each.width) for each in found] == nodes
 
 
 def test_patterns_choose_parameters_and_report_what_matches_nothing():
@@ -33,8 +65,20 @@ def test_patterns_choose_parameters_and_report_what_matches_nothing():
     assert match_parameters(names, ["b*"], []) == ([], ["b*"])
 
 
+# Edge families
+
+
 def first_nodes(parameters):
-    return np.cumsum([0, *(p.rows for p in parameters)])
+    return np.cumsum([0, *(p.nodes for p in parameters)])
+
+
+def edges_of(family, parameters, sources=None):
+    """The directed edges of a family, sorted, from all nodes or from some."""
+    first = first_nodes(parameters)
+    sources = np.arange(first[-1]) if sources is None else np.array(sources)
+    edges = family.edges(parameters, first, sources)
+    assert (edges.weight == 1).all()
+    return sorted(zip(edges.source.tolist(), edges.target.tolist(), strict=True))
 
 
 def test_depth_joins_rows_to_the_next_block_present():
@@ -45,13 +89,133 @@ def test_depth_joins_rows_to_the_next_block_present():
         ParameterNodes("l.3.w", (4, 3)),  # another shape
         ParameterNodes("w", (2, 3)),  # no block
     ]
-    family = Depth()
-    assert sorted(family.links(parameters)) == [(0, 2), (2, 1)]
-    sources = np.array([0, 4, 5])  # rows of l.0 (one of two) and l.2
-    edges = family.edges(parameters, first_nodes(parameters), sources)
-    pairs = sorted(zip(edges.source.tolist(), edges.target.tolist(), strict=True))
-    assert pairs == [(0, 4), (4, 2), (5, 3)]
-    assert (edges.weight == 1).all()
+    assert sorted(Depth().links(parameters)) == [(0, 2), (2, 1)]
+    # rows of l.0 (one of two) and l.2
+    assert edges_of(Depth(), parameters, [0, 4, 5]) == [(0, 4), (4, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_ring_joins_each_node_to_the_next_of_its_parameter(kind, count):
+    shape = (5, count) if kind == "column" else (count, 5)
+    parameters = [ParameterNodes("a", (3, 5), kind), ParameterNodes("b", shape, kind)]
+    expected, first = [], 0
+    for parameter in parameters:
+        nodes = {"row": parameter.shape[0], "column": parameter.shape[1]}
+        n = nodes.get(kind, parameter.numel)
+        for r in range(n):
+            if n > 1:
+                expected.append((first + r, first + (r + 1) % n))
+        first += n
+    assert edges_of(Ring(), parameters) == sorted(expected)
+    assert Ring().links(parameters) == []
+    last = first - 1  # the ring closes from its last node, asked for alone
+    assert edges_of(Ring(), parameters, [last]) == [e for e in expected if e[0] == last]
+
+
+def attention(query_rows, key_rows, kind="row", names=("q_proj", "k_proj"), columns=6):
+    """Weights and biases of one block, the key first."""
+    query, key = (f"layers.0.self_attn.{name}" for name in names)
+    return [
+        ParameterNodes(f"{key}.weight", (key_rows, columns), kind),
+        ParameterNodes(f"{key}.bias", (key_rows,), kind),
+        ParameterNodes(f"{query}.weight", (query_rows, columns), kind),
+        ParameterNodes(f"{query}.bias", (query_rows,), kind),
+    ]
+
+
+def same_nodes(parameters, pairs):
+    first = first_nodes(parameters)
+    return sorted(
+        (first[a] + node, first[b] + node) for a, b in pairs for node in range(parameters[a].nodes)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("q_proj", "k_proj"),
+        ("query", "key"),
+        ("q_lin", "k_lin"),
+        ("wq", "wk"),
+        ("gate_proj", "up_proj"),
+        ("w1", "w3"),
+    ],
+)
+def test_pair_joins_equal_nodes_of_weights_and_biases(kind, names):
+    parameters = attention(8, 8, kind, names)
+    assert sorted(Pair().links(parameters)) == [(2, 0), (3, 1)]
+    assert edges_of(Pair(), parameters) == same_nodes(parameters, [(2, 0), (3, 1)])
+    first = first_nodes(parameters)
+    assert (
+        edges_of(Pair(), parameters, [0, first[2], first[2] + 1])
+        == (same_nodes(parameters, [(2, 0)])[:2])
+    )
+
+
+@pytest.mark.parametrize("kind", ["row", "element"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_width"), [(4, 2, 3), (6, 2, 1), (6, 3, 4), (4, 1, 2), (2, 2, 3)]
+)
+def test_pair_joins_a_query_head_to_the_head_of_its_group(kind, heads, groups, head_width):
+    columns = 5
+    parameters = attention(heads * head_width, groups * head_width, kind, columns=columns)
+    first = first_nodes(parameters)
+    expected = []
+    for head in range(heads):
+        group = head // (heads // groups)  # as transformers repeats keys
+        for row in range(head_width):
+            query, key = head * head_width + row, group * head_width + row
+            for column in range(columns if kind == "element" else 1):
+                per_row = columns if kind == "element" else 1
+                a, b = query * per_row + column, key * per_row + column
+                expected.append((first[2] + a, first[0] + b))
+    if heads == groups:  # biases are joined only if they have equal shapes
+        expected += same_nodes(parameters, [(3, 1)])
+    assert edges_of(Pair(head_width), parameters) == sorted(expected)
+
+
+def test_pair_leaves_columns_of_grouped_heads_alone():
+    assert Pair(3).links(attention(12, 6, "column")) == []
+    assert Pair().links(attention(12, 6, "column")) == []
+
+
+@pytest.mark.parametrize(
+    ("head_width", "rows", "problem"),
+    [
+        (None, (12, 6), "does not tell the width of a head"),
+        (4, (12, 6), "heads of 4 rows do not divide"),
+        (12, (12, 6), "heads of 12 rows do not divide"),
+        (2, (10, 4), "heads of 2 rows do not divide"),  # 5 query heads, 2 of keys
+        (2, (4, 8), "heads of 2 rows do not divide"),  # more keys than queries
+    ],
+)
+def test_pair_needs_a_head_width_that_makes_groups(head_width, rows, problem):
+    with pytest.raises(UnknownHeadWidthError) as caught:
+        Pair(head_width).links(attention(*rows))
+    for word in (problem, "q_proj.weight", "k_proj.weight", "set head_width", *map(str, rows)):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["layers.0.q_proj.weight", "layers.1.k_proj.weight"],  # of two blocks
+        ["q_proj.weight", "k_proj.weight"],  # of none
+        ["layers.0.a.q_proj.weight", "layers.0.b.k_proj.weight"],  # of two modules
+        ["layers.0.q_projection.weight", "layers.0.k_projection.weight"],
+        ["layers.0.q_proj.weight", "layers.0.v_proj.weight"],
+        ["layers.0.q_proj.weight"],  # the key is frozen
+    ],
+)
+def test_pair_joins_only_partners_of_one_block(names):
+    assert Pair().links([ParameterNodes(name, (4, 4)) for name in names]) == []
+
+
+def test_pair_leaves_partners_of_other_input_widths_alone():
+    shapes = {"layers.0.query.weight": (4, 6), "layers.0.key.weight": (4, 8)}
+    assert Pair(2).links([ParameterNodes(*each) for each in shapes.items()]) == []
 
 
 def test_nearest_breaks_ties_by_node_number_and_skips_zero_rows():
@@ -88,11 +252,16 @@ def test_coinciding_pairs_weigh_one():
 
 
 def test_projection_is_drawn_once_and_only_for_long_features():
-    family = Similarity(sketch_width=4)
-    assert family.projection(4, 0) is None
-    assert Similarity(sketch_width=0).projection(9, 0) is None
-    torch.testing.assert_close(family.projection(9, 3), family.projection(9, 3))
-    assert not torch.equal(family.projection(9, 3), family.projection(9, 4))
+    assert gaussian_projection(4, 4, seed=0) is None
+    assert gaussian_projection(9, 0, seed=0) is None
+    assert [sketch_size(9, width) for width in (0, 4, 9, 12)] == [9, 4, 9, 9]
+    first, second = (gaussian_projection(9, 4, seed=3) for _ in range(2))
+    assert first.shape == (9, 4)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not torch.equal(first, gaussian_projection(9, 4, seed=4))
+
+
+# Edges and groups
 
 
 def test_combining_takes_the_rule_for_equal_edges():
@@ -103,19 +272,187 @@ def test_combining_takes_the_rule_for_equal_edges():
         assert combined.weight.tolist() == expected
 
 
-def test_buckets_hold_equal_widths_and_no_edge_leaves_them():
+def test_edges_are_repeated_shifted_and_chosen():
+    edges = Edges(np.array([0, 1]), np.array([1, 2]), np.array([2.0, 5.0]))
+    repeated = edges.repeated(3)  # node n becomes nodes 3n, 3n + 1, 3n + 2
+    assert list(zip(repeated.source, repeated.target, repeated.weight, strict=True)) == [
+        *((copy, 3 + copy, 2) for copy in range(3)),
+        *((3 + copy, 6 + copy, 5) for copy in range(3)),
+    ]
+    shifted = edges.shifted(4).from_sources(np.array([5, 6]))
+    assert (shifted.source.tolist(), shifted.target.tolist()) == ([5], [6])
+
+
+def test_groups_hold_equal_widths_and_no_edge_leaves_them():
     parameters = [
         ParameterNodes(f"l.{block}.{name}", shape)
         for block in range(3)
         for name, shape in {"a": (4, 3), "b": (5, 3), "c": (4, 2)}.items()
     ]
-    for families, limit in (([Depth()], 1), ([Depth()], 10**6), ([Similarity()], 30)):
-        buckets = make_buckets(parameters, families, limit)
-        bucket_of = {p.name: i for i, bucket in enumerate(buckets) for p in bucket.parameters}
-        assert len(bucket_of) == len(parameters)
-        assert all(len({p.width for p in bucket.parameters}) == 1 for bucket in buckets)
-        for family in families:
-            for a, b in family.links(parameters):
-                assert bucket_of[parameters[a].name] == bucket_of[parameters[b].name]
-    assert len(make_buckets(parameters, [Depth()], 1)) == 3  # one a role
-    assert len(make_buckets(parameters, [Depth()], 10**6)) == 2  # one a width
+    by_role = [[f"l.{block}.{name}" for block in range(3)] for name in "abc"]
+    alone = [[p.name] for p in parameters]
+    for families, expected in (
+        ([Depth()], by_role),
+        ([Similarity()], alone),
+        ([Ring()], alone),
+        ([Similarity(scope="role"), Ring()], by_role),
+        ([Ring(), Depth()], by_role),
+    ):
+        groups = linked_parameters(parameters, families)
+        names = [[p.name for p in group] for group in groups]
+        assert sorted(names) == sorted(expected)
+        assert all(len({p.width for p in group}) == 1 for group in groups)
+
+
+# Where nodes lie in memory
+
+CUTS = {
+    # of a 6 × 5 matrix, flattened: start, length
+    "inside one row": (6, 3),
+    "from inside a row to its end": (7, 3),
+    "from a row's start to inside it": (10, 3),
+    "over one row's edge": (8, 4),
+    "cut rows at both ends": (8, 15),
+    "a cut row before whole rows": (3, 17),
+    "a cut row after whole rows": (5, 13),
+    "whole rows": (10, 15),
+    "one row": (10, 5),
+    "everything": (0, 30),
+    "one element": (13, 1),
+    "the last element": (29, 1),
+    "nothing": (12, 0),
+    "nothing, at the end": (30, 0),
+}
+SHAPES = {
+    "matrix": (6, 5),
+    "tensor": (6, 1, 5),
+    "one column": (30, 1),
+    "one row": (1, 30),
+    "vector": (30,),
+}
+
+
+def node_matrix(shape, kind):
+    """Flat index of every element, (nodes, width)."""
+    flat = np.arange(int(np.prod(shape)))
+    if kind == "element":
+        return flat.reshape(-1, 1)
+    if kind == "parameter":
+        return flat.reshape(1, -1)
+    matrix = flat.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    return matrix.T if kind == "column" and len(shape) > 1 else matrix
+
+
+def covered(rectangles, fragment, first_node):
+    """{(node, column): flat index in the parameter} of what rectangles cover."""
+    values = torch.arange(fragment.start, fragment.end)
+    found = {}
+    for part in rectangles:
+        view = part.view(values)
+        assert view.shape == (part.nodes, part.columns)
+        assert part.numel == view.numel() > 0
+        for (i, j), value in np.ndenumerate(view.numpy()):
+            place = part.node - first_node + i, part.column + j
+            assert place not in found
+            found[place] = int(value)
+    return found
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "parameter"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_rectangles_cover_a_fragment_whatever_a_node_is(kind, shape, cut):
+    start, length = cut
+    fragment = Fragment("w", start, length)
+    first = 11
+    rectangles = rectangles_of(ParameterNodes("w", shape, kind), first, fragment, index=4)
+    assert len(rectangles) <= 3
+    assert all(part.fragment == 4 for part in rectangles)
+    matrix = node_matrix(shape, kind)
+    owned = {
+        place: int(flat) for place, flat in np.ndenumerate(matrix) if start <= flat < start + length
+    }
+    assert covered(rectangles, fragment, first) == owned
+    width = matrix.shape[1]
+    runs = addresses(rectangles, width)
+    expected = sorted((first + node) * width + column for node, column in owned)
+    assert [a for begin, end in runs for a in range(begin, end)] == expected
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "parameter"])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize(
+    ("low", "high", "stride"),
+    [(0, 30, 1), (0, 2, 1), (2, 4, 1), (0, 30, 2), (3, 30, 3), (8, 29, 4)],
+)
+def test_sampled_rectangles_are_those_columns_renumbered(kind, cut, low, high, stride):
+    start, length = cut
+    fragment = Fragment("w", start, length)
+    parts = rectangles_of(ParameterNodes("w", (6, 5), kind), 0, fragment, 0)
+    sampled = [part.sampled(low, high, stride) for part in parts]
+    columns = node_matrix((6, 5), kind)[:, low:high:stride]
+    assert covered([part for part in sampled if part], fragment, 0) == {
+        place: int(flat)
+        for place, flat in np.ndenumerate(columns)
+        if start <= flat < start + length
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_of_a_bucket_hold_every_element_once(kind):
+    shape = (3, 100) if kind == "row" else (100, 3)
+    parameters = [ParameterNodes(name, shape, kind) for name in "ab"]
+    bucket = Bucket.of(parameters)
+    assert (bucket.nodes, bucket.width) == {
+        "row": (6, 100), "column": (6, 100), "element": (600, 1)
+    }[kind]  # fmt: skip
+    matrix = np.concatenate([node_matrix(shape, kind) + 300 * i for i in range(2)])
+    fragments = [Fragment("b", 50, 250), Fragment("c", 0, 9), Fragment("a", 0, 300)]
+    values = [torch.arange(350, 600), torch.zeros(9), torch.arange(300)]
+    slices = bucket.slices(6 * 35)  # rounded to multiples of 16
+    widths = [each.width for each in slices]
+    assert widths == ([1] if kind == "element" else [32, 32, 32, 4])
+    assert sum(each.numel for each in slices) == bucket.numel == 600
+    left = 0
+    for each, width in zip(slices, widths, strict=True):
+        found = np.full((bucket.nodes, width), -1)
+        for part in each.rectangles(fragments):
+            rows = slice(part.node, part.node + part.nodes)
+            places = found[rows, part.column : part.column + part.columns]
+            assert (places == -1).all()
+            places[:] = part.view(values[part.fragment])
+        expected = matrix[:, left : left + width]
+        np.testing.assert_array_equal(found, np.where(
+            (expected >= 300) & (expected < 350), -1, expected
+        ))  # fmt: skip
+        left += width
+
+
+def test_a_slice_has_sixteen_columns_at_least():
+    bucket = Bucket.of([ParameterNodes("a", (1000, 40))])
+    assert [(each.low, each.high) for each in bucket.slices(1)] == [(0, 16), (16, 32), (32, 40)]
+
+
+@pytest.mark.parametrize(
+    ("width", "stride"), [(512, 8), (520, 8), (1000, 8), (504, 1), (513, 1), (40, 1)]
+)
+def test_a_sample_takes_every_eighth_column_of_wide_signals(width, stride):
+    bucket = Bucket.of([ParameterNodes("a", (2, width))])
+    sample = bucket.sample()
+    assert (sample.stride, sample.width) == (stride, width // stride)
+    [part] = sample.rectangles([Fragment("a", 0, 2 * width)])
+    picked = part.view(torch.arange(2 * width))
+    np.testing.assert_array_equal(picked, node_matrix((2, width), "row")[:, ::stride])
+
+
+def test_samples_of_slices_are_slices_of_the_sample():
+    bucket = Bucket.of([ParameterNodes("a", (2, 520))])
+    fragment = Fragment("a", 3, 1037)
+    values = torch.arange(3, 1040)
+    picked = [
+        [part.view(values).numpy() for part in each.sample().rectangles([fragment])]
+        for each in bucket.slices(2 * 48)
+    ]
+    flat = np.concatenate([view.reshape(-1) for view in itertools.chain(*picked)])
+    expected = node_matrix((2, 520), "row")[:, ::8]
+    assert sorted(flat) == sorted(expected[expected >= 3])

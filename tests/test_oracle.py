@@ -1,7 +1,9 @@
 """The filtered step equals the dense float64 oracle: 1 to 4 ranks, ZeRO 1 and 2, awkward shapes."""
 
+import fnmatch
 import functools
 
+import cells
 import numpy as np
 import oracle
 import pytest
@@ -41,6 +43,67 @@ METHODS = {
     },
 }
 
+# The rest of the toolbox, at fewer world sizes.
+TOOLBOX = {
+    "depth-heat": {
+        "graph": {"edges": [{"family": "depth"}], "laplacian": "combinatorial"},
+        "filter": {"response": "heat", "tau": 0.7, "strength": 0.6},
+    },
+    "depth-tikhonov-that-no-series-reaches": {
+        "graph": {"edges": [{"family": "depth"}]},
+        "filter": {"response": "tikhonov", "tau": 1e6, "strength": 1.0},
+    },
+    "pair-and-ring-highpass": {
+        "graph": {
+            "edges": [{"family": "pair", "weight": 3.0}, {"family": "ring"}],
+            "laplacian": "combinatorial",
+        },
+        "filter": {"response": "highpass", "cutoff": 0.4, "order": 12, "strength": 1.0},
+    },
+    "columns-similarity-lowpass": {
+        "graph": {"node": "column", "edges": [{"family": "similarity", "sketch_width": 8}]},
+        "filter": {"response": "lowpass", "cutoff": 0.3, "order": 9, "strength": 1.0},
+    },
+    "columns-depth-and-role-bandpass": {
+        "graph": {
+            "node": "column",
+            "edges": [
+                {"family": "depth"},
+                {"family": "similarity", "scope": "role", "neighbours": 5},
+            ],
+            "laplacian": "combinatorial",
+        },
+        "filter": {
+            "response": "bandpass",
+            "low": 0.1,
+            "high": 0.6,
+            "order": 10,
+            "strength": 0.8,
+        },
+    },
+    "columns-pair-bands": {
+        "graph": {"node": "column", "edges": [{"family": "pair"}, {"family": "ring"}]},
+        "filter": {"response": "bands", "gains": [1, 0.5, 2], "order": 11, "strength": 1.0},
+    },
+    "elements-ring-pair-depth-heat": {
+        "graph": {
+            "node": "element",
+            "include": ["*.0.*k_proj*", "*.0.*q_proj*", "*.1.*k_proj*", "*norm*"],
+            "edges": [{"family": "ring"}, {"family": "pair"}, {"family": "depth"}],
+            "laplacian": "combinatorial",
+        },
+        "filter": {"response": "heat", "tau": 0.5, **EXACT},
+    },
+    "stack-of-rows-and-columns": {
+        "graphs": [
+            {"edges": [{"family": "similarity"}]},
+            {"node": "column", "edges": [{"family": "similarity"}], "laplacian": "combinatorial"},
+        ],
+        "filter": {"response": "tikhonov", "tau": 0.3, "tolerance": 1e-7, "strength": 0.9},
+    },
+}
+HEAD_WIDTH = 6
+
 
 def one_step(stage, section=None, **changes):
     config = tiny.deepspeed_config(stage, **changes)
@@ -50,14 +113,29 @@ def one_step(stage, section=None, **changes):
 
 
 def expected_update(section, plain):
-    """h(L) times the unfiltered gradients of the filterable parameters, from the oracle alone."""
-    gradients = plain["gradients"]
-    weights = {n: w for n, w in plain["weights"].items() if n in gradients and tiny.is_filtered(n)}
-    chosen = {n: gradients[n] for n in weights}
-    adjacency = oracle.adjacency_of(weights, section["graph"]["edges"])
-    laplacian = oracle.laplacian_of(adjacency, section["graph"].get("laplacian", "normalized"))
-    filtered = oracle.apply_function(laplacian, oracle.response_of(section["filter"]), chosen)
-    return adjacency, laplacian, {**gradients, **filtered}
+    """h(L) times the unfiltered gradients of the filterable parameters, from the oracle alone.
+
+    Returns:
+        W and L of the (last) graph, and the update.
+    """
+    update = dict(plain["gradients"])
+    for graph in section.get("graphs", [section.get("graph")]):
+        kind, form = graph.get("node", "row"), graph.get("laplacian", "normalized")
+        patterns = graph.get("include", ["*"])
+        names = [
+            name
+            for name in plain["weights"]
+            if name in update
+            and tiny.is_filtered(name)
+            and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+        weights = {name: plain["weights"][name] for name in names}
+        adjacency = oracle.adjacency_of(weights, graph["edges"], 0, kind, HEAD_WIDTH)
+        laplacian = oracle.laplacian_of(adjacency, form)
+        response = oracle.response_of(section["filter"], oracle.bound_of(adjacency, form))
+        chosen = {name: update[name] for name in names}
+        update |= oracle.apply_function(laplacian, response, chosen, kind)
+    return adjacency, laplacian, update
 
 
 def relative_error(got, expected):
@@ -67,26 +145,27 @@ def relative_error(got, expected):
 
 @pytest.fixture(scope="module")
 def plain(ranks):
-    """The unfiltered step, by world size, stage and engine options."""
+    """The unfiltered step, by world size and stage."""
+    return functools.cache(lambda world_size, stage: ranks(world_size).run(one_step, stage)[0])
 
-    @functools.cache
-    def run(world_size, stage):
-        return ranks(world_size).run(one_step, stage)[0]
 
-    return run
+@pytest.fixture(scope="module")
+def filtered(ranks):
+    """The filtered step on all ranks, by world size, stage and method."""
+    return functools.cache(
+        lambda world_size, stage, method: ranks(world_size).run(one_step, stage, METHODS[method])
+    )
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", METHODS)
 def test_filtered_update_is_response_of_laplacian_times_update(
-    ranks, plain, world_size, stage, method
+    plain, filtered, world_size, stage, method
 ):
-    section = METHODS[method]
     unfiltered = plain(world_size, stage)
-    adjacency, laplacian, expected = expected_update(section, unfiltered)
-    results = ranks(world_size).run(one_step, stage, section)
-    for result in results:
+    adjacency, laplacian, expected = expected_update(METHODS[method], unfiltered)
+    for result in filtered(world_size, stage, method):
         np.testing.assert_allclose(result["laplacian"], laplacian, atol=1e-12)
         assert result["nodes"] == len(adjacency)
         assert result["edges"] == np.count_nonzero(np.triu(adjacency))
@@ -102,11 +181,9 @@ def test_filtered_update_is_response_of_laplacian_times_update(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_result_and_edges_do_not_depend_on_world_size_or_stage(ranks, method):
+def test_result_and_edges_do_not_depend_on_world_size_or_stage(filtered, method):
     results = [
-        ranks(world_size).run(one_step, stage, METHODS[method])[0]
-        for world_size in WORLD_SIZES
-        for stage in STAGES
+        filtered(world_size, stage, method)[0] for world_size in WORLD_SIZES for stage in STAGES
     ]
     for result in results[1:]:
         np.testing.assert_array_equal(result["laplacian"] != 0, results[0]["laplacian"] != 0)
@@ -114,10 +191,40 @@ def test_result_and_edges_do_not_depend_on_world_size_or_stage(ranks, method):
         assert relative_error(result["gradients"], results[0]["gradients"]) <= 1e-5
 
 
-def test_edges_are_symmetric(ranks):
-    for method in METHODS:
-        laplacian = ranks(3).run(one_step, 2, METHODS[method])[0]["laplacian"]
-        np.testing.assert_array_equal(laplacian, laplacian.T)
+@pytest.mark.parametrize("method", METHODS)
+def test_edges_are_symmetric(filtered, method):
+    laplacian = filtered(3, 2, method)[0]["laplacian"]
+    np.testing.assert_array_equal(laplacian, laplacian.T)
+
+
+@pytest.fixture(scope="module")
+def unfiltered(ranks):
+    """The unfiltered step of a cell."""
+    return functools.cache(lambda name, size: ranks(size).run(cells.one_step, name, None)[0])
+
+
+@pytest.mark.parametrize("method", TOOLBOX)
+@pytest.mark.parametrize(
+    ("name", "world_size", "exchange"),
+    [
+        ("plain", 1, "auto"),
+        ("zero2", 2, "transpose"),
+        ("zero2", 3, "boundary"),
+        ("zero3", 2, "boundary"),
+        ("fsdp2", 3, "transpose"),
+        ("zero1", 4, "auto"),
+    ],
+)
+def test_toolbox_equals_the_oracle_by_every_exchange(
+    ranks, unfiltered, name, world_size, exchange, method
+):
+    section = TOOLBOX[method]
+    if exchange == "boundary" and "no-series" in method:
+        exchange = "auto"
+    _, _, expected = expected_update(section, unfiltered(name, world_size))
+    section = {**section, "operator": {"exchange": exchange}}
+    for result in ranks(world_size).run(cells.one_step, name, section):
+        assert relative_error(result["gradients"], expected) <= 1e-5
 
 
 OPTIONS = {

@@ -1,9 +1,9 @@
 """Where sharded gradients live: one file per engine. Knows fragments, no graph.
 
 A new engine: subclass `Engine` (base.py) in a file of its own; set `communicator`, `everyone`,
-`shapes`, `fragments` and `holders`; return views of the local gradients and weights in the order of
-the fragments; call the hook once a step; and name it in `engine_for`. Everything above works on
-fragments, so nothing else changes.
+`shapes`, `fragments` and `holders`; return views of the local gradients and weights, and learning
+rates, in the order of the fragments; call each hook once a step; and name it in `engine_for`.
+Everything above works on fragments, so nothing else changes.
 """
 
 import sys
@@ -50,6 +50,7 @@ def _deepspeed_engine_for(engine: Any) -> Engine:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     from spectral_ds.engines.deepspeed import refuse_unsupported
+    from spectral_ds.engines.deepspeed_bf16 import DeepSpeedBF16Engine
     from spectral_ds.engines.deepspeed_replicated import DeepSpeedReplicatedEngine
     from spectral_ds.engines.deepspeed_zero3 import DeepSpeedZero3Engine
     from spectral_ds.engines.deepspeed_zero12 import DeepSpeedZero12Engine
@@ -60,6 +61,8 @@ def _deepspeed_engine_for(engine: Any) -> Engine:
         return DeepSpeedZero12Engine(engine)
     if kind is DeepSpeedZeroOptimizer_Stage3:
         return DeepSpeedZero3Engine(engine)
-    if kind is BF16_Optimizer or engine.zero_optimization_stage() == 0:
+    if kind is BF16_Optimizer:
+        return DeepSpeedBF16Engine(engine)
+    if engine.zero_optimization_stage() == 0:
         return DeepSpeedReplicatedEngine(engine)
     raise UnsupportedEngineError(f"spectral_ds does not support DeepSpeed's {kind.__name__}")

@@ -1,7 +1,7 @@
 """Engine: what the rest of the package needs to know of a training engine.
 
 A new engine is one new file: a subclass that yields fragments and calls a hook before each
-optimizer step.
+optimizer step and one after each update.
 """
 
 import logging
@@ -19,7 +19,7 @@ class UnsupportedEngineError(RuntimeError):
 
 
 class Engine(ABC):
-    """An engine's gradients, seen as fragments.
+    """An engine's gradients and weights, seen as fragments.
 
     Attributes:
         communicator: the ranks over which parameters are sharded; this rank alone where every
@@ -27,7 +27,8 @@ class Engine(ABC):
         everyone: all ranks that train together, replicas included.
         shapes: full shape of each trainable parameter by name, in model order; equal on all
             ranks.
-        fragments: what this rank owns; fixed. `gradients` and `weights` follow this order.
+        fragments: what this rank owns; fixed. `gradients`, `weights` and `learning_rates` follow
+            this order.
         holders: the user's objects by which the plugin can be found again.
     """
 
@@ -52,24 +53,48 @@ class Engine(ABC):
         """Steps that the engine itself has skipped so far because of non-finite gradients."""
         return 0
 
+    @property
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by in `before_step`."""
+        return 1.0
+
+    @abstractmethod
+    def learning_rates(self) -> list[float]:
+        """The current learning rate of each fragment's parameter group."""
+
     @abstractmethod
     def gradients(self) -> list[torch.Tensor | None]:
-        """Averaged gradients as flat writable views, valid inside the hook only.
+        """Averaged gradients as flat writable views, valid inside `before_step` only.
 
         None for a parameter that got no gradient in this step.
         """
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:
-        """Weights as flat views, in the highest precision that the engine keeps."""
+        """Weights as flat writable views, in the highest precision that the engine keeps.
+
+        What is written to them inside `after_update` ends up in the model's parameters.
+        """
 
     def gradients_changed(self) -> None:  # noqa: B027 - most engines have nothing to do
         """Bring up to date what the engine derived from the gradients before they were edited."""
 
     @abstractmethod
-    def install(self, before_step: Callable[[], None]) -> None:
-        """Call `before_step` before each optimizer step: after the gradients are averaged over
-        ranks and accumulation, and before the engine's own overflow check, norm and clipping."""
+    def install(
+        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+    ) -> None:
+        """Call the hooks at each optimizer step, on all ranks alike.
+
+        Args:
+            before_step: called after the gradients are averaged over ranks and accumulation, and
+                before the engine's own overflow check, norm and clipping.
+            after_update: called when the base optimizer has updated all `weights`, before low
+                precision copies are made of them and before ranks gather each other's; not on a
+                step that the engine skips.
+
+        Raises:
+            UnsupportedEngineError: the engine gives no place to call `after_update` from.
+        """
 
     @abstractmethod
     def remove(self) -> None:

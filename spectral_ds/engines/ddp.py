@@ -1,7 +1,8 @@
 """A plain torch module or DDP with a torch optimizer: every rank holds the full gradient.
 
-The hook is the optimizer's step pre-hook, so it runs once a step, after whatever the training loop
-does between backward and `step()`. A loop that clips calls `plugin.filter_gradients()` before.
+The hooks are the optimizer's own around its step, so the first runs once a step, after whatever the
+training loop does between backward and `step()`. A loop that clips calls
+`plugin.filter_gradients()` before.
 """
 
 import logging
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.hooks import after_step_of, before_step_of
 from spectral_ds.sharding import Communicator, Fragment
 
 logger = logging.getLogger(__name__)
@@ -75,23 +77,33 @@ class TorchEngine(Engine):
     def step(self) -> int:
         return self._step
 
+    @property
+    def loss_scale(self) -> float:
+        # Set inside a step that leaves it to a fused optimizer to divide by torch.amp's scale.
+        scale = getattr(self._optimizer, "grad_scale", None)
+        return 1.0 if scale is None else float(scale)
+
+    def learning_rates(self) -> list[float]:
+        groups = self._optimizer.param_groups
+        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+        return [float(rates[id(parameter)]) for parameter in self._parameters]
+
     def gradients(self) -> list[torch.Tensor | None]:
         return [None if p.grad is None else self._local(p.grad) for p in self._parameters]
 
     def weights(self) -> list[torch.Tensor]:
         return [self._local(parameter.detach()) for parameter in self._parameters]
 
-    def install(self, before_step: Callable[[], None]) -> None:
-        def pre_hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-            before_step()
+    def install(
+        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+    ) -> None:
+        self._handles = [before_step_of(self._optimizer, before_step)]
+        if after_update is not None:
+            self._handles.append(after_step_of(self._optimizer, after_update))
+        self._handles.append(after_step_of(self._optimizer, self._count_step))
 
-        def post_hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-            self._step += 1
-
-        self._handles = [
-            self._optimizer.register_step_pre_hook(pre_hook),
-            self._optimizer.register_step_post_hook(post_hook),
-        ]
+    def _count_step(self) -> None:
+        self._step += 1
 
     def remove(self) -> None:
         for handle in self._handles:

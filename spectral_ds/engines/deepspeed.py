@@ -1,26 +1,29 @@
-"""What all DeepSpeed engines share: the hook, the step, the monitor, what is refused.
+"""What all DeepSpeed engines share: the hooks, the step, the monitor, what is refused.
 
-The hook wraps `engine._take_model_step`: it runs only at the accumulation boundary, before
+`before_step` wraps `engine._take_model_step`: it runs only at the accumulation boundary, before
 overflow check, norm and clipping. (An optimizer pre-step hook would come after clipping, and
-once per parameter group.)
+once per parameter group.) `after_update` has its place in the step of each kind of optimizer.
 """
 
-import functools
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.hooks import WrappedMethod, require_method
 from spectral_ds.engines.used import UsedParameters
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, Fragment
 
 HOOKED = "_take_model_step"
 
 
 class DeepSpeedEngine(Engine):
-    """Base of the adapters for a `deepspeed.DeepSpeedEngine`; a subclass says where gradients live.
+    """Base of the adapters for a `deepspeed.DeepSpeedEngine`.
+
+    A subclass says where gradients and weights live, and when they have been updated.
 
     Args:
         engine: the user's engine.
@@ -30,18 +33,35 @@ class DeepSpeedEngine(Engine):
     def __init__(self, engine: Any, group: Any) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer
-        self._hook: Callable[..., Any] | None = None
+        self._handles: list[Any] = []
         self.holders = (engine, engine.module)
         self.everyone = Communicator(group, torch.device(engine.device))
         self.communicator = self.everyone
-        # One parameter a fragment; set by the subclass.
+        self.fragments: list[Fragment] = []
+        # Of each fragment: its parameter; the index of the optimizer's parameter group; where in
+        # the optimizer it is, as the subclass counts.
         self._parameters: list[torch.nn.Parameter] = []
+        self._groups: list[int] = []
+        self._places: list[tuple[int, ...]] = []
         # DeepSpeed keeps the float32 gradient on the CPU, and norms that it took during backward.
         self._is_offloaded = False
         # The gradient of a parameter that a step does not use is that of an earlier step.
         self._keeps_old_gradients = False
         self._used: UsedParameters | None = None
         self._name_of = {id(p): name for name, p in engine.module.named_parameters()}
+
+    def _add_fragment(
+        self,
+        parameter: torch.nn.Parameter,
+        start: int,
+        length: int,
+        group: int,
+        place: tuple[int, ...],
+    ) -> None:
+        self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
+        self._parameters.append(parameter)
+        self._groups.append(group)
+        self._places.append(place)
 
     def _shapes_of(self, trained: set[int]) -> dict[str, tuple[int, ...]]:
         """Full shapes of the parameters with these ids, in model order."""
@@ -63,6 +83,20 @@ class DeepSpeedEngine(Engine):
     def skipped_steps(self) -> int:
         return int(self._engine.skipped_steps)
 
+    @property
+    def loss_scale(self) -> float:
+        # Under torch_autocast in float16, torch keeps the scale, on the device.
+        scaler = getattr(self._engine, "torch_autocast_z0_gradscaler", None) or getattr(
+            self._optimizer, "torch_autocast_gradscaler", None
+        )
+        if scaler is not None:
+            return float(scaler.get_scale())
+        return float(getattr(self._optimizer, "loss_scale", None) or 1.0)
+
+    def learning_rates(self) -> list[float]:
+        groups = self._optimizer.param_groups
+        return [float(groups[group]["lr"]) for group in self._groups]
+
     def _has_gradient(self, parameter: torch.nn.Parameter) -> bool:
         """Whether the parameter got a gradient since the last step."""
         return self._used is None or parameter in self._used
@@ -74,34 +108,63 @@ class DeepSpeedEngine(Engine):
                 if gradient is not None:
                     norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
                     norms[self._optimizer.get_param_id(parameter)] = norm
-        if self._used is not None:
-            self._used.clear()
 
-    def install(self, before_step: Callable[[], None]) -> None:
-        original = getattr(self._engine, HOOKED)
-        self._previous = self._engine.__dict__.get(HOOKED)
-
-        @functools.wraps(original)
-        def take_model_step(*args: Any, **kwargs: Any) -> Any:
-            if self._hook is take_model_step:
-                before_step()
+    def install(
+        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+    ) -> None:
+        def take_model_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            before_step()
+            if self._used is not None:
+                self._used.clear()
             return original(*args, **kwargs)
 
+        self._handles = []
+        if after_update is not None:
+            self._handles.append(self._call_after_update(after_update))
         if self._keeps_old_gradients:
             self._used = UsedParameters(self._parameters)
-        self._hook = take_model_step
-        setattr(self._engine, HOOKED, take_model_step)
+            self._handles.append(self._used)
+        self._handles.append(WrappedMethod(self._engine, HOOKED, take_model_step))
+
+    @abstractmethod
+    def _call_after_update(self, after_update: Callable[[], None]) -> Any:
+        """Have `after_update` called at its place in the optimizer's step; the handle of it."""
+
+    def _call_after_last_group(
+        self,
+        after_update: Callable[[], None],
+        count: int,
+        copy_to_low_precision: Callable[[int], None],
+    ) -> Any:
+        """`_call_after_update` where the optimizer steps group by group, copying each at once.
+
+        Called after the step of the last group; then the others are copied again.
+
+        Args:
+            after_update: the hook.
+            count: the number of groups.
+            copy_to_low_precision: copies a group's float32 weights to this rank's part of the
+                parameters.
+        """
+        if getattr(self._optimizer, "torch_autocast_gradscaler", None) is not None:
+            raise UnsupportedEngineError(
+                "spectral_ds does not support acting on updates under torch_autocast in float16, "
+                "where each parameter group may skip a step by itself; use bfloat16"
+            )
+
+        def optimizer_step(original: Callable[..., Any], group: int) -> None:
+            original(group)
+            if group == count - 1:
+                after_update()
+                for earlier in range(group):
+                    copy_to_low_precision(earlier)
+
+        return WrappedMethod(self._optimizer, "_optimizer_step", optimizer_step)
 
     def remove(self) -> None:
-        hook, self._hook = self._hook, None
-        if self._used is not None:
-            self._used.remove()
-        # If somebody wrapped our wrapper, it stays in their chain and only passes calls on.
-        if self._engine.__dict__.get(HOOKED) is hook:
-            if self._previous is None:
-                delattr(self._engine, HOOKED)
-            else:
-                setattr(self._engine, HOOKED, self._previous)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         from deepspeed.utils import log_dist
@@ -154,8 +217,4 @@ def refuse_unsupported(engine: Any) -> None:
     for reason, in_use in reasons.items():
         if in_use:
             raise UnsupportedEngineError(f"spectral_ds does not support {reason}")
-    if not hasattr(engine, HOOKED):
-        raise UnsupportedEngineError(
-            f"this DeepSpeed version has no DeepSpeedEngine.{HOOKED}, which spectral_ds wraps; "
-            "use DeepSpeed 0.19"
-        )
+    require_method(engine, HOOKED)

@@ -1,27 +1,25 @@
 """DeepSpeed ZeRO stages 1 and 2: gradients live in flat partitions, one a parameter group.
 
 On the device they are a list of views that tiles the partition; with CPU offload they are the
-`.grad` of the float32 partition.
+`.grad` of the float32 partition. Parameter groups are stepped one after the other; all are gathered
+at the end.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.deepspeed import DeepSpeedEngine
-from spectral_ds.sharding import Fragment
 
 
 class DeepSpeedZero12Engine(DeepSpeedEngine):
-    """Fragments of a `DeepSpeedZeroOptimizer`."""
+    """Fragments of a `DeepSpeedZeroOptimizer`; their places are (parameter group, offset in it)."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.optimizer.real_dp_process_group[0])
         zero = self._optimizer
         self._is_offloaded = self._keeps_old_gradients = bool(zero.cpu_offload)
-        # (parameter group, offset in this rank's partition) of each fragment.
-        self._places: list[tuple[int, int]] = []
-        self.fragments: list[Fragment] = []
         self.shapes = self._shapes_of({id(p) for group in zero.bit16_groups for p in group})
         for group, parameters in enumerate(zero.params_in_partition):
             self._add_fragments(group, parameters)
@@ -36,9 +34,7 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
             offset = int(zero.grad_partition_insertion_offset[group][rank][key])
             length = min(parameter.numel() - start, partition_size - offset)
             if length > 0:
-                self._parameters.append(parameter)
-                self._places.append((group, offset))
-                self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
+                self._add_fragment(parameter, start, length, group, (group, offset))
 
     def gradients(self) -> list[torch.Tensor | None]:
         zero = self._optimizer
@@ -81,3 +77,12 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
             partitions[group].detach().view(-1).narrow(0, offset, fragment.length)
             for (group, offset), fragment in zip(self._places, self.fragments, strict=True)
         ]
+
+    def _call_after_update(self, after_update: Callable[[], None]) -> Any:
+        groups = len(self._optimizer.bit16_groups)
+        return self._call_after_last_group(after_update, groups, self._copy_to_low_precision)
+
+    def _copy_to_low_precision(self, group: int) -> None:
+        zero = self._optimizer
+        partition = zero.parallel_partitioned_bit16_groups[group][self.communicator.rank]
+        partition.data.copy_(zero.single_partition_of_fp32_groups[group].data)

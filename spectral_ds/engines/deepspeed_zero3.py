@@ -1,24 +1,31 @@
-"""DeepSpeed ZeRO stage 3: every parameter is cut into equal runs, one a rank."""
+"""DeepSpeed ZeRO stage 3: every parameter is cut into equal runs, one a rank.
 
+Sub-groups of parameters are stepped one after the other; small parameters, which stay whole on
+every rank, are gathered at the end.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.deepspeed import DeepSpeedEngine
-from spectral_ds.sharding import Fragment
+from spectral_ds.engines.hooks import require_method
+
+COPY_TO_LOW_PRECISION = "_reassign_or_swap_out_partitioned_parameters"
 
 
 class DeepSpeedZero3Engine(DeepSpeedEngine):
-    """Fragments of a `DeepSpeedZeroOptimizer_Stage3`."""
+    """Fragments of a `DeepSpeedZeroOptimizer_Stage3`.
+
+    Their places are (sub-group, position in it, offset in its flat partition).
+    """
 
     def __init__(self, engine: Any) -> None:
         zero = engine.optimizer
         super().__init__(engine, zero.dp_process_group)
         self._is_offloaded = bool(zero.offload_optimizer)
         self._keeps_old_gradients = True
-        # (sub-group, position in it, offset in its flat partition) of each fragment.
-        self._places: list[tuple[int, int, int]] = []
-        self.fragments: list[Fragment] = []
         self.shapes = self._shapes_of(
             {id(p) for group in zero.fp16_groups for p in group if p.requires_grad}
         )
@@ -29,9 +36,9 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
                 length = min(parameter.partition_numel(), parameter.ds_numel - start)
                 if length > 0 and parameter.requires_grad:
                     offset = zero.grad_position[zero.get_param_id(parameter)][1]
-                    self._parameters.append(parameter)
-                    self._places.append((sub_group, position, offset))
-                    self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
+                    group = zero.sub_group_to_group_id[sub_group]
+                    place = (sub_group, position, offset)
+                    self._add_fragment(parameter, start, length, group, place)
 
     def gradients(self) -> list[torch.Tensor | None]:
         zero = self._optimizer
@@ -55,3 +62,9 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
             partitions[sub_group].detach().view(-1).narrow(0, offset, fragment.length)
             for (sub_group, _, offset), fragment in zip(self._places, self.fragments, strict=True)
         ]
+
+    def _call_after_update(self, after_update: Callable[[], None]) -> Any:
+        zero = self._optimizer
+        require_method(zero, COPY_TO_LOW_PRECISION)
+        copy = getattr(zero, COPY_TO_LOW_PRECISION)
+        return self._call_after_last_group(after_update, len(zero.fp16_groups), copy)

@@ -1,6 +1,8 @@
-"""Responses h(λ), their Chebyshev series, and the filter that applies one to gradients."""
+"""Responses h(λ), how they are evaluated, and the filter that applies them to signals."""
 
-from spectral_ds.filters.chebyshev import ChebyshevSeries
+from spectral_ds.filters.adaptive import whiten_gains, wiener_gains
+from spectral_ds.filters.chebyshev import ChebyshevSeries, ToleranceError
+from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.responses import (
     Heat,
     Identity,
@@ -9,15 +11,31 @@ from spectral_ds.filters.responses import (
     Tikhonov,
     Window,
 )
-from spectral_ds.filters.spectral_filter import SpectralFilter
+from spectral_ds.filters.schedule import StrengthSchedule
+from spectral_ds.filters.spectral_filter import GraphFilter, SpectralFilter
+from spectral_ds.filters.temporal import TemporalFilter
+from spectral_ds.filters.transfer import NO_SERIES, BandTransfer, FixedTransfer, Transfer
+from spectral_ds.filters.updates import Updates
 
 __all__ = [
+    "NO_SERIES",
+    "BandTransfer",
     "ChebyshevSeries",
+    "FixedTransfer",
+    "GraphFilter",
     "Heat",
     "Identity",
+    "NormKeeper",
     "Polynomial",
     "Response",
     "SpectralFilter",
+    "StrengthSchedule",
+    "TemporalFilter",
     "Tikhonov",
+    "ToleranceError",
+    "Transfer",
+    "Updates",
     "Window",
+    "whiten_gains",
+    "wiener_gains",
 ]

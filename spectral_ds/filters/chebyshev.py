@@ -4,7 +4,6 @@ Source: Hammond, Vandergheynst, Gribonval, "Wavelets on graphs via spectral grap
 arXiv 0912.3848, section 6.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,17 +11,20 @@ import torch
 from numpy.polynomial import chebyshev
 
 from spectral_ds.filters.responses import Response, Values
-from spectral_ds.laplacian import LaplacianOperator
-from spectral_ds.laplacian.workspace import Scratch
+from spectral_ds.laplacian import LaplacianOperator, Scratch
 
 MAX_ORDER = 512
 # The error is the largest of this many equally spaced frequencies.
 ERROR_GRID = 10_001
 
 
+class ToleranceError(ValueError):
+    """No Chebyshev series up to MAX_ORDER is close enough to a response."""
+
+
 @dataclass(frozen=True)
 class ChebyshevSeries:
-    """h(λ) ≈ Σ_j c_j T_j(2λ/λ_max − 1) on [0, λ_max].
+    """h(λ) ≈ Σ_j c_j T_j(x), x = 2λ/λ_max − 1, on [0, λ_max].
 
     Attributes:
         coefficients: c_0 ... c_order.
@@ -49,14 +51,14 @@ class ChebyshevSeries:
             tolerance: largest error allowed with `auto`.
 
         Raises:
-            ValueError: `auto` finds no order up to MAX_ORDER.
+            ToleranceError: `auto` finds no order up to MAX_ORDER.
         """
         grid = np.linspace(-1, 1, ERROR_GRID)
-        wanted = response(_frequency(grid, lambda_max))
+        wanted = response(frequency(grid, lambda_max))
 
         def series(degree: int) -> "ChebyshevSeries":
             coefficients = chebyshev.chebinterpolate(
-                lambda x: response(_frequency(x, lambda_max)),  # type: ignore[type-var]
+                lambda x: response(frequency(x, lambda_max)),  # type: ignore[type-var]
                 degree,
             )
             error = float(np.abs(chebyshev.chebval(grid, coefficients) - wanted).max())
@@ -70,7 +72,7 @@ class ChebyshevSeries:
             candidate = series(degree)
             if candidate.error <= tolerance:
                 return candidate
-        raise ValueError(
+        raise ToleranceError(
             f"filter.tolerance {tolerance:g} is not reached by any Chebyshev order up to "
             f"{MAX_ORDER} on [0, {lambda_max:g}] (error there {candidate.error:.2g}); "
             f"lower filter.tau or raise filter.tolerance"
@@ -80,34 +82,32 @@ class ChebyshevSeries:
     def order(self) -> int:
         return len(self.coefficients) - 1
 
-    def blended(self, strength: float) -> tuple[float, ...]:
-        """Coefficients of (1 − s) + s · series: the filter of strength s."""
-        scaled = [strength * coefficient for coefficient in self.coefficients]
-        return (1 - strength + scaled[0], *scaled[1:])
+    def __call__(self, x: Values) -> Values:
+        """The series at x in [−1, 1]."""
+        return np.asarray(chebyshev.chebval(x, np.array(self.coefficients)))
 
 
-def _frequency(x: Values, lambda_max: float) -> Values:
+def frequency(x: Values, lambda_max: float) -> Values:
+    """λ of x in [−1, 1]."""
     return lambda_max / 2 * (x + 1)
 
 
-def apply_series(
-    operator: LaplacianOperator, coefficients: Sequence[float], scratch: Scratch
-) -> None:
+def apply_series(operator: LaplacianOperator, coefficients: torch.Tensor, scratch: Scratch) -> None:
     """scratch.out ← Σ_j c_j T_j(L̃) X for one bucket; one hop a degree (collective).
 
     Args:
         operator: of the bucket.
-        coefficients: c_0, c_1, ...
+        coefficients: (order + 1,): c_0, c_1, ..., on the device, of the scratch's dtype.
         scratch: `scratch.x` holds X in its own rows and is overwritten, as is `scratch.y`.
     """
     previous, current, out = scratch
     own = operator.block.own
-    torch.mul(previous[:own], coefficients[0], out=out)
-    if len(coefficients) == 1:
-        return
-    operator.apply(previous, current)
-    out.add_(current[:own], alpha=coefficients[1])
-    for coefficient in coefficients[2:]:
-        operator.apply(current, previous, alpha=2, beta=-1)
-        previous, current = current, previous
-        out.add_(current[:own], alpha=coefficient)
+    first, *others = coefficients.unbind()
+    torch.mul(previous[:own], first, out=out)
+    for degree, coefficient in enumerate(others, start=1):
+        if degree == 1:
+            operator.apply(previous, current)
+        else:
+            operator.apply(current, previous, alpha=2, beta=-1)
+            previous, current = current, previous
+        out.addcmul_(current[:own], coefficient)

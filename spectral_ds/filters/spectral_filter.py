@@ -1,70 +1,126 @@
 """SpectralFilter: Y = (1 − s) X + s · h(L) X on the fragments of one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from spectral_ds.filters.chebyshev import ChebyshevSeries, apply_series
-from spectral_ds.laplacian import LaplacianOperator
-from spectral_ds.laplacian.workspace import Workspace
+from spectral_ds.filters.chebyshev import apply_series
+from spectral_ds.filters.rescale import NormKeeper
+from spectral_ds.filters.schedule import StrengthSchedule
+from spectral_ds.filters.temporal import TemporalFilter
+from spectral_ds.filters.transfer import Transfer
+from spectral_ds.laplacian import LaplacianOperator, Workspace
 
 
-class SpectralFilter:
-    """Filters gradients bucket by bucket.
+class GraphFilter:
+    """(1 − s) + s · h(L) on one graph, bucket by bucket.
 
     Args:
         operators: one a bucket.
         workspace: scratch memory for them.
-        series: the response.
-        strength: s in [0, 1].
-        warmup_steps: s rises linearly over this many steps, from s/warmup_steps.
-        interval: only steps that are multiples of this are filtered.
+        transfer: h.
+        is_ready: whether the graph is known; before that, signals stay as they are.
     """
 
     def __init__(
         self,
         operators: Sequence[LaplacianOperator],
         workspace: Workspace,
-        series: ChebyshevSeries,
-        *,
-        strength: float,
-        warmup_steps: int,
-        interval: int,
+        transfer: Transfer,
+        is_ready: bool = True,
     ) -> None:
-        self.series = series
-        self._operators = operators
+        self.transfer = transfer
+        self.is_ready = is_ready
+        self.operators = operators
         self._workspace = workspace
-        self._strength = strength
-        self._warmup_steps = warmup_steps
-        self._interval = interval
+        self._made_for: tuple[float, int] | None = None
+        self._coefficients = torch.empty(0)
+        # (1 − s) + s h(L) as a dense matrix, by the id of its eigenbasis.
+        self._matrices: dict[int, torch.Tensor] = {}
 
-    def strength_at(self, step: int) -> float:
-        """s at optimizer step `step` (from 0); 0 on steps that are not filtered."""
-        if step % self._interval != 0:
-            return 0.0
-        return self._strength * min(1.0, (step + 1) / max(self._warmup_steps, 1))
-
-    def hops_at(self, step: int) -> int:
-        """Boundary exchanges and multiplies a bucket at this step."""
-        return 0 if self._is_identity(self.strength_at(step)) else self.series.order
-
-    def apply(self, gradients: Sequence[torch.Tensor | None], step: int) -> None:
-        """Filter in place (collective, one exchange a hop and bucket).
+    def apply(self, signal: Sequence[torch.Tensor | None], strength: float) -> None:
+        """Filter in place (collective).
 
         Args:
-            gradients: this rank's fragments, flat, any floating dtype; None is a parameter without
-                gradient: it counts as zeros and stays as it is. Arithmetic is float32.
-            step: optimizer step, from 0, equal on all ranks.
+            signal: this rank's fragments, flat, any floating dtype; None counts as zeros and
+                stays as it is. Arithmetic is float32.
+            strength: s, equal on all ranks.
         """
-        strength = self.strength_at(step)
-        if self._is_identity(strength):
+        if self.is_identity(strength):
             return
-        coefficients = self.series.blended(strength)
-        for operator in self._operators:
+        self._prepare(strength)
+        for operator in self.operators:
             scratch = self._workspace.of(operator)
-            operator.block.load(gradients, scratch.x)
-            apply_series(operator, coefficients, scratch)
-            operator.block.store(scratch.out, gradients)
+            operator.load(signal, scratch.x)  # all rows come, where the bucket is transposed
+            if operator.eigenbasis is not None:
+                torch.mm(self._matrices[id(operator.eigenbasis)], scratch.x, out=scratch.out)
+            elif operator.is_active:
+                apply_series(operator, self._coefficients, scratch)  # boundary rows come, each hop
+            operator.store(scratch.out, signal)
 
-    def _is_identity(self, strength: float) -> bool:
-        return strength == 0 or self.series.coefficients == (1.0,)
+    def is_identity(self, strength: float) -> bool:
+        """Whether this strength leaves every signal as it is."""
+        return strength == 0 or not self.is_ready or self.transfer.is_identity
+
+    def _prepare(self, strength: float) -> None:
+        """Evaluate the response anew if it or the strength has changed."""
+        key = strength, self.transfer.version
+        if key == self._made_for:
+            return
+        self._made_for = key
+        bases = {id(op.eigenbasis): op.eigenbasis for op in self.operators if op.eigenbasis}
+        for number, basis in bases.items():
+            values = 1 - strength + strength * self.transfer.values(basis.values)
+            self._matrices[number] = basis.function(values)
+        if any(op.is_active and op.eigenbasis is None for op in self.operators):
+            coefficients = strength * self.transfer.coefficients()
+            coefficients[0] += 1 - strength
+            self._coefficients = coefficients.float()
+
+
+class SpectralFilter:
+    """Everything that happens to a signal at a step: graphs one after another, then the rest.
+
+    Args:
+        graphs: gives the stacked filters, each of which takes what the one before it gave.
+        schedule: s at each step.
+        norms: restores the norm of each parameter after the graphs; None: norms change.
+        temporal: acts last; None: no memory.
+    """
+
+    def __init__(
+        self,
+        graphs: Callable[[], Sequence[GraphFilter]],
+        schedule: StrengthSchedule,
+        norms: NormKeeper | None = None,
+        temporal: TemporalFilter | None = None,
+    ) -> None:
+        self._graphs = graphs
+        self.schedule = schedule
+        self.temporal = temporal
+        self._norms = norms
+
+    def is_idle(self, step: int) -> bool:
+        """Whether nothing at all happens at this step."""
+        strength = self.schedule.at(step)
+        return self.temporal is None and all(g.is_identity(strength) for g in self._graphs())
+
+    def apply(self, signal: Sequence[torch.Tensor | None], step: int, scale: float = 1.0) -> None:
+        """Filter in place (collective).
+
+        Args:
+            signal: this rank's fragments of the filtered parameters, flat, any floating dtype;
+                None is a parameter without gradient: it counts as zeros and stays as it is.
+            step: optimizer step, from 0, equal on all ranks.
+            scale: by which the signal is multiplied (loss scaling).
+        """
+        if self.is_idle(step):
+            return
+        strength = self.schedule.at(step)
+        before = None if self._norms is None else self._norms.norms(signal)
+        for graph in self._graphs():
+            graph.apply(signal, strength)
+        if self._norms is not None and before is not None:
+            self._norms.restore(signal, before)
+        if self.temporal is not None:
+            self.temporal.apply(signal, scale)

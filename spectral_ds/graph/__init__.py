@@ -2,9 +2,22 @@
 
 from spectral_ds.graph.depth import Depth
 from spectral_ds.graph.edges import Edges
-from spectral_ds.graph.nodes import ParameterNodes, match_parameters
+from spectral_ds.graph.nodes import NodeKind, ParameterNodes, match_parameters
+from spectral_ds.graph.pair import Pair, UnknownHeadWidthError
+from spectral_ds.graph.ring import Ring
 from spectral_ds.graph.similarity import Similarity
 
-EdgeFamily = Depth | Similarity
+EdgeFamily = Depth | Pair | Ring | Similarity
 
-__all__ = ["Depth", "EdgeFamily", "Edges", "ParameterNodes", "Similarity", "match_parameters"]
+__all__ = [
+    "Depth",
+    "EdgeFamily",
+    "Edges",
+    "NodeKind",
+    "Pair",
+    "ParameterNodes",
+    "Ring",
+    "Similarity",
+    "UnknownHeadWidthError",
+    "match_parameters",
+]

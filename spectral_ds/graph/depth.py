@@ -1,4 +1,4 @@
-"""Edge family `depth`: the same row of the same role in the next block, a path along the depth.
+"""Edge family `depth`: the same node of the same role in the next block, a path along the depth.
 
 Source: Gradient Smoothing (arXiv 2606.30813), which smooths over layers.
 """
@@ -17,7 +17,7 @@ from spectral_ds.graph.nodes import ParameterNodes
 
 @dataclass(frozen=True)
 class Depth:
-    """Row r of a parameter ~ row r of the parameter of equal role and shape in the next block.
+    """Node r of a parameter ~ node r of the parameter of equal role and shape in the next block.
 
     "Next" is the next block present, so that a missing block does not break the path.
     """
@@ -42,7 +42,7 @@ class Depth:
         first_node: npt.NDArray[np.int64],
         sources: npt.NDArray[np.int64],
     ) -> Edges:
-        """One directed edge from each source node to its row in the next block.
+        """One directed edge from each source node to its own in the next block.
 
         Args:
             parameters: the parameters whose nodes are numbered.

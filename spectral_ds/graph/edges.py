@@ -39,6 +39,24 @@ class Edges:
     def reversed(self) -> "Edges":
         return Edges(self.target, self.source, self.weight)
 
+    def shifted(self, nodes: int) -> "Edges":
+        """The same edges between nodes whose numbers are higher by `nodes`."""
+        return Edges(self.source + nodes, self.target + nodes, self.weight)
+
+    def from_sources(self, nodes: npt.NDArray[np.int64]) -> "Edges":
+        """The edges whose source is one of these nodes."""
+        kept = np.isin(self.source, nodes)
+        return Edges(self.source[kept], self.target[kept], self.weight[kept])
+
+    def repeated(self, copies: int) -> "Edges":
+        """Each node becomes `copies` nodes, each edge as many between equal copies."""
+        copy = np.tile(np.arange(copies), len(self))
+        return Edges(
+            np.repeat(self.source, copies) * copies + copy,
+            np.repeat(self.target, copies) * copies + copy,
+            np.repeat(self.weight, copies),
+        )
+
     def combined(self, rule: np.ufunc) -> "Edges":
         """One edge for each (source, target), sorted by both; equal edges are combined by rule.
 

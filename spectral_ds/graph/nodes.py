@@ -1,4 +1,4 @@
-"""Nodes: the rows of the parameters that a graph covers.
+"""Nodes: the rows, columns or elements of the parameters that a graph covers.
 
 In: parameter names and shapes, name patterns. Out: `ParameterNodes`, one a parameter.
 """
@@ -7,30 +7,56 @@ import fnmatch
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+# "parameter" is what a graph of depth paths is made of: all rows of a parameter have the same
+# neighbours there, so that the whole parameter counts as one node with a long signal.
+NodeKind = Literal["row", "column", "element", "parameter"]
 
 
 @dataclass(frozen=True)
 class ParameterNodes:
-    """The nodes of one parameter: its rows along dimension 0.
+    """The nodes of one parameter, seen as a matrix of shape[0] rows.
 
-    A 0-D or 1-D parameter is one node whose width is its number of elements.
+    A 0-D or 1-D parameter is one row; by `column`, too, it is one node.
+
+    Attributes:
+        kind: what a node is.
     """
 
     name: str
     shape: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if len(self.shape) > 1 else 1
+    kind: NodeKind = "row"
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the matrix."""
+        return self.numel // self.rows
+
+    @property
+    def nodes(self) -> int:
+        if self.kind == "column":
+            return self.columns if self.is_transposed else 1
+        return {"row": self.rows, "element": self.numel, "parameter": 1}[self.kind]
+
+    @property
     def width(self) -> int:
         """Elements of one node's signal."""
-        return math.prod(self.shape[1:]) if len(self.shape) > 1 else self.numel
+        return self.numel // self.nodes
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether a node's elements lie a row apart in memory."""
+        return self.kind == "column" and len(self.shape) > 1
 
     @property
     def block(self) -> int | None:

@@ -4,7 +4,6 @@ In: the features of all nodes of one scope. Out: neighbours and squared distance
 How features are collected across ranks is `laplacian/features.py`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ class Similarity:
     Attributes:
         neighbours: k; a node of a smaller scope takes all others.
         scope: nodes are compared within their `parameter`, or with all nodes of their `role`.
+        features: what is compared: the `weights`, or the running mean of the `gradient`.
         sketch_width: longer features are replaced by their Gaussian random projection to this
             width; 0: never.
         weight: factor of the family in W.
@@ -41,6 +41,7 @@ class Similarity:
 
     neighbours: int = 8
     scope: Literal["parameter", "role"] = "parameter"
+    features: Literal["weights", "gradient"] = "weights"
     sketch_width: int = 64
     weight: float = 1.0
 
@@ -56,19 +57,6 @@ class Similarity:
     def links(self, parameters: Sequence[ParameterNodes]) -> list[tuple[int, int]]:
         """Pairs of parameters (by position) that this family may join."""
         return [(a, b) for scope in self.scopes(parameters) for a, b in pairwise(scope)]
-
-    def projection(self, width: int, seed: int) -> torch.Tensor | None:
-        """The Gaussian projection of features of this width; None where they are kept whole.
-
-        Returns:
-            (width, sketch_width), float64, CPU, entries N(0, 1/sketch_width), drawn from
-            `torch.Generator().manual_seed(seed)`: the same on all ranks.
-        """
-        if self.sketch_width == 0 or width <= self.sketch_width:
-            return None
-        generator = torch.Generator().manual_seed(seed)
-        gaussian = torch.randn(width, self.sketch_width, dtype=torch.float64, generator=generator)
-        return gaussian / math.sqrt(self.sketch_width)
 
 
 def nearest(

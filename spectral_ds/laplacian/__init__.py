@@ -1,20 +1,24 @@
-"""y = L x on shards: local blocks (torch-sparse) and the exchange of boundary rows.
+"""LaplacianOperator: y = L x on shards = local blocks + what other ranks bring."""
 
-In: parameters, shard layout, edge families, weights. Out: a `ParameterGraph` of buckets, each
-with its `LaplacianOperator`.
-"""
-
-from spectral_ds.laplacian.buckets import Bucket, make_buckets
+from spectral_ds.laplacian.features import FeatureSource, WeightFeatures
 from spectral_ds.laplacian.kernels import KernelName, KernelUnavailableError, require_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator
-from spectral_ds.laplacian.parameter_graph import ParameterGraph
+from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
+from spectral_ds.laplacian.plan import ExchangeName, OperatorPlan, make_plan
+from spectral_ds.laplacian.workspace import Scratch, Workspace
 
 __all__ = [
-    "Bucket",
+    "ExchangeName",
+    "FeatureSource",
+    "Group",
     "KernelName",
     "KernelUnavailableError",
     "LaplacianOperator",
+    "OperatorPlan",
     "ParameterGraph",
-    "make_buckets",
+    "Scratch",
+    "WeightFeatures",
+    "Workspace",
+    "make_plan",
     "require_kernel",
 ]

@@ -1,7 +1,8 @@
 """The rows of one bucket that this rank stores: own rows, then boundary rows.
 
-Every column of a signal is filtered independently, so a row that a shard edge cuts is stored
-whole, with some of its columns owned and the others received or unused.
+A stored row is one node; its columns are those of which this rank owns anything. Every column of a
+signal is filtered independently, so a row that a shard edge cuts is stored with some of its columns
+owned and the others received or unused.
 """
 
 from collections.abc import Sequence
@@ -12,18 +13,17 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian.buckets import Bucket
-from spectral_ds.sharding import Fragment, intervals
+from spectral_ds.laplacian.rectangles import Rectangle, addresses
+from spectral_ds.sharding import intervals
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A fragment's elements skip, skip + stride, ... lie at [offset, offset + length)."""
+    """A rectangle of a fragment and the (row, column) of the stored matrix where it begins."""
 
-    fragment: int
-    skip: int
-    offset: int
-    length: int
+    rectangle: Rectangle
+    row: int
+    column: int
 
 
 @dataclass(frozen=True)
@@ -31,78 +31,78 @@ class LocalBlock:
     """Where each element of a bucket lies in this rank's (stored rows × width) matrices.
 
     Attributes:
-        bucket: the bucket.
-        own_rows: sorted global node numbers that this rank owns a part of; stored first.
-        boundary_rows: sorted global node numbers of other ranks' rows with edges to them.
-        owned: addresses that this rank owns.
+        bucket_width: columns of the bucket.
+        own_rows: sorted node numbers that this rank owns a part of; stored first.
+        boundary_rows: sorted node numbers of other ranks' rows with edges to them.
+        columns: the columns that are stored.
         needed: addresses that it must receive before each multiply.
-        width: columns stored of each row.
-        stride: 1: all columns; else every stride-th, and addresses are divided by it.
         placements: where this rank's fragments are stored.
     """
 
-    bucket: Bucket
+    bucket_width: int
     own_rows: npt.NDArray[np.int64]
     boundary_rows: npt.NDArray[np.int64]
-    owned: intervals.Intervals
+    columns: intervals.Intervals
     needed: intervals.Intervals
-    width: int
-    stride: int
     placements: tuple[Placement, ...]
 
     @classmethod
-    def of(cls, bucket: Bucket, fragments: Sequence[Fragment], edges: Edges) -> "LocalBlock":
-        """All columns. `fragments` and `edges` are this rank's; edge sources are its own rows."""
-        width = bucket.width
-        owned = bucket.owned(fragments)
-        own_rows = np.unique(intervals.members(_row_spans(owned, width)))
-        needed = intervals.subtract(_neighbours_of(owned, edges, width), owned)
-        touched = np.unique(intervals.members(_row_spans(needed, width)))
-        boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
-        return cls._arrange(bucket, fragments, own_rows, boundary_rows, owned, needed, 1)
+    def of(
+        cls,
+        width: int,
+        rectangles: Sequence[Rectangle],
+        edges: Edges,
+        rows_of: "LocalBlock | None" = None,
+    ) -> "LocalBlock":
+        """The block that stores these rectangles and their neighbours.
 
-    def sampled(self, fragments: Sequence[Fragment], stride: int) -> "LocalBlock":
-        """The same rows with every stride-th column; the stride divides the width."""
-        owned, needed = intervals.every(self.owned, stride), intervals.every(self.needed, stride)
-        return self._arrange(
-            self.bucket, fragments, self.own_rows, self.boundary_rows, owned, needed, stride
+        Args:
+            width: columns of the bucket.
+            rectangles: this rank's.
+            edges: from its rows.
+            rows_of: a block whose rows to store, though these rectangles may touch fewer.
+        """
+        owned = addresses(rectangles, width)
+        needed = intervals.subtract(_neighbours_of(owned, edges, width), owned)
+        if rows_of is not None:
+            own_rows, boundary_rows = rows_of.own_rows, rows_of.boundary_rows
+        else:
+            own_rows = np.unique(intervals.members(_row_spans(owned, width)))
+            touched = np.unique(intervals.members(_row_spans(needed, width)))
+            boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
+        columns = intervals.merge(
+            np.array([(r.column, r.column + r.columns) for r in rectangles], np.int64).reshape(
+                -1, 2
+            )
         )
+        return cls.storing(width, own_rows, boundary_rows, columns, needed, rectangles)
 
     @classmethod
-    def _arrange(
+    def storing(
         cls,
-        bucket: Bucket,
-        fragments: Sequence[Fragment],
+        width: int,
         own_rows: npt.NDArray[np.int64],
         boundary_rows: npt.NDArray[np.int64],
-        owned: intervals.Intervals,
+        columns: intervals.Intervals,
         needed: intervals.Intervals,
-        stride: int,
+        rectangles: Sequence[Rectangle],
     ) -> "LocalBlock":
-        width = bucket.width // stride
-
-        def stored_at(address: int) -> int:
-            return int(np.searchsorted(own_rows, address // width)) * width + address % width
-
-        placements = []
-        for index, fragment in enumerate(fragments):
-            address = bucket.address(fragment)
-            if address is not None:
-                skip = -address % stride
-                length = -(-(fragment.length - skip) // stride)
-                if length > 0:
-                    offset = stored_at((address + skip) // stride)
-                    placements.append(Placement(index, skip, offset, length))
-        return cls(
-            bucket,
-            own_rows,
-            boundary_rows,
-            owned,
-            needed,
-            width,
-            stride,
-            tuple(placements),
+        """The block of given rows and columns; these rectangles lie in own rows."""
+        first_row = np.array([r.node for r in rectangles], np.int64)
+        first_column = np.array([r.column for r in rectangles], np.int64)
+        places = zip(
+            rectangles,
+            np.searchsorted(own_rows, first_row).tolist(),
+            intervals.positions(columns, first_column).tolist(),
+            strict=True,
         )
+        placements = tuple(Placement(*place) for place in places)
+        return cls(width, own_rows, boundary_rows, columns, needed, placements)
+
+    @property
+    def width(self) -> int:
+        """Number of stored columns."""
+        return intervals.total(self.columns)
 
     @property
     def own(self) -> int:
@@ -114,14 +114,20 @@ class LocalBlock:
         """Number of stored rows: own and boundary."""
         return len(self.own_rows) + len(self.boundary_rows)
 
+    def has_rows_of(self, other: "LocalBlock") -> bool:
+        """Whether both store the same rows in the same order."""
+        return np.array_equal(self.own_rows, other.own_rows) and np.array_equal(
+            self.boundary_rows, other.boundary_rows
+        )
+
     def local_rows(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Stored row number of each global row; every row must be stored."""
+        """Stored row number of each node; every one must be stored."""
         at = np.searchsorted(self.own_rows, rows)
         is_own = at < self.own
         is_own[is_own] = self.own_rows[at[is_own]] == rows[is_own]
         return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
 
-    def load(self, fragments: Sequence[torch.Tensor | None], matrix: torch.Tensor) -> None:
+    def load(self, fragments: Sequence[torch.Tensor | None], views: Sequence[torch.Tensor]) -> None:
         """Copy fragment values into own rows.
 
         Elements that are neither owned nor received keep what they hold: no owned element ever
@@ -129,37 +135,45 @@ class LocalBlock:
 
         Args:
             fragments: this rank's flat tensors, any floating dtype; None counts as zeros.
-            matrix: (stored, width), float32, contiguous.
+            views: `owned_views` of a (stored, width) matrix.
         """
-        runs, values = self._paired(matrix, fragments)
-        if runs:
-            torch._foreach_copy_(runs, values)
-        for run, place in zip(self.owned_runs(matrix), self.placements, strict=True):
-            if fragments[place.fragment] is None:
-                run.zero_()
+        places, values = self._paired(views, fragments)
+        if places:
+            torch._foreach_copy_(places, values)
+        if len(places) < len(self.placements):
+            for view, place in zip(views, self.placements, strict=True):
+                if fragments[place.rectangle.fragment] is None:
+                    view.zero_()
 
-    def store(self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor | None]) -> None:
+    def store(
+        self, views: Sequence[torch.Tensor], fragments: Sequence[torch.Tensor | None]
+    ) -> None:
         """Copy owned elements back into the fragments, in their own dtype."""
-        runs, values = self._paired(matrix, fragments)
-        if runs:
-            torch._foreach_copy_(values, runs)
+        places, values = self._paired(views, fragments)
+        if places:
+            torch._foreach_copy_(values, places)
 
-    def owned_runs(self, matrix: torch.Tensor) -> list[torch.Tensor]:
-        """Flat views of the owned elements, one a placement."""
-        flat = matrix.view(-1)
-        return [flat[place.offset : place.offset + place.length] for place in self.placements]
+    def owned_views(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the owned elements, one a placement."""
+        return [
+            matrix[
+                place.row : place.row + place.rectangle.nodes,
+                place.column : place.column + place.rectangle.columns,
+            ]
+            for place in self.placements
+        ]
 
     def _paired(
-        self, matrix: torch.Tensor, fragments: Sequence[torch.Tensor | None]
+        self, views: Sequence[torch.Tensor], fragments: Sequence[torch.Tensor | None]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Views of the stored elements, in the matrix and in the fragments that there are."""
-        runs, values = [], []
-        for run, place in zip(self.owned_runs(matrix), self.placements, strict=True):
-            fragment = fragments[place.fragment]
+        places, values = [], []
+        for view, place in zip(views, self.placements, strict=True):
+            fragment = fragments[place.rectangle.fragment]
             if fragment is not None:
-                runs.append(run)
-                values.append(fragment[place.skip :: self.stride])
-        return runs, values
+                places.append(view)
+                values.append(place.rectangle.view(fragment))
+        return places, values
 
 
 def _row_spans(addresses: intervals.Intervals, width: int) -> intervals.Intervals:

@@ -1,11 +1,11 @@
 """Buckets: sets of parameters of equal node width that no edge leaves.
 
-The filter works on one bucket at a time, so that its scratch memory is that of the largest
-bucket. Buckets are equal on all ranks.
+The filter works on one bucket at a time, so that its scratch memory is that of the largest bucket.
+Columns are filtered independently, so a bucket may also be a slice of columns, or a sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,62 +14,90 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from spectral_ds.graph import EdgeFamily, ParameterNodes
-from spectral_ds.sharding import Fragment, intervals
+from spectral_ds.laplacian.rectangles import Rectangle, rectangles_of
+from spectral_ds.sharding import Fragment
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters whose nodes are numbered together, row after row, parameter after parameter.
+    """Parameters whose nodes are numbered together, parameter after parameter.
 
-    An element's address is node · width + column: the parameters laid end to end.
+    An element's address is node · width + column.
+
+    Attributes:
+        low, high: the columns of the nodes' signals that belong to the bucket.
+        stride: every how many of them; `low` is a multiple of it.
     """
 
     parameters: tuple[ParameterNodes, ...]
+    low: int
+    high: int
+    stride: int = 1
+
+    @classmethod
+    def of(cls, parameters: Sequence[ParameterNodes]) -> "Bucket":
+        """All columns of some parameters."""
+        return cls(tuple(parameters), 0, parameters[0].width)
 
     @property
     def width(self) -> int:
-        return self.parameters[0].width
+        return -(-(self.high - self.low) // self.stride)
 
     @cached_property
     def first_node(self) -> npt.NDArray[np.int64]:
         """Number of each parameter's first node, and the count of all; (parameters + 1,)."""
-        return np.cumsum([0, *(parameter.rows for parameter in self.parameters)])
+        return np.cumsum([0, *(parameter.nodes for parameter in self.parameters)])
 
     @property
     def nodes(self) -> int:
         return int(self.first_node[-1])
 
+    @property
+    def numel(self) -> int:
+        return self.nodes * self.width
+
     @cached_property
     def _position(self) -> dict[str, int]:
         return {parameter.name: i for i, parameter in enumerate(self.parameters)}
 
-    def address(self, fragment: Fragment) -> int | None:
-        """Address of a fragment's first element; None if its parameter is not in the bucket."""
-        position = self._position.get(fragment.parameter)
-        if position is None:
-            return None
-        return int(self.first_node[position]) * self.width + fragment.start
+    def rectangles(self, fragments: Sequence[Fragment]) -> list[Rectangle]:
+        """The parts of a rank's fragments that lie in the bucket."""
+        found = []
+        for index, fragment in enumerate(fragments):
+            position = self._position.get(fragment.parameter)
+            if position is not None:
+                parameter, first = self.parameters[position], int(self.first_node[position])
+                for whole in rectangles_of(parameter, first, fragment, index):
+                    part = whole.sampled(self.low, self.high, self.stride)
+                    if part is not None:
+                        found.append(part)
+        return found
 
-    def owned(self, fragments: Sequence[Fragment]) -> intervals.Intervals:
-        """The addresses that these fragments cover."""
-        runs = [
-            (address, address + fragment.length)
-            for fragment in fragments
-            if (address := self.address(fragment)) is not None
+    def slices(self, max_elements: int) -> list["Bucket"]:
+        """The bucket cut into slices of columns, of at most about so many elements each."""
+        columns = max(16, max_elements // self.nodes // 16 * 16)
+        return [
+            replace(self, low=low, high=min(low + columns, self.high))
+            for low in range(self.low, self.high, columns)
         ]
-        return intervals.merge(np.array(runs, np.int64).reshape(-1, 2))
+
+    def sample(self) -> "Bucket":
+        """Every 8th column of wide signals, all columns of narrow ones.
+
+        Columns are filtered independently, so a sample of them has the spectrum of all, up to
+        sampling error, at an eighth of the cost.
+        """
+        full = self.parameters[0].width
+        return replace(self, stride=8) if full >= 512 and full % 8 == 0 else self
 
 
-def make_buckets(
-    parameters: Sequence[ParameterNodes], families: Sequence[EdgeFamily], max_elements: int
-) -> list[Bucket]:
-    """Group parameters that edges may join; pack small groups of equal width together.
+def linked_parameters(
+    parameters: Sequence[ParameterNodes], families: Sequence[EdgeFamily]
+) -> list[tuple[ParameterNodes, ...]]:
+    """Groups of parameters that edges may join, in model order.
 
     Args:
-        parameters: in model order.
         families: the edge families; their `links` say which parameters they join.
-        max_elements: a bucket is not filled beyond this many elements (over all ranks); a group
-            that is larger by itself is a bucket of its own.
     """
     links = [pair for family in families for pair in family.links(parameters)]
     ends = np.array(links, np.int64).reshape(-1, 2)
@@ -79,14 +107,4 @@ def make_buckets(
     members: list[list[ParameterNodes]] = [[] for _ in range(groups)]
     for parameter, group in zip(parameters, label, strict=True):
         members[group].append(parameter)
-
-    buckets: list[Bucket] = []
-    open_buckets: dict[int, list[ParameterNodes]] = {}
-    for joined in members:
-        width = joined[0].width
-        held = open_buckets.setdefault(width, [])
-        if held and sum(p.numel for p in [*held, *joined]) > max_elements:
-            buckets.append(Bucket(tuple(held)))
-            held = open_buckets[width] = []
-        held += joined
-    return buckets + [Bucket(tuple(held)) for held in open_buckets.values()]
+    return [tuple(joined) for joined in members]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from spectral_ds.laplacian.adjacency import RowOwners
 from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.sharding import Communicator, intervals
 
 
@@ -40,13 +40,13 @@ class BoundaryExchange:
         cls, block: LocalBlock, owners: RowOwners, communicator: Communicator
     ) -> "BoundaryExchange | None":
         """Ask the owners for the needed addresses (collective); None if no rank needs any."""
+        if communicator.maximum(len(block.needed)) == 0:
+            return None
         pieces = intervals.cut(block.needed, owners.start)
         peer = owners.of_address(pieces[:, 0])
         order = np.argsort(peer, kind="stable")
         asked, peer = pieces[order], peer[order]
         requests, counts = communicator.exchange_rows(asked, peer)
-        if communicator.maximum(len(asked)) == 0:
-            return None
         world_size = communicator.world_size
         asked_counts = np.bincount(peer, minlength=world_size)
         receives = np.split(asked, np.cumsum(asked_counts)[:-1])
@@ -73,7 +73,7 @@ class BoundaryExchange:
         return sum(self.send_splits)
 
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
-        """Take flat float32 buffers, shared with other exchanges, of at least the needed size."""
+        """Take flat buffers, shared with other exchanges, of at least the needed size."""
         self._send_buffer = send[: self.elements_sent]
         self._receive_buffer = receive[: self.elements_received]
 
@@ -102,11 +102,12 @@ class _Chunks:
     def of(
         cls, addresses: intervals.Intervals, block: LocalBlock, device: torch.device
     ) -> "_Chunks":
-        width = block.width
-        length = math.gcd(width, int(np.gcd.reduce(addresses.reshape(-1), initial=0)))
+        edges = np.concatenate((addresses.reshape(-1), block.columns.reshape(-1)))
+        length = math.gcd(block.bucket_width, int(np.gcd.reduce(edges, initial=0)))
         chunk = intervals.members(addresses // length)
-        per_row = width // length
-        local = block.local_rows(chunk // per_row) * per_row + chunk % per_row
+        per_row = block.bucket_width // length
+        column = intervals.positions(block.columns // length, chunk % per_row)
+        local = block.local_rows(chunk // per_row) * (block.width // length) + column
         return cls(length, torch.from_numpy(local).to(device))
 
     def gather(self, flat: torch.Tensor, out: torch.Tensor) -> None:

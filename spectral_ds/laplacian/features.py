@@ -5,68 +5,73 @@ Only sketches travel: each rank projects the columns it owns, and the sum over r
 rows that a shard edge cuts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from spectral_ds.graph import ParameterNodes
+from spectral_ds.graph.projection import gaussian_projection
+from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.sharding import Communicator, Fragment
 
-# Rows are projected in blocks of at most this many elements (float64: 128 MiB).
+# Nodes are projected in blocks of at most this many elements (float64: 128 MiB).
 BLOCK_ELEMENTS = 2**24
 
+# (parameters of equal width, sketch width) -> (nodes, sketch), float64, equal on all ranks; None
+# if there is nothing to compare yet.
+FeatureSource = Callable[[Sequence[ParameterNodes], int], torch.Tensor | None]
 
-def gather_features(
-    parameters: Sequence[ParameterNodes],
-    fragments: Sequence[Fragment],
-    weights: Sequence[torch.Tensor],
-    projection: torch.Tensor | None,
-    communicator: Communicator,
-) -> torch.Tensor:
-    """Features of all nodes of these parameters; one all-reduce.
+
+def no_features(parameters: Sequence[ParameterNodes], sketch_width: int) -> None:
+    """Before the first gradient, there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class WeightFeatures:
+    """Features of the reference weights; a call is one all-reduce.
 
     Args:
-        parameters: parameters of equal width.
-        fragments: this rank's fragments.
+        fragments: this rank's.
         weights: their values, flat, in the same order.
-        projection: (width, sketch width), float64, or None to keep whole rows.
+        seed: of the random projections.
         communicator: the ranks that share the parameters.
-
-    Returns:
-        (nodes, sketch width or width), float64, equal on all ranks.
     """
-    width = parameters[0].width
-    first_row = 0
-    first_row_of = {}
-    for parameter in parameters:
-        first_row_of[parameter.name] = first_row
-        first_row += parameter.rows
-    device = communicator.device
-    feature_width = width if projection is None else projection.shape[1]
-    features = torch.zeros(first_row, feature_width, dtype=torch.float64, device=device)
-    projection = None if projection is None else projection.to(device)
-    for fragment, values in zip(fragments, weights, strict=True):
-        if fragment.parameter not in first_row_of:
-            continue
-        base = first_row_of[fragment.parameter] * width
-        block = max(1, BLOCK_ELEMENTS // width) * width
-        start = fragment.start
-        for part in values.split(block):
-            _add_part(features, part.to(device), base + start, width, projection)
-            start += part.numel()
-    return communicator.sum_(features)
+
+    fragments: Sequence[Fragment]
+    weights: Sequence[torch.Tensor]
+    seed: int
+    communicator: Communicator
+
+    def __call__(self, parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
+        bucket = Bucket.of(parameters)
+        device = self.communicator.device
+        projection = gaussian_projection(bucket.width, sketch_width, self.seed)
+        size = bucket.width if projection is None else sketch_width
+        projection = None if projection is None else projection.to(device)
+        features = torch.zeros(bucket.nodes, size, dtype=torch.float64, device=device)
+        for part in bucket.rectangles(self.fragments):
+            values = part.view(self.weights[part.fragment])
+            node = part.node
+            for block in values.split(max(1, BLOCK_ELEMENTS // part.columns)):
+                rows = features[node : node + len(block)]
+                add_sketch(rows, block.to(device, torch.float64), part.column, projection)
+                node += len(block)
+        return self.communicator.sum_(features)
 
 
-def _add_part(
-    features: torch.Tensor,
-    part: torch.Tensor,
-    address: int,
-    width: int,
-    projection: torch.Tensor | None,
+def add_sketch(
+    rows: torch.Tensor, values: torch.Tensor, column: int, projection: torch.Tensor | None
 ) -> None:
-    """Add the features of a flat run of elements that begins at an address."""
-    first, last = address // width, (address + part.numel() - 1) // width
-    rows = torch.zeros(last - first + 1, width, dtype=torch.float64, device=part.device)
-    offset = address - first * width
-    rows.view(-1)[offset : offset + part.numel()] = part
-    features[first : last + 1] += rows if projection is None else rows @ projection
+    """Add what some columns contribute to the sketches of some nodes.
+
+    Args:
+        rows: (nodes, sketch), changed in place.
+        values: (nodes, columns): columns `column`, `column` + 1, ... of their signals.
+        projection: (width, sketch), or None where signals are kept whole.
+    """
+    last = column + values.shape[1]
+    if projection is None:
+        rows[:, column:last] += values
+    else:
+        rows.addmm_(values, projection[column:last])

@@ -1,6 +1,7 @@
-"""Multiply kernels: out ← alpha · A x + beta · out for one sparse block A.
+"""Multiply kernels: out ← alpha · A x + beta · out for one block A.
 
-Two kernels of one interface, equal in result: torch-sparse, and torch's native CSR.
+Kernels of one interface, equal in result: torch-sparse, torch's native CSR, and a dense one for the
+few nodes of depth paths.
 """
 
 import logging
@@ -31,7 +32,7 @@ class KernelUnavailableError(RuntimeError):
 
 
 class Kernel(Protocol):
-    """One sparse block, float32."""
+    """One block; its dtype is that of the signals."""
 
     name: str
 
@@ -44,14 +45,14 @@ class TorchCSRKernel:
 
     name = "torch_csr"
 
-    def __init__(self, block: csr_array, device: torch.device) -> None:
+    def __init__(self, block: csr_array, device: torch.device, dtype: torch.dtype) -> None:
         index_dtype = np.int32 if max(block.nnz, *block.shape) < 2**31 else np.int64
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             self.matrix = torch.sparse_csr_tensor(
                 torch.from_numpy(block.indptr.astype(index_dtype)),
                 torch.from_numpy(block.indices.astype(index_dtype)),
-                torch.from_numpy(block.data.astype(np.float32)),
+                torch.from_numpy(block.data).to(dtype),
                 size=block.shape,
                 device=device,
                 check_invariants=True,
@@ -66,11 +67,11 @@ class TorchSparseKernel:
 
     name = "torch_sparse"
 
-    def __init__(self, block: csr_array, device: torch.device) -> None:
+    def __init__(self, block: csr_array, device: torch.device, dtype: torch.dtype) -> None:
         matrix = _torch_sparse().SparseTensor(
             rowptr=torch.from_numpy(block.indptr.astype(np.int64)),
             col=torch.from_numpy(block.indices.astype(np.int64)),
-            value=torch.from_numpy(block.data.astype(np.float32)),
+            value=torch.from_numpy(block.data).to(dtype),
             sparse_sizes=block.shape,
             is_sorted=True,
             trust_data=True,
@@ -83,6 +84,25 @@ class TorchSparseKernel:
             torch.mul(product, alpha, out=out)
         else:
             out.mul_(beta).add_(product, alpha=alpha)
+
+
+class DenseKernel:
+    """A dense block in a plain matrix product."""
+
+    name = "dense"
+
+    def __init__(self, block: csr_array, device: torch.device, dtype: torch.dtype) -> None:
+        self.matrix = torch.from_numpy(block.toarray()).to(device, dtype)
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
+        out.addmm_(self.matrix, x, beta=beta, alpha=alpha)
+
+
+KERNELS: dict[str, Callable[[csr_array, torch.device, torch.dtype], Kernel]] = {
+    "torch_csr": TorchCSRKernel,
+    "torch_sparse": TorchSparseKernel,
+    "dense": DenseKernel,
+}
 
 
 @cache
@@ -120,40 +140,30 @@ def _warn_once(message: str) -> None:
         logger.warning(message)
 
 
-def make_kernel(
-    name: KernelName, block: csr_array, width: int, everyone: Communicator
-) -> Kernel | None:
-    """The kernel for one block (collective for `auto`); None for a block without rows.
+def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Communicator) -> str:
+    """The name of the kernel to use (collective for `auto`).
 
-    `auto` times both kernels on the ranks' real blocks and keeps the faster in sum, on all ranks
-    alike: replicas of a gradient must not differ in the last bit.
+    `auto` times the sparse kernels on the ranks' real blocks and takes the faster in sum, on all
+    ranks alike: replicas of a gradient must not differ in the last bit.
 
     Args:
         block: A, float64, indices sorted.
         width: columns of the signals it will multiply.
         everyone: all ranks; its device is the kernel's.
     """
-    kinds: dict[str, Callable[[csr_array, torch.device], Kernel]] = {
-        "torch_csr": TorchCSRKernel,
-        "torch_sparse": TorchSparseKernel,
-    }
-    device = everyone.device
-    is_empty = block.shape[0] == 0
     if name != "auto":
-        return None if is_empty else kinds[name](block, device)
-    seconds = torch.zeros(len(kinds), dtype=torch.float64, device=device)
-    kernels: list[Kernel] = []
-    if not _imports_torch_sparse():
-        seconds[1] = math.inf
-        kinds.pop("torch_sparse")
-    if not is_empty:
-        x = torch.zeros(block.shape[1], width, device=device)
-        out = torch.zeros(block.shape[0], width, device=device)
-        kernels = [kind(block, device) for kind in kinds.values()]
-        for index, kernel in enumerate(kernels):
-            seconds[index] = _seconds(kernel, x, out)
-    fastest = int(everyone.sum_(seconds).argmin())
-    return None if is_empty else kernels[fastest]
+        return name
+    device, dtype = everyone.device, torch.float32
+    candidates = ["torch_csr", "torch_sparse"]
+    seconds = torch.zeros(len(candidates), dtype=torch.float64, device=device)
+    for index, candidate in enumerate(candidates):
+        if candidate == "torch_sparse" and not _imports_torch_sparse():
+            seconds[index] = math.inf
+        elif block.shape[0] > 0 and width > 0:
+            x = torch.zeros(block.shape[1], width, device=device)
+            out = torch.zeros(block.shape[0], width, device=device)
+            seconds[index] = _seconds(KERNELS[candidate](block, device, dtype), x, out)
+    return candidates[int(everyone.sum_(seconds).argmin())]
 
 
 def _imports_torch_sparse() -> bool:

@@ -1,6 +1,8 @@
 """LaplacianOperator: y = L x for one bucket, on the rows of one rank."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +11,17 @@ from scipy.sparse import coo_array, csr_array
 
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.eigenbasis import Eigenbasis
 from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import Kernel
+from spectral_ds.laplacian.transpose import Transposition
+
+
+class Views(NamedTuple):
+    """Where in a matrix a signal's elements lie."""
+
+    owned: list[torch.Tensor]  # of this rank's fragments
+    received: list[torch.Tensor]  # of other ranks', where the bucket is transposed
 
 
 @dataclass
@@ -22,13 +33,56 @@ class LaplacianOperator:
 
     Attributes:
         block: which rows are stored where.
-        exchange: the boundary exchange, or None if the bucket needs none on any rank.
-        kernel: the multiply kernel with the block; None if this rank owns no row of the bucket.
+        kernel: the multiply kernel with the block; None if this rank stores no row of the bucket.
+        exchange: the boundary exchange of each hop; None if no rank needs any.
+        transposition: instead of it, how the signal comes and goes; None if rows stay.
+        eigenbasis: of L̃ on all stored rows, where paths need no exchange; else None.
     """
 
     block: LocalBlock
-    exchange: BoundaryExchange | None
-    kernel: Kernel | None
+    kernel: Kernel | None = None
+    exchange: BoundaryExchange | None = None
+    transposition: Transposition | None = None
+    eigenbasis: Eigenbasis | None = None
+    # Views of known matrices, by the matrix's id: making them anew costs more than the copies.
+    _views: dict[int, Views] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this rank has anything to do in a hop."""
+        return self.kernel is not None or self.exchange is not None
+
+    def load(self, signal: Sequence[torch.Tensor | None], x: torch.Tensor) -> None:
+        """x ← the signal's own elements (collective if there is a transposition).
+
+        Args:
+            signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
+            x: (stored rows, width).
+        """
+        views = self._views_of(x)
+        if self.transposition is None:
+            self.block.load(signal, views.owned)
+        else:
+            self.transposition.load(signal, views.owned, views.received)
+
+    def store(self, x: torch.Tensor, signal: Sequence[torch.Tensor | None]) -> None:
+        """The signal ← own elements of x, (own rows or more, width); undoes `load`."""
+        views = self._views_of(x)
+        if self.transposition is None:
+            self.block.store(views.owned, signal)
+        else:
+            self.transposition.store(views.owned, views.received, signal)
+
+    def remember(self, *matrices: torch.Tensor) -> None:
+        """Make the views of these matrices once; they must live as long as the operator."""
+        self._views.update({id(matrix): self._new_views(matrix) for matrix in matrices})
+
+    def _views_of(self, matrix: torch.Tensor) -> Views:
+        return self._views.get(id(matrix)) or self._new_views(matrix)
+
+    def _new_views(self, matrix: torch.Tensor) -> Views:
+        received = [] if self.transposition is None else self.transposition.places(matrix)
+        return Views(self.block.owned_views(matrix), received)
 
     def apply(
         self, x: torch.Tensor, out: torch.Tensor, alpha: float = 1.0, beta: float = 0.0
@@ -36,18 +90,25 @@ class LaplacianOperator:
         """out ← alpha · L̃ x + beta · out on own rows (collective if there is an exchange).
 
         Args:
-            x: (stored rows, width), float32; its boundary rows are overwritten.
-            out: (own rows or more, width), float32; with beta = 0 its old values are ignored.
+            x: (stored rows, width); its boundary rows are overwritten.
+            out: (own rows or more, width); with beta = 0 its old values are ignored.
         """
         if self.exchange is not None:
             self.exchange.run(x)
-        if self.kernel is not None:
+        if self.kernel is not None and x.numel() > 0:
             self.kernel.multiply(x, out[: self.block.own], alpha, beta)
 
-    @property
-    def elements_sent(self) -> int:
-        """Elements that this rank sends a hop."""
-        return 0 if self.exchange is None else self.exchange.elements_sent
+    def owned_views(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the elements that this rank answers for: over ranks, each element once."""
+        if self.transposition is not None:
+            return [x[: self.block.own]]
+        return self.block.owned_views(x)
+
+    def elements_sent(self, hops: int) -> int:
+        """Elements that this rank sends for one filter of so many hops."""
+        if self.transposition is not None:
+            return self.transposition.elements_sent + self.transposition.elements_received
+        return 0 if self.exchange is None else hops * self.exchange.elements_sent
 
 
 def laplacian_rows(

@@ -1,47 +1,57 @@
 """ParameterGraph: the weighted graph over all chosen parameters, sharded like them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse import coo_array, csr_array, eye_array
 
-from spectral_ds.graph import EdgeFamily, Edges, ParameterNodes
-from spectral_ds.laplacian.adjacency import RowOwners, build_adjacency, degrees
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.buckets import Bucket, make_buckets
-from spectral_ds.laplacian.exchange import BoundaryExchange
-from spectral_ds.laplacian.kernels import KernelName, make_kernel
-from spectral_ds.laplacian.operator import LaplacianOperator, chebyshev_block, laplacian_rows
-from spectral_ds.sharding import Communicator, ShardLayout
-
-
-def sample_stride(width: int) -> int:
-    """Spectra of wide rows are measured on every 8th column, of narrow ones on all.
-
-    Columns are filtered independently, so a sample of them has the spectrum of all, up to
-    sampling error, at an eighth of the cost.
-    """
-    return 8 if width >= 512 and width % 8 == 0 else 1
+from spectral_ds.graph import Depth, EdgeFamily, Edges, NodeKind, ParameterNodes
+from spectral_ds.laplacian.adjacency import build_adjacency, degrees
+from spectral_ds.laplacian.buckets import Bucket, linked_parameters
+from spectral_ds.laplacian.features import FeatureSource
+from spectral_ds.laplacian.operator import laplacian_rows
+from spectral_ds.laplacian.owners import RowOwners, runs_of
+from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 
 
 @dataclass(frozen=True)
-class ShardedBucket:
-    """One bucket's graph as this rank holds it.
+class Group:
+    """Parameters that edges join, and their graph as this rank holds it.
 
     Attributes:
-        edges: edges from the rows that this rank owns a part of.
-        degree: (nodes,): degree of every node of the bucket.
-        primary_rows: the rows whose first element this rank owns; each row has one such rank.
+        parameters: as the graph's user sees them.
+        bucket: the same, all columns. In a group of depth paths, where all nodes of a parameter
+            have the same neighbours, each parameter is one node there.
+        edges: from the nodes that this rank owns a part of; of paths, all edges.
+        degree: (nodes,): of every node.
+        owners: which ranks own a part of which node.
+        is_path: whether it is a group of depth paths.
     """
 
+    parameters: tuple[ParameterNodes, ...]
     bucket: Bucket
     edges: Edges
     degree: npt.NDArray[np.float64]
     owners: RowOwners
-    primary_rows: npt.NDArray[np.int64]
+    is_path: bool
+
+    @property
+    def copies(self) -> int:
+        """How many times the graph stands side by side: once for each node of a parameter."""
+        return self.parameters[0].nodes if self.is_path else 1
+
+    def primary_rows(self, rank: int) -> npt.NDArray[np.int64]:
+        """The nodes that a rank answers for; each node has one such rank."""
+        rows = np.arange(self.bucket.nodes)
+        return np.asarray(rows[self.owners.primary(rows) == rank])
+
+    def primary_edges(self, rank: int) -> Edges:
+        """The edges from a rank's primary rows."""
+        return self.edges.from_sources(self.primary_rows(rank))
 
 
 class ParameterGraph:
@@ -51,45 +61,34 @@ class ParameterGraph:
 
     Attributes:
         parameters: name and shape of every parameter in the graph, in model order.
+        groups: the same in sets that no edge leaves.
         num_nodes: number of nodes.
         num_edges: number of undirected edges.
         lambda_max: upper bound of the Laplacian's eigenvalues: 2 if normalized, else
             Gershgorin's bound 2 · max degree (1 if there are no edges).
         normalized: which Laplacian.
-        operators: one `LaplacianOperator` a bucket, in the same order on all ranks.
-        sampled_operators: the same for a sample of the columns, for measuring spectra.
-        bytes_per_hop: bytes that all ranks together send for one hop over all buckets.
+        only_paths: whether all groups are depth paths.
     """
 
     def __init__(
         self,
         parameters: Sequence[ParameterNodes],
-        buckets: Sequence[ShardedBucket],
-        layout: ShardLayout,
+        groups: Sequence[Group],
         normalized: bool,
-        kernel: KernelName,
         communicator: Communicator,
-        everyone: Communicator,
     ) -> None:
         self.parameters = tuple(parameters)
+        self.groups = tuple(groups)
         self.normalized = normalized
-        self.num_nodes = sum(parameter.rows for parameter in parameters)
-        self._buckets = buckets
+        self.only_paths = all(group.is_path for group in groups)
+        self.num_nodes = sum(parameter.nodes for parameter in parameters)
         self._communicator = communicator
-        self._max_degree = max((float(b.degree.max(initial=0)) for b in buckets), default=0.0)
-        self.lambda_max = 2.0 if normalized else 2 * self._max_degree or 1.0
-        made = [self._make_operators(bucket, layout, kernel, everyone) for bucket in buckets]
-        self.operators = [operator for operator, _ in made]
-        self.sampled_operators = [sampled for _, sampled in made]
-        counts = torch.tensor(
-            [
-                sum(int(np.isin(b.edges.source, b.primary_rows).sum()) for b in buckets),
-                4 * sum(operator.elements_sent for operator in self.operators),
-            ],
-            device=communicator.device,
-        )
-        directed_edges, self.bytes_per_hop = communicator.sum_(counts).tolist()
-        self.num_edges = directed_edges // 2
+        max_degree = max((float(group.degree.max(initial=0)) for group in groups), default=0.0)
+        self.lambda_max = 2.0 if normalized else 2 * max_degree or 1.0
+        rank = communicator.rank
+        own = sum(len(group.primary_edges(rank)) * group.copies for group in groups)
+        count = torch.tensor([own], device=communicator.device)
+        self.num_edges = int(communicator.sum_(count).item()) // 2
 
     @classmethod
     def build(
@@ -97,79 +96,84 @@ class ParameterGraph:
         parameters: Sequence[ParameterNodes],
         families: Sequence[EdgeFamily],
         layout: ShardLayout,
-        weights: Sequence[torch.Tensor],
+        features: Mapping[str, FeatureSource],
         communicator: Communicator,
-        everyone: Communicator,
         *,
         normalized: bool,
-        kernel: KernelName,
-        bucket_elements: int,
-        seed: int,
         progress: Callable[[int], object],
     ) -> "ParameterGraph":
-        """Build the graph and the operators (collective on the communicator's group).
+        """Build the graph (collective on the communicator's group).
 
         Args:
             parameters: the parameters to cover, in model order, equal on all ranks.
             families: edge families.
             layout: the fragments of all ranks.
-            weights: this rank's reference weights, flat, in the order of `layout.own`.
+            features: by name, where similarity finds the features it compares.
             communicator: the ranks that share the parameters.
-            everyone: all ranks; more than those if parameters are replicated.
             normalized: the normalized or the combinatorial Laplacian.
-            kernel: the multiply kernel.
-            bucket_elements: parameters are packed into buckets of at most this size.
-            seed: of the random projections.
             progress: called with the number of parameters done since the last call.
         """
-        sharded = []
-        for bucket in make_buckets(parameters, families, bucket_elements):
-            owners = RowOwners.of(bucket, layout)
-            edges = build_adjacency(bucket, families, layout, owners, weights, seed, communicator)
-            degree = degrees(bucket, edges, owners, communicator)
-            rows = np.arange(bucket.nodes)
-            primary_rows = rows[owners.primary(rows) == communicator.rank]
-            sharded.append(ShardedBucket(bucket, edges, degree, owners, primary_rows))
-            progress(len(bucket.parameters))
-        return cls(parameters, sharded, layout, normalized, kernel, communicator, everyone)
+        only_paths = all(isinstance(family, Depth) for family in families)
+        groups = []
+        for joined in linked_parameters(parameters, families):
+            if only_paths:
+                group = _path_group(joined, families, layout)
+            else:
+                bucket = Bucket.of(joined)
+                owners = RowOwners.of(bucket, layout.fragments)
+                edges = build_adjacency(bucket, families, owners, features, communicator)
+                degree = degrees(bucket, edges, owners, communicator)
+                group = Group(joined, bucket, edges, degree, owners, is_path=False)
+            groups.append(group)
+            progress(len(joined))
+        return cls(parameters, groups, normalized, communicator)
 
-    def _make_operators(
-        self,
-        sharded: ShardedBucket,
-        layout: ShardLayout,
-        kernel: KernelName,
-        everyone: Communicator,
-    ) -> tuple[LaplacianOperator, LaplacianOperator]:
-        """The operator on all columns and the one on a sample, which share the local block of L."""
-        bucket, communicator = sharded.bucket, self._communicator
-        block = LocalBlock.of(bucket, layout.own, sharded.edges)
-        exchange = BoundaryExchange.plan(block, sharded.owners, communicator)
-        rows = laplacian_rows(sharded.edges, sharded.degree, block.own_rows, self.normalized)
-        matrix = chebyshev_block(rows, block, self.lambda_max)
-        multiply = make_kernel(kernel, matrix, bucket.width, everyone)
-        operator = LaplacianOperator(block, exchange, multiply)
-        stride = sample_stride(bucket.width)
-        if stride == 1:
-            return operator, operator
-        sample = block.sampled(layout.own, stride)
-        sample_exchange = BoundaryExchange.plan(
-            sample, sharded.owners.sampled(stride), communicator
-        )
-        return operator, LaplacianOperator(sample, sample_exchange, multiply)
+    def of_groups(self, groups: Sequence[Group]) -> "ParameterGraph":
+        """The part of the graph that some of its groups make, with the same λ_max."""
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        part = ParameterGraph(parameters, groups, self.normalized, self._communicator)
+        part.lambda_max = self.lambda_max
+        return part
+
+    def of_node_signals(self, columns: Mapping[str, int], layout: ShardLayout) -> "ParameterGraph":
+        """The same graph for signals that hold some columns for each node.
+
+        Args:
+            columns: of a parameter's nodes, equal for joined parameters.
+            layout: who owns which part of the (nodes × columns) matrices, as if they were
+                parameters; each row has one owner, its primary rank.
+        """
+        groups = []
+        for group in self.groups:
+            kind: NodeKind = "parameter" if group.is_path else "row"
+            bucket = Bucket.of(
+                [ParameterNodes(p.name, (p.nodes, columns[p.name]), kind) for p in group.parameters]
+            )
+            owners = RowOwners.of(bucket, layout.fragments)
+            edges = group.edges if group.is_path else group.primary_edges(layout.rank)
+            groups.append(replace(group, bucket=bucket, owners=owners, edges=edges))
+        return self.of_groups(groups)
+
+    def primary_layout(self, columns: int, world_size: int) -> ShardLayout:
+        """Who answers for which rows of (nodes × columns) matrices; not for depth paths."""
+        fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
+        for group in self.groups:
+            primary = group.owners.primary(np.arange(group.bucket.nodes))
+            bounds = pairwise(group.bucket.first_node.tolist())
+            for parameter, (start, end) in zip(group.parameters, bounds, strict=True):
+                for first, last, rank in runs_of(primary[start:end]):
+                    run = Fragment(parameter.name, first * columns, (last - first) * columns)
+                    fragments[rank].append(run)
+        return ShardLayout(tuple(map(tuple, fragments)), self._communicator.rank)
 
     def describe(self) -> str:
-        """One paragraph for people: size, degree, Laplacian, buckets, kernels, exchange."""
-        kernels = sorted({op.kernel.name for op in self.operators if op.kernel is not None})
-        exchanging = sum(operator.exchange is not None for operator in self.operators)
+        """One sentence for people: size, degree, Laplacian."""
         kind = "normalized" if self.normalized else "combinatorial"
         mean_degree = 2 * self.num_edges / self.num_nodes
         return (
             f"{self.num_nodes:,} nodes and {self.num_edges:,} edges over "
             f"{len(self.parameters)} parameters, mean degree {mean_degree:.1f} edges; {kind} "
-            f"Laplacian, eigenvalues in [0, {self.lambda_max:.4g}]; {len(self.operators)} "
-            f"buckets, {exchanging} of them with boundary rows "
-            f"({self.bytes_per_hop / 2**20:.2f} MiB a hop over all ranks); "
-            f"kernel {', '.join(kernels)}"
+            f"Laplacian, eigenvalues in [0, {self.lambda_max:.4g}]"
         )
 
     def laplacian(self, parameter_names: Sequence[str] | None = None) -> csr_array:
@@ -187,10 +191,10 @@ class ParameterGraph:
         """
         offset: dict[str, int] = {}
         first = 0
-        for sharded in self._buckets:
-            for parameter in sharded.bucket.parameters:
+        for group in self.groups:
+            for parameter in group.parameters:
                 offset[parameter.name] = first
-                first += parameter.rows
+                first += parameter.nodes
         names = list(offset) if parameter_names is None else list(parameter_names)
         if parameter_names is None:
             names = [parameter.name for parameter in self.parameters]
@@ -206,25 +210,40 @@ class ParameterGraph:
             adjacency.row.astype(np.int64), adjacency.col.astype(np.int64), adjacency.data
         )
         laplacian = laplacian_rows(edges, degree, rows, self.normalized).tocsr()
-        rows_of = {parameter.name: parameter.rows for parameter in self.parameters}
+        nodes_of = {parameter.name: parameter.nodes for parameter in self.parameters}
         chosen = np.concatenate(
-            [np.arange(offset[name], offset[name] + rows_of[name]) for name in names]
+            [np.arange(offset[name], offset[name] + nodes_of[name]) for name in names]
         )
         selection = csr_array(eye_array(self.num_nodes, format="csr")[chosen])
         return csr_array(selection @ laplacian @ selection.T)
 
     def _gather_adjacency(self) -> coo_array:
-        """W of the whole graph; nodes are numbered bucket after bucket."""
-        sources, targets, weights = [], [], []
+        """W of the whole graph; nodes are numbered group after group."""
+        parts = []
         first = 0
-        for sharded in self._buckets:
-            edges = sharded.edges
-            mine = np.isin(edges.source, sharded.primary_rows)
-            sources.append(edges.source[mine] + first)
-            targets.append(edges.target[mine] + first)
-            weights.append(edges.weight[mine])
-            first += sharded.bucket.nodes
-        own = tuple(np.concatenate(parts) for parts in (sources, targets, weights))
-        parts = self._communicator.gather_objects(own)
-        source, target, weight = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return coo_array((weight, (source, target)), shape=(self.num_nodes, self.num_nodes))
+        for group in self.groups:
+            edges = group.primary_edges(self._communicator.rank)
+            if group.is_path:
+                edges = edges.repeated(group.copies)
+            parts.append(edges.shifted(first))
+            first += sum(parameter.nodes for parameter in group.parameters)
+        edges = Edges.concatenate(self._communicator.gather_objects(Edges.concatenate(parts)))
+        shape = (self.num_nodes, self.num_nodes)
+        return coo_array((edges.weight, (edges.source, edges.target)), shape=shape)
+
+
+def _path_group(
+    parameters: Sequence[ParameterNodes], families: Sequence[EdgeFamily], layout: ShardLayout
+) -> Group:
+    """Parameters as single nodes; every rank knows all edges without communication."""
+    bucket = Bucket.of([replace(parameter, kind="parameter") for parameter in parameters])
+    owners = RowOwners.of(bucket, layout.fragments)
+    parts = []
+    for family in families:
+        assert isinstance(family, Depth), "only paths come here"
+        one_way = family.edges(bucket.parameters, bucket.first_node, np.arange(bucket.nodes))
+        both = Edges.concatenate([one_way, one_way.reversed()])
+        parts.append(Edges(both.source, both.target, family.weight * both.weight))
+    edges = Edges.concatenate(parts).combined(np.add)
+    degree = np.bincount(edges.source, edges.weight, bucket.nodes).astype(np.float64)
+    return Group(tuple(parameters), bucket, edges, degree, owners, is_path=True)

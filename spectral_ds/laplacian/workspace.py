@@ -9,7 +9,7 @@ from spectral_ds.laplacian.operator import LaplacianOperator
 
 
 class Scratch(NamedTuple):
-    """Views for one bucket: two signals with boundary rows and one without, float32."""
+    """Views for one bucket: two signals with boundary rows and one without."""
 
     x: torch.Tensor  # (stored rows, width)
     y: torch.Tensor  # (stored rows, width)
@@ -19,23 +19,36 @@ class Scratch(NamedTuple):
 class Workspace:
     """Buffers of the size of the largest bucket, and the exchanges' send and receive buffers."""
 
-    def __init__(self, operators: Sequence[LaplacianOperator], device: torch.device) -> None:
+    def __init__(
+        self,
+        operators: Sequence[LaplacianOperator],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         def buffer(sizes: list[int]) -> torch.Tensor:
-            return torch.zeros(max(sizes, default=0), device=device)
+            return torch.zeros(max(sizes, default=0), device=device, dtype=dtype)
 
         blocks = [operator.block for operator in operators]
         stored = buffer([block.stored * block.width for block in blocks])
         self._x, self._y = stored, torch.zeros_like(stored)
         self._out = buffer([block.own * block.width for block in blocks])
-        exchanges = [op.exchange for op in operators if op.exchange is not None]
-        send = buffer([exchange.elements_sent for exchange in exchanges])
-        receive = buffer([exchange.elements_received for exchange in exchanges])
-        for exchange in exchanges:
-            exchange.use_buffers(send, receive)
-        self.bytes = 4 * sum(map(torch.Tensor.numel, (self._x, self._y, self._out, send, receive)))
+        moves = [m for op in operators for m in (op.exchange, op.transposition) if m is not None]
+        send = buffer([move.elements_sent for move in moves])
+        receive = buffer([move.elements_received for move in moves])
+        for move in moves:
+            move.use_buffers(send, receive)
+        buffers = (self._x, self._y, self._out, send, receive)
+        self.bytes = sum(each.numel() * each.element_size() for each in buffers)
+        self._scratch = {}
+        for operator in operators:
+            scratch = self._scratch[id(operator)] = self._views(operator)
+            operator.remember(scratch.x, scratch.out)
 
     def of(self, operator: LaplacianOperator) -> Scratch:
         """This bucket's views; their contents are left from earlier use."""
+        return self._scratch[id(operator)]
+
+    def _views(self, operator: LaplacianOperator) -> Scratch:
         block = operator.block
         stored, own = block.stored * block.width, block.own * block.width
         return Scratch(

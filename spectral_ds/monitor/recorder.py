@@ -1,4 +1,4 @@
-"""Monitor: measures the gradient before and after the filter on monitored steps.
+"""Monitor: measures what is filtered, before and after, on monitored steps.
 
 Synchronizes the device there, and does nothing at all on other steps.
 """
@@ -11,10 +11,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.sharding import Communicator
-from spectral_ds.spectrum import band_energies
-
-# Chebyshev moments a band: enough that a band's smooth edges stay within its neighbours.
-MOMENTS_PER_BAND = 4
+from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, band_energies
 
 
 class Monitor:
@@ -55,35 +52,45 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0
 
-    def before_filter(self, step: int, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Measure the gradient as the engine averaged it (collective on monitored steps)."""
+    def before_filter(self, step: int, what: str, signal: Sequence[torch.Tensor | None]) -> None:
+        """Measure the signal as it came (collective on monitored steps).
+
+        Args:
+            what: "gradient" or "update".
+        """
         if self.is_due(step):
-            self.metrics = {"step": float(step), **self._measure("before", gradients)}
-            if not np.isfinite(self.metrics["gradient_norm/before"]):
+            self.metrics = {"step": float(step), **self._measure(what, "before", signal)}
+            if not np.isfinite(self.metrics[f"{what}_norm/before"]):
                 self._not_finite += 1
-                self._warn(f"gradients are not finite (in {self._not_finite} monitored steps)")
+                self._warn(f"{what}s are not finite (in {self._not_finite} monitored steps)")
             self._filter_started = self._now()
 
     def after_filter(
-        self, step: int, gradients: Sequence[torch.Tensor | None], facts: Mapping[str, float]
+        self,
+        step: int,
+        what: str,
+        signal: Sequence[torch.Tensor | None],
+        facts: Callable[[], Mapping[str, float]],
     ) -> None:
-        """Measure the filtered gradient and write everything (collective on monitored steps).
+        """Measure the filtered signal and write everything (collective on monitored steps).
 
         Args:
-            facts: further metrics of this step.
+            facts: gives further metrics of this step.
         """
         if self.is_due(step):
             seconds = self._communicator.maximum(self._now() - self._filter_started)
-            self.metrics |= self._measure("after", gradients)
-            self.metrics |= {"filter_seconds": seconds, **facts}
+            self.metrics |= self._measure(what, "after", signal)
+            self.metrics |= {"filter_seconds": seconds, **facts()}
             self._write({name: value for name, value in self.metrics.items() if name != "step"})
 
-    def _measure(self, when: str, gradients: Sequence[torch.Tensor | None]) -> dict[str, float]:
-        count = MOMENTS_PER_BAND * self._bands
-        moments: npt.NDArray[np.float64] = self._moments(gradients, count).cpu().numpy()
+    def _measure(
+        self, what: str, when: str, signal: Sequence[torch.Tensor | None]
+    ) -> dict[str, float]:
+        count = COEFFICIENTS_PER_BAND * self._bands
+        moments: npt.NDArray[np.float64] = self._moments(signal, count).cpu().numpy()
         energies = band_energies(moments, self._bands)
         return {
-            f"gradient_norm/{when}": float(self._squared_norm(gradients).sqrt()),
+            f"{what}_norm/{when}": float(self._squared_norm(signal).sqrt()),
             **{f"band_energy_{when}/{b}": float(e) for b, e in enumerate(energies)},
         }
 

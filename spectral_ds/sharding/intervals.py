@@ -66,3 +66,11 @@ def members(intervals: Intervals) -> Indices:
     lengths = intervals[:, 1] - intervals[:, 0]
     before = np.cumsum(lengths) - lengths
     return np.repeat(intervals[:, 0] - before, lengths) + np.arange(lengths.sum())
+
+
+def positions(intervals: Intervals, points: Indices) -> Indices:
+    """For each point of the set, how many smaller ones the set has."""
+    lengths = intervals[:, 1] - intervals[:, 0]
+    before = np.cumsum(lengths) - lengths
+    at = np.searchsorted(intervals[:, 0], points, side="right") - 1
+    return np.asarray(points - intervals[at, 0] + before[at])

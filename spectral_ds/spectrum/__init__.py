@@ -1,6 +1,30 @@
-"""Where a signal's energy lies in frequency, by the kernel polynomial method."""
+"""Where a signal's energy lies in frequency, and where a graph's eigenvalues do."""
 
-from spectral_ds.spectrum.bands import band_energies
+from spectral_ds.spectrum.bands import (
+    COEFFICIENTS_PER_BAND,
+    band_coefficients,
+    band_energies,
+    equal_edges,
+)
+from spectral_ds.spectrum.density import Density, density_of_states
+from spectral_ds.spectrum.eigenpairs import Eigenpairs, lowest_eigenpairs
 from spectral_ds.spectrum.moments import chebyshev_moments, squared_norm
+from spectral_ds.spectrum.separation import kept_over_total
+from spectral_ds.spectrum.statistics import GradientStatistics, SignalAndNoise, SignalToNoise
 
-__all__ = ["band_energies", "chebyshev_moments", "squared_norm"]
+__all__ = [
+    "COEFFICIENTS_PER_BAND",
+    "Density",
+    "Eigenpairs",
+    "GradientStatistics",
+    "SignalAndNoise",
+    "SignalToNoise",
+    "band_coefficients",
+    "band_energies",
+    "chebyshev_moments",
+    "density_of_states",
+    "equal_edges",
+    "kept_over_total",
+    "lowest_eigenpairs",
+    "squared_norm",
+]

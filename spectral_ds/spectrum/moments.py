@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_ds.laplacian import LaplacianOperator
-from spectral_ds.laplacian.workspace import Workspace
+from spectral_ds.laplacian import LaplacianOperator, Workspace
 from spectral_ds.sharding import Communicator
 
 
@@ -32,19 +31,18 @@ def chebyshev_moments(
     """
     products = torch.zeros(count, dtype=torch.float64, device=communicator.device)
     for operator in operators:
-        block = operator.block
         previous, current, _ = workspace.of(operator)
-        block.load(signal, previous)
+        operator.load(signal, previous)
         operator.apply(previous, current)
         for hop in range(count // 2):
             if hop > 0:
                 operator.apply(current, previous, alpha=2, beta=-1)
                 previous, current = current, previous
-            # Own rows of a cut row hold other ranks' columns too: only owned runs are summed.
-            runs = zip(block.owned_runs(previous), block.owned_runs(current), strict=True)
-            for before, after in runs:
-                products[2 * hop] += torch.dot(before, before)
-                products[2 * hop + 1] += torch.dot(before, after)
+            # Own rows of a cut row hold other ranks' columns too: only owned elements are summed.
+            pairs = zip(operator.owned_views(previous), operator.owned_views(current), strict=True)
+            for before, after in pairs:
+                products[2 * hop] += _dot(before, before)
+                products[2 * hop + 1] += _dot(before, after)
     communicator.sum_(products)
     # ⟨T_j X, T_j X⟩ = (μ_2j + μ_0)/2 and ⟨T_j X, T_{j+1} X⟩ = (μ_2j+1 + μ_1)/2.
     moments = 2 * products
@@ -53,21 +51,18 @@ def chebyshev_moments(
     return moments
 
 
-def squared_norm(
-    operators: Sequence[LaplacianOperator],
-    signal: Sequence[torch.Tensor | None],
-    communicator: Communicator,
-) -> torch.Tensor:
-    """‖X‖² over all columns and ranks, float64, 0-D, equal on all ranks (one all-reduce).
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def squared_norm(signal: Sequence[torch.Tensor | None], communicator: Communicator) -> torch.Tensor:
+    """‖X‖² over all ranks, float64, 0-D, equal on all ranks (one all-reduce).
 
     Args:
-        operators: one a bucket: the parameters to count.
         signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
     """
-    places = [place.fragment for operator in operators for place in operator.block.placements]
-    norms = torch.zeros(len(places) + 1, dtype=torch.float64, device=communicator.device)
-    for index, place in enumerate(places):
-        fragment = signal[place]
+    norms = torch.zeros(len(signal) + 1, dtype=torch.float64, device=communicator.device)
+    for index, fragment in enumerate(signal):
         if fragment is not None:
             norms[index] = torch.linalg.vector_norm(fragment, dtype=torch.float32)
     return communicator.sum_(norms.square().sum())

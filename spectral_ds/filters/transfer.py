@@ -1,0 +1,135 @@
+"""Transfer functions: a response as the filter evaluates it, by series or at eigenvalues.
+
+`FixedTransfer` is set once. `BandTransfer` has a gain for each band of frequency, which may change
+from step to step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.polynomial import chebyshev
+
+from spectral_ds.filters.chebyshev import ChebyshevSeries, ToleranceError, frequency
+from spectral_ds.filters.responses import Response, Values
+from spectral_ds.laplacian import ParameterGraph
+from spectral_ds.spectrum import band_coefficients
+
+# On depth paths the exact eigenbasis and the series must agree to float32.
+PATH_TOLERANCE = 1e-7
+# Hops of a series that does not exist: whoever counts bytes finds any other way cheaper.
+NO_SERIES = 2**31
+
+
+class Transfer(Protocol):
+    """h, on the device.
+
+    Attributes:
+        hops: order of its series: products with L that one filter takes.
+        error: largest difference of the series from the response.
+        is_identity: whether h = 1 everywhere, always.
+        version: changes when h does.
+    """
+
+    hops: int
+    error: float
+    is_identity: bool
+
+    @property
+    def version(self) -> int: ...
+
+    def coefficients(self) -> torch.Tensor:
+        """Chebyshev coefficients, (hops + 1,), float64."""
+
+    def values(self, x: Values) -> torch.Tensor:
+        """h at x = 2λ/λ_max − 1, float64."""
+
+
+class FixedTransfer:
+    """A response that does not change.
+
+    Args:
+        response: h.
+        graph: whose spectrum it acts on. On depth paths, h is evaluated exactly where rows need not
+            be exchanged, so that the series there must be close to float32.
+        order, tolerance: of the series, see `ChebyshevSeries.fit`.
+        device: of the coefficients.
+
+    Raises:
+        ToleranceError: `order` is "auto", and no series is within the tolerance.
+    """
+
+    version = 0
+
+    def __init__(
+        self,
+        response: Response,
+        graph: ParameterGraph,
+        order: int | str,
+        tolerance: float,
+        device: torch.device,
+    ) -> None:
+        self._response, self._lambda_max, self._device = response, graph.lambda_max, device
+        self._is_exact = order == "auto"
+        self._series: ChebyshevSeries | None = None
+        if graph.only_paths:
+            tolerance = min(tolerance, PATH_TOLERANCE)
+        try:
+            self._series = ChebyshevSeries.fit(response, graph.lambda_max, order, tolerance)
+        except ToleranceError:
+            if not graph.only_paths:
+                raise
+        self.hops = NO_SERIES if self._series is None else self._series.order
+        self.error = 0.0 if self._series is None else self._series.error
+        self.is_identity = self._series is not None and self._series.coefficients == (1.0,)
+
+    def coefficients(self) -> torch.Tensor:
+        assert self._series is not None, "who needs a series has asked for its hops"
+        return torch.tensor(self._series.coefficients, dtype=torch.float64, device=self._device)
+
+    def values(self, x: Values) -> torch.Tensor:
+        if self._is_exact or self._series is None:
+            found = self._response(np.maximum(frequency(x, self._lambda_max), 0))
+        else:
+            found = self._series(x)
+        return torch.from_numpy(found).to(self._device)
+
+
+class BandTransfer:
+    """A gain for each band, smooth at its edges (Jackson-damped): a polynomial by definition.
+
+    Args:
+        edges: ascending, from 0 to 1, as shares of [0, λ_max]; (bands + 1,).
+        gains: gives (bands,), float64, on the device.
+        version: gives a number that changes when the gains do.
+        order: degree of the polynomial.
+        device: of the coefficients.
+    """
+
+    error = 0.0
+    is_identity = False
+
+    def __init__(
+        self,
+        edges: Sequence[float] | Values,
+        gains: Callable[[], torch.Tensor],
+        version: Callable[[], int],
+        order: int,
+        device: torch.device,
+    ) -> None:
+        self._gains, self._version, self._device = gains, version, device
+        self._bands = torch.from_numpy(band_coefficients(edges, order + 1)).to(device)
+        self.hops = order
+
+    @property
+    def version(self) -> int:
+        return self._version()
+
+    def coefficients(self) -> torch.Tensor:
+        return self._gains() @ self._bands
+
+    def values(self, x: Values) -> torch.Tensor:
+        order = self._bands.shape[1] - 1
+        polynomials = torch.from_numpy(chebyshev.chebvander(x, order)).to(self._device)
+        return polynomials @ self.coefficients()

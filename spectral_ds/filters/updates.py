@@ -1,0 +1,32 @@
+"""Updates: what the base optimizer has just added to the weights, as a signal to filter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class Updates:
+    """Holds the weights of before the step: one shard in their precision, allocated once.
+
+    Args:
+        weights: this rank's fragments, flat.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._before = [torch.empty_like(each) for each in weights]
+
+    def remember(self, weights: Sequence[torch.Tensor]) -> None:
+        """Take the weights before the base optimizer's step."""
+        if self._before:
+            torch._foreach_copy_(self._before, list(weights))
+
+    @contextmanager
+    def of(self, weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """The updates, writable, in place of the weights; these follow when the body ends."""
+        updates = list(weights)
+        if updates:
+            torch._foreach_sub_(updates, self._before)
+        yield updates
+        if updates:
+            torch._foreach_add_(updates, self._before)

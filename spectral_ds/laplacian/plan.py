@@ -1,0 +1,248 @@
+"""The plan: how each group of parameters is brought together, and the operators that do it.
+
+Boundary: own rows stay, boundary rows come, once a hop. Transpose: all rows come, in slices of
+columns, once a filter. Both are equal in result; `auto` takes the one that sends fewer bytes, group
+of joined parameters by group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.graph import Edges
+from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.buckets import Bucket
+from spectral_ds.laplacian.eigenbasis import Eigenbasis
+from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian.kernels import KERNELS, KernelName, choose_kernel
+from spectral_ds.laplacian.operator import LaplacianOperator, chebyshev_block, laplacian_rows
+from spectral_ds.laplacian.owners import RowOwners
+from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
+from spectral_ds.laplacian.transpose import Transposition, column_slices
+from spectral_ds.sharding import Communicator, ShardLayout, intervals
+
+ExchangeName = Literal["auto", "boundary", "transpose"]
+Meeting = Literal["local", "boundary", "transpose"]
+
+
+@dataclass
+class OperatorPlan:
+    """The operators of one graph on one shard layout, in an order equal on all ranks.
+
+    Attributes:
+        operators: one a bucket.
+        sampled: the same for a sample of the columns, for measuring spectra.
+        meetings: how many groups meet in which way.
+        bytes_sent: that all ranks together send for one filter.
+    """
+
+    operators: list[LaplacianOperator] = field(default_factory=list)
+    sampled: list[LaplacianOperator] = field(default_factory=list)
+    meetings: dict[Meeting, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        kernels = sorted({op.kernel.name for op in self.operators if op.kernel is not None})
+        ways = ", ".join(f"{count} {way}" for way, count in self.meetings.items() if count)
+        return (
+            f"groups of joined parameters: {ways} ({self.bytes_sent / 2**20:.2f} MiB a filter over "
+            f"all ranks); {len(self.operators)} buckets; kernel {', '.join(kernels) or 'none'}"
+        )
+
+
+def make_plan(
+    graph: ParameterGraph,
+    layout: ShardLayout,
+    communicator: Communicator,
+    everyone: Communicator,
+    *,
+    hops: int,
+    exchange: ExchangeName,
+    kernel: KernelName,
+    bucket_elements: int,
+    dtype: torch.dtype = torch.float32,
+) -> OperatorPlan:
+    """Plan the operators (collective).
+
+    Args:
+        layout: the fragments of all ranks.
+        everyone: all ranks; more than the communicator's if parameters are replicated.
+        hops: products with L that one filter takes.
+        exchange: which way to bring neighbours together, where a group needs any.
+        kernel: the multiply kernel of sparse blocks.
+        bucket_elements: no rank stores more of one bucket, unless a single column is larger.
+        dtype: of the signals.
+    """
+    meetings = _meetings(graph.groups, layout, communicator, hops, exchange)
+    plan = OperatorPlan(meetings=_counted(meetings))
+    maker = _Maker(graph, layout, communicator, everyone, kernel, dtype)
+    for meeting, members in _packed(graph.groups, meetings, layout.world_size, bucket_elements):
+        for operator, sampled in maker.operators(meeting, members, bucket_elements):
+            plan.operators.append(operator)
+            plan.sampled.append(sampled)
+    own = sum(operator.elements_sent(hops) for operator in plan.operators)
+    sent = communicator.sum_(torch.tensor([own], device=communicator.device))
+    plan.bytes_sent = int(sent.item()) * dtype.itemsize
+    return plan
+
+
+def _meetings(
+    groups: Sequence[Group],
+    layout: ShardLayout,
+    communicator: Communicator,
+    hops: int,
+    exchange: ExchangeName,
+) -> list[Meeting]:
+    """How each group's rows meet; one all-reduce."""
+    counts = np.zeros((len(groups), 2), np.int64)
+    for index, group in enumerate(groups):
+        width = group.bucket.width
+        rectangles = group.bucket.rectangles(layout.own)
+        slices = column_slices(group.owners.elements(layout.world_size), width)
+        mine = slices[layout.rank : layout.rank + 2]
+        stays = (part.sampled(*mine) for part in rectangles)
+        away = sum(part.numel for part in rectangles) - sum(p.numel for p in stays if p)
+        needed = intervals.total(LocalBlock.of(width, rectangles, group.edges).needed)
+        counts[index] = needed, away
+    total = communicator.sum_(torch.from_numpy(counts).to(communicator.device)).tolist()
+    found: list[Meeting] = []
+    for needed, away in total:
+        if needed == 0:
+            found.append("local")
+        elif exchange == "transpose" or (exchange == "auto" and 2 * away < hops * needed):
+            found.append("transpose")
+        else:
+            found.append("boundary")
+    return found
+
+
+def _counted(meetings: Sequence[Meeting]) -> dict[Meeting, int]:
+    ways: tuple[Meeting, ...] = ("local", "boundary", "transpose")
+    return {way: meetings.count(way) for way in ways}
+
+
+def _packed(
+    groups: Sequence[Group], meetings: Sequence[Meeting], world_size: int, bucket_elements: int
+) -> list[tuple[Meeting, list[Group]]]:
+    """Groups of equal width that meet alike, packed together; groups of paths stay alone."""
+    packs: list[tuple[Meeting, list[Group]]] = []
+    still_open: dict[object, tuple[list[Group], npt.NDArray[np.int64]]] = {}
+    for group, meeting in zip(groups, meetings, strict=True):
+        elements = group.owners.elements(world_size)
+        width = group.bucket.width
+        slices = column_slices(elements, width) if meeting == "transpose" else None
+        key = id(group) if group.is_path else (width, meeting, slices)
+        held, filled = still_open.get(key, ([], np.zeros(world_size, np.int64)))
+        if not held or (filled + elements).max() > bucket_elements:
+            held, filled = [], np.zeros(world_size, np.int64)
+            packs.append((meeting, held))
+        held.append(group)
+        still_open[key] = held, filled + elements
+    return packs
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the operators of a pack: a few groups of equal width that meet alike."""
+
+    graph: ParameterGraph
+    layout: ShardLayout
+    communicator: Communicator
+    everyone: Communicator
+    kernel: KernelName
+    dtype: torch.dtype
+
+    def operators(
+        self, meeting: Meeting, groups: Sequence[Group], bucket_elements: int
+    ) -> list[tuple[LaplacianOperator, LaplacianOperator]]:
+        """(on all columns, on a sample) of each slice of columns of the pack's bucket."""
+        whole = Bucket.of([p for group in groups for p in group.bucket.parameters])
+        edges = self._edges(meeting, groups)
+        degree = np.concatenate([group.degree for group in groups])
+        # Where every stored element is the signal's own: a dense product, unlike a sparse one,
+        # would spread what happens to lie in scratch memory (0 · NaN).
+        is_dense = groups[0].is_path and meeting != "boundary"
+        kernel_name = "dense" if is_dense else None
+        last: LaplacianOperator | None = None
+        made = []
+        for bucket in self._slices(whole, is_dense and meeting == "local", bucket_elements):
+            operator = self._arranged(bucket, meeting, edges, None)
+            block = operator.block
+            if last is not None and block.has_rows_of(last.block):
+                operator.kernel, operator.eigenbasis = last.kernel, last.eigenbasis
+            else:
+                rows = laplacian_rows(
+                    edges.from_sources(block.own_rows),
+                    degree,
+                    block.own_rows,
+                    self.graph.normalized,
+                )
+                matrix = chebyshev_block(rows, block, self.graph.lambda_max)
+                if kernel_name is None:
+                    kernel_name = choose_kernel(self.kernel, matrix, block.width, self.everyone)
+                if block.own > 0:
+                    device = self.communicator.device
+                    operator.kernel = KERNELS[kernel_name](matrix, device, self.dtype)
+                    if is_dense:
+                        operator.eigenbasis = Eigenbasis.of(matrix.toarray(), device)
+            last = operator
+            sample, sampled = bucket.sample(), operator
+            if sample is not bucket:
+                sampled = self._arranged(sample, meeting, edges, block)
+                sampled.kernel = operator.kernel
+            made.append((operator, sampled))
+        return made
+
+    def _edges(self, meeting: Meeting, groups: Sequence[Group]) -> Edges:
+        """At least the edges from the rows that this rank will store, numbered over the pack."""
+        parts = []
+        first = 0
+        for group in groups:
+            edges = group.edges
+            if meeting == "transpose" and not group.is_path:
+                shares = self.communicator.gather_objects(group.primary_edges(self.layout.rank))
+                edges = Edges.concatenate(shares).combined(np.add)
+            parts.append(edges.shifted(first))
+            first += group.bucket.nodes
+        return Edges.concatenate(parts)
+
+    def _slices(self, whole: Bucket, is_own: bool, bucket_elements: int) -> list[Bucket]:
+        """Slices of columns, equal on all ranks; or each rank its own."""
+        if is_own:
+            rectangles = whole.rectangles(self.layout.own)
+            if not rectangles:
+                return []
+            low = min(part.column for part in rectangles) // 16 * 16
+            high = max(part.column + part.columns for part in rectangles)
+            return replace(whole, low=low, high=high).slices(bucket_elements)
+        owners = RowOwners.of(whole, self.layout.fragments)
+        largest = int(owners.elements(self.layout.world_size).max())
+        return whole.slices(bucket_elements * whole.numel // max(largest, 1))
+
+    def _arranged(
+        self,
+        bucket: Bucket,
+        meeting: Meeting,
+        edges: Edges,
+        rows_of: LocalBlock | None,
+    ) -> LaplacianOperator:
+        """Where the bucket's elements lie and how they come there; no kernel yet."""
+        fragments = self.layout.fragments
+        if meeting == "transpose":
+            owners = RowOwners.of(bucket, fragments)
+            slices = column_slices(owners.elements(self.layout.world_size), bucket.width)
+            rectangles = [bucket.rectangles(own) for own in fragments]
+            transposition = Transposition.plan(bucket.nodes, rectangles, slices, self.communicator)
+            return LaplacianOperator(transposition.block, transposition=transposition)
+        own = bucket.rectangles(self.layout.own)
+        block = LocalBlock.of(bucket.width, own, edges, rows_of)
+        exchange = None
+        if meeting == "boundary":
+            owners = RowOwners.of(bucket, fragments)
+            exchange = BoundaryExchange.plan(block, owners, self.communicator)
+        return LaplacianOperator(block, exchange=exchange)

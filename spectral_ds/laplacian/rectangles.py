@@ -1,0 +1,114 @@
+"""Rectangles: parts of fragments in the coordinates of a graph, (node, column of its signal).
+
+In: a run of a flattened parameter. Out: at most three rectangles, whatever a node is; a shard edge
+may cut the run's first and last matrix row.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from spectral_ds.graph import ParameterNodes
+from spectral_ds.sharding import Fragment, intervals
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """nodes × columns elements of one fragment.
+
+    Attributes:
+        fragment: which of a rank's fragments.
+        offset: of the first element in the fragment.
+        node, column: coordinates of the first element.
+        nodes, columns: extent.
+        node_step, column_step: how far apart neighbours lie in the fragment.
+    """
+
+    fragment: int
+    offset: int
+    node: int
+    column: int
+    nodes: int
+    columns: int
+    node_step: int
+    column_step: int
+
+    @property
+    def numel(self) -> int:
+        return self.nodes * self.columns
+
+    def view(self, fragment: torch.Tensor) -> torch.Tensor:
+        """The elements, as a (nodes, columns) view of the flat fragment."""
+        return fragment.as_strided(
+            (self.nodes, self.columns),
+            (self.node_step, self.column_step),
+            fragment.storage_offset() + self.offset,
+        )
+
+    def sampled(self, low: int, high: int, stride: int = 1) -> "Rectangle | None":
+        """Its columns low, low + stride, ... below high, renumbered from 0; None if there are none.
+
+        `low` must be a multiple of the stride.
+        """
+        first = -(-max(self.column, low) // stride) * stride
+        count = -(-(min(self.column + self.columns, high) - first) // stride)
+        if count <= 0:
+            return None
+        return replace(
+            self,
+            offset=self.offset + (first - self.column) * self.column_step,
+            column=(first - low) // stride,
+            columns=count,
+            column_step=self.column_step * stride,
+        )
+
+
+def rectangles_of(
+    parameter: ParameterNodes, first_node: int, fragment: Fragment, index: int
+) -> list[Rectangle]:
+    """The rectangles of one fragment.
+
+    Args:
+        first_node: number of the parameter's first node.
+        index: the fragment's number among those of its rank.
+    """
+    start, length = fragment.start, fragment.length
+    if length == 0:
+        return []
+    if parameter.kind == "parameter":
+        return [Rectangle(index, 0, first_node, start, 1, length, parameter.numel, 1)]
+    if parameter.kind == "element":
+        return [Rectangle(index, 0, first_node + start, 0, length, 1, 1, 1)]
+    width = parameter.columns
+    cuts = {start, -(-start // width) * width, (start + length) // width * width, start + length}
+    ends = sorted(cut for cut in cuts if start <= cut <= start + length)
+    found = []
+    for first, last in pairwise(ends):
+        row, column = divmod(first, width)
+        rows = max(1, (last - first) // width)
+        columns = min(width, last - first)
+        offset = first - start
+        if parameter.is_transposed:
+            found.append(
+                Rectangle(index, offset, first_node + column, row, columns, rows, 1, width)
+            )
+        else:
+            found.append(
+                Rectangle(index, offset, first_node + row, column, rows, columns, width, 1)
+            )
+    return found
+
+
+def addresses(rectangles: Iterable[Rectangle], width: int) -> intervals.Intervals:
+    """The addresses node · width + column that rectangles cover."""
+    runs = [np.zeros((0, 2), np.int64)]
+    for part in rectangles:
+        if part.columns == width:
+            runs.append(np.array([[part.node, part.node + part.nodes]], np.int64) * width)
+        else:
+            first = np.arange(part.node, part.node + part.nodes) * width + part.column
+            runs.append(np.stack((first, first + part.columns), axis=1))
+    return intervals.merge(np.concatenate(runs))

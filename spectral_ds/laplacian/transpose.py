@@ -1,0 +1,189 @@
+"""The transpose exchange: rows sharded over ranks become slices of columns that hold every row.
+
+One all-to-all brings a signal into slices, where any function of L is local because columns are
+filtered independently; one brings it back. Two shards travel, less what stays, whatever the graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.rectangles import Rectangle
+from spectral_ds.sharding import Communicator, intervals
+
+
+def column_slices(elements: npt.NDArray[np.int64], width: int) -> tuple[int, ...]:
+    """Where each rank's slice of columns begins, and the last ends; (ranks + 1,).
+
+    Ranks get columns in proportion to the elements they own, so that the work stays divided as it
+    was and little travels.
+    """
+    share = np.cumsum([0, *elements]) / max(int(elements.sum()), 1)
+    return tuple(np.rint(share * width).astype(np.int64).tolist())
+
+
+@dataclass
+class Transposition:
+    """What one rank sends and receives to transpose one bucket, or to undo it.
+
+    Attributes:
+        block: all rows, and this rank's slice of columns; its placements are what stays here.
+        sends: rectangles of this rank's fragments, by peer.
+        receives: rectangles of this rank's slice that other ranks own, by peer.
+        send_splits, receive_splits: elements by peer.
+    """
+
+    communicator: Communicator
+    block: LocalBlock
+    sends: list[list[Rectangle]]
+    receives: list[list[Rectangle]]
+    send_splits: list[int]
+    receive_splits: list[int]
+    _send_buffer: torch.Tensor
+    _receive_buffer: torch.Tensor
+    _send_views: list[torch.Tensor]
+    _receive_views: list[torch.Tensor]
+
+    @classmethod
+    def plan(
+        cls,
+        nodes: int,
+        rectangles: Sequence[Sequence[Rectangle]],
+        slices: Sequence[int],
+        communicator: Communicator,
+    ) -> "Transposition":
+        """No communication: all ranks know the fragments of all.
+
+        Args:
+            nodes: of the bucket.
+            rectangles: of every rank.
+            slices: see `column_slices`.
+        """
+        rank = communicator.rank
+
+        def clipped(parts: Sequence[Rectangle], owner: int) -> list[Rectangle]:
+            cut = (part.sampled(slices[owner], slices[owner + 1]) for part in parts)
+            return [part for part in cut if part is not None]
+
+        peers = range(communicator.world_size)
+        sends = [[] if p == rank else clipped(rectangles[rank], p) for p in peers]
+        receives = [[] if p == rank else clipped(rectangles[p], rank) for p in peers]
+        own_width = slices[rank + 1] - slices[rank]
+        rows = np.arange(nodes if own_width else 0)
+        none = np.zeros((0, 2), np.int64)
+        block = LocalBlock.storing(
+            own_width,
+            rows,
+            rows[:0],
+            intervals.merge(np.array([[0, own_width]], np.int64)),
+            none,
+            clipped(rectangles[rank], rank),
+        )
+        empty = torch.empty(0, device=communicator.device)
+        return cls(
+            communicator,
+            block,
+            sends,
+            receives,
+            [sum(part.numel for part in parts) for parts in sends],
+            [sum(part.numel for part in parts) for parts in receives],
+            empty,
+            empty,
+            [],
+            [],
+        )
+
+    @property
+    def elements_sent(self) -> int:
+        """Elements that go into slices; as many come back."""
+        return sum(self.send_splits)
+
+    @property
+    def elements_received(self) -> int:
+        return sum(self.receive_splits)
+
+    def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
+        """Take flat buffers, shared with other exchanges, of at least the needed size."""
+        self._send_buffer = send[: self.elements_sent]
+        self._receive_buffer = receive[: self.elements_received]
+        self._send_views = _segments(self._send_buffer, self.sends)
+        self._receive_views = _segments(self._receive_buffer, self.receives)
+
+    def places(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a (nodes, slice) matrix where what comes from other ranks lies."""
+        return [
+            matrix[part.node : part.node + part.nodes, part.column : part.column + part.columns]
+            for parts in self.receives
+            for part in parts
+        ]
+
+    def load(
+        self,
+        fragments: Sequence[torch.Tensor | None],
+        owned: Sequence[torch.Tensor],
+        received: list[torch.Tensor],
+    ) -> None:
+        """Bring the signal into slices (collective).
+
+        Args:
+            fragments: this rank's flat tensors, any floating dtype; None counts as zeros.
+            owned, received: views of a (nodes, slice) matrix: of what stays, and `places`.
+        """
+        self.block.load(fragments, owned)
+        for view, part in zip(self._send_views, _flat(self.sends), strict=True):
+            fragment = fragments[part.fragment]
+            if fragment is None:
+                view.zero_()
+            else:
+                view.copy_(part.view(fragment))
+        dist.all_to_all_single(
+            self._receive_buffer,
+            self._send_buffer,
+            self.receive_splits,
+            self.send_splits,
+            group=self.communicator.group,
+        )
+        if received:
+            torch._foreach_copy_(received, self._receive_views)
+
+    def store(
+        self,
+        owned: Sequence[torch.Tensor],
+        received: list[torch.Tensor],
+        fragments: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Bring the signal back into the fragments, in their own dtype (collective)."""
+        self.block.store(owned, fragments)
+        if received:
+            torch._foreach_copy_(self._receive_views, received)
+        dist.all_to_all_single(
+            self._send_buffer,
+            self._receive_buffer,
+            self.send_splits,
+            self.receive_splits,
+            group=self.communicator.group,
+        )
+        for view, part in zip(self._send_views, _flat(self.sends), strict=True):
+            fragment = fragments[part.fragment]
+            if fragment is not None:
+                part.view(fragment).copy_(view)
+
+
+def _flat(by_peer: list[list[Rectangle]]) -> list[Rectangle]:
+    return [part for parts in by_peer for part in parts]
+
+
+def _segments(buffer: torch.Tensor, by_peer: list[list[Rectangle]]) -> list[torch.Tensor]:
+    """The part of the buffer that holds each rectangle."""
+    parts = _flat(by_peer)
+    return [
+        segment.view(part.nodes, part.columns)
+        for part, segment in zip(
+            parts, buffer.split([part.numel for part in parts]) if parts else (), strict=True
+        )
+    ]

@@ -1,0 +1,168 @@
+"""Signal and noise of the gradient by frequency, from running means over steps.
+
+A gradient is its expectation (signal) plus what a batch adds by chance (noise). The power of a mean
+holds all of the signal but only a part of the noise; two such means tell both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sharding import Communicator
+from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
+from spectral_ds.spectrum.moments import chebyshev_moments
+from spectral_ds.spectrum.separation import kept_over_total
+
+
+class SignalAndNoise(NamedTuple):
+    """Power per band, lowest first, float64, on the device, equal on all ranks.
+
+    Both are unbiased, so that either may come out negative; all 0 before the second sample.
+    """
+
+    signal: torch.Tensor  # (bands,): S_b = ‖P_b E g‖²
+    noise: torch.Tensor  # (bands,): N_b = E‖P_b (g − E g)‖²
+
+
+@dataclass(frozen=True)
+class SignalToNoise:
+    """Power of signal and noise per equal band of frequency, lowest first.
+
+    Attributes:
+        centers: (bands,): the bands' middles, as shares of [0, λ_max].
+        signal, noise: (bands,), float64: unbiased, so that either may come out negative.
+        samples: gradients that were sampled.
+    """
+
+    centers: npt.NDArray[np.float64]
+    signal: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+    samples: int
+
+    @property
+    def ratio(self) -> npt.NDArray[np.float64]:
+        """(bands,): S_b/N_b; 0 where either is not positive."""
+        known = (self.signal > 0) & (self.noise > 0)
+        return np.where(known, self.signal, 0) / np.where(known, self.noise, 1)
+
+    def metrics(self, gains: npt.NDArray[np.float64]) -> dict[str, float]:
+        """`signal_to_noise/...` of each band, in total, and of what gains keep over the total."""
+        signal, noise = self.signal.sum(), self.noise.sum()
+        return {
+            **{f"signal_to_noise/{b}": float(r) for b, r in enumerate(self.ratio)},
+            "signal_to_noise/total": float(signal / noise) if min(signal, noise) > 0 else 0.0,
+            "signal_to_noise/kept_over_total": kept_over_total(self.signal, self.noise, gains),
+        }
+
+
+class GradientStatistics:
+    """Running means of a gradient's sketches and of its power per band.
+
+    With weights w_t that sum to 1 and ρ = Σ w_t², the mean m of independent gradients has
+    E‖P_b m‖² = S_b + ρ N_b, and the mean power E‖P_b g‖² = S_b + N_b: two equations for S and N.
+    Samples that are not finite are left out.
+
+    Args:
+        sketches: how sketches are taken.
+        operators: of the graph on complete sketches, one a bucket.
+        workspace: scratch memory for them.
+        communicator: the ranks that share the parameters.
+        bands: number of equal bands of frequency.
+        decay: of the running means, which forget older samples by this factor a sample.
+
+    Attributes:
+        samples: taken so far.
+        mean: running mean of the partial sketches, flat.
+        power: (bands,): mean of ‖P_b g‖², S_b + N_b.
+        estimate: S_b and N_b after the last sample; all 0 before the second.
+    """
+
+    def __init__(
+        self,
+        sketches: Sketches,
+        operators: Sequence[LaplacianOperator],
+        workspace: Workspace,
+        communicator: Communicator,
+        *,
+        bands: int,
+        decay: float,
+    ) -> None:
+        self.sketches = sketches
+        self.samples = 0
+        self.bands = bands
+        self._operators = operators
+        self._workspace = workspace
+        self._communicator = communicator
+        self._decay = decay
+        count = COEFFICIENTS_PER_BAND * bands
+        device = communicator.device
+        coefficients = band_coefficients(equal_edges(bands), count)
+        self._band_of_moment = torch.from_numpy(coefficients).to(device)
+        self._current = sketches.empty()
+        self.mean = sketches.empty()
+        scalar = torch.zeros((), dtype=torch.float64, device=device)
+        self._taken, self._concentration = scalar, scalar.clone()  # samples kept, ρ
+        self._measured = scalar.clone()  # samples kept since this graph is in use
+        self.power = torch.zeros(bands, dtype=torch.float64, device=device)
+        self.estimate = SignalAndNoise(self.power, self.power)
+
+    def use_graph(self, operators: Sequence[LaplacianOperator], workspace: Workspace) -> None:
+        """Go on with another graph of the same nodes; powers by the old one are forgotten."""
+        self._operators, self._workspace = operators, workspace
+        self._measured = torch.zeros_like(self._measured)
+        self.estimate = SignalAndNoise(torch.zeros_like(self.power), torch.zeros_like(self.power))
+
+    def observe(self, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
+        """Take one sample (collective; synchronizes nothing with the host).
+
+        Args:
+            gradients: this rank's fragments, flat; None counts as zeros.
+            scale: by which they are multiplied (loss scaling).
+        """
+        self.samples += 1
+        self.sketches.take(gradients, self._current)
+        self._current.div_(scale)
+        power = self._power_of(self._current)
+        is_finite = power.sum().isfinite()
+        self._taken = self._taken + is_finite
+        self._measured = self._measured + is_finite
+        weight = self._weight(self._taken) * is_finite
+        self._concentration = (1 - weight).square() * self._concentration + weight.square()
+        moved = self.power + self._weight(self._measured) * (power - self.power)
+        self.power = torch.where(is_finite, moved, self.power)
+        step = self._current.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight)
+        self.mean.add_(step)
+        self.estimate = self._separated(self._power_of(self.mean))
+
+    def _weight(self, count: torch.Tensor) -> torch.Tensor:
+        """Of the newest of so many samples."""
+        return (1 - self._decay) / (1 - self._decay ** count.clamp_min(1))
+
+    def signal_to_noise(self) -> SignalToNoise:
+        """The estimate, on the host (it synchronizes)."""
+        edges = equal_edges(self.bands)
+        signal, noise = (power.cpu().numpy() for power in self.estimate)
+        return SignalToNoise((edges[:-1] + edges[1:]) / 2, signal, noise, self.samples)
+
+    def _separated(self, power_of_mean: torch.Tensor) -> SignalAndNoise:
+        known = (self._taken >= 2) & (self._measured >= 1)
+        rest = (1 - self._concentration).where(known, torch.ones_like(self._concentration))
+        noise = (self.power - power_of_mean) / rest * known
+        return SignalAndNoise((self.power - noise) * known, noise)
+
+    def _power_of(self, partial: torch.Tensor) -> torch.Tensor:
+        """‖P_b X‖² per band of a sketched signal."""
+        moments = chebyshev_moments(
+            self._operators,
+            self._workspace,
+            self.sketches.complete(partial),
+            self._band_of_moment.shape[1],
+            self._communicator,
+        )
+        return self._band_of_moment @ moments

@@ -1,0 +1,362 @@
+"""Stages: a graph of the configuration, with the operators, statistics and filter that act on it.
+
+In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at each step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from tqdm import tqdm
+
+from spectral_ds.config import ADAPTIVE, FilterConfig, GraphConfig, SpectralConfig
+from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.engines import Engine
+from spectral_ds.filters import (
+    NO_SERIES,
+    BandTransfer,
+    FixedTransfer,
+    GraphFilter,
+    Heat,
+    Identity,
+    Polynomial,
+    Response,
+    Tikhonov,
+    ToleranceError,
+    Transfer,
+    Window,
+    whiten_gains,
+    wiener_gains,
+)
+from spectral_ds.graph import (
+    Depth,
+    EdgeFamily,
+    NodeKind,
+    Pair,
+    ParameterNodes,
+    Ring,
+    Similarity,
+    match_parameters,
+)
+from spectral_ds.laplacian import (
+    ExchangeName,
+    FeatureSource,
+    KernelName,
+    OperatorPlan,
+    ParameterGraph,
+    WeightFeatures,
+    Workspace,
+    make_plan,
+)
+from spectral_ds.laplacian.features import no_features
+from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sharding import ShardLayout
+from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, GradientStatistics, equal_edges
+
+SKETCH_WIDTH = 64
+# lowpass, highpass, bandpass: edges are smooth over about π/32 of the spectrum.
+STEP_ORDER = 31
+
+
+def bucket_elements(device: torch.device) -> int:
+    """How many elements of a bucket a rank stores at most.
+
+    On CPUs a bucket should stay in the cache (measured on 53 M elements: 1.9 times faster);
+    accelerators want fewer and larger launches.
+    """
+    return 2**19 if device.type == "cpu" else 2**26
+
+
+class Stage:
+    """One graph of the stack, with all that acts on it. Made and rebuilt collectively.
+
+    Args:
+        parameters: the nodes of the parameters that the graph covers.
+        config: the graph's part of the configuration.
+        whole: all of it.
+        engine: whose gradients are filtered.
+        layout: the fragments of all ranks.
+
+    Attributes:
+        graph: the graph in use.
+        plan: how its neighbours are brought together.
+        statistics: running means of the gradient on it; None if nobody needs them.
+        filter: (1 − s) + s · h(L).
+    """
+
+    graph: ParameterGraph
+    plan: OperatorPlan
+    workspace: Workspace
+    filter: GraphFilter
+
+    def __init__(
+        self,
+        parameters: Sequence[ParameterNodes],
+        config: GraphConfig,
+        whole: SpectralConfig,
+        engine: Engine,
+        layout: ShardLayout,
+    ) -> None:
+        self.parameters = tuple(parameters)
+        self.statistics: GradientStatistics | None = None
+        self._config, self._whole = config, whole
+        self._engine, self._layout = engine, layout
+        self._sketches = self._make_sketches()
+        self.build()
+
+    @property
+    def _compares_gradients(self) -> bool:
+        return any(edge.features == "gradient" for edge in self._config.edges)
+
+    def _make_sketches(self) -> Sketches | None:
+        """Who needs statistics of the gradient: its similarity, adaptive gains, the monitor."""
+        needed = self._compares_gradients or self._whole.filter.response in ADAPTIVE
+        # An element's signal is one number: its sketch would be a second gradient.
+        wanted = self._whole.monitor.enabled and self._config.node != "element"
+        if not (needed or wanted):
+            return None
+        widths = [e.sketch_width for e in self._config.edges if e.features == "gradient"]
+        return Sketches(
+            self.parameters,
+            self._layout,
+            widths[0] if widths else SKETCH_WIDTH,
+            self._whole.seed,
+            self._engine.communicator,
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Whether the graph is to be rebuilt at this step."""
+        every = self._config.refresh_interval
+        return every > 0 and step > 0 and step % every == 0
+
+    def build(self) -> None:
+        """Build the graph from what the model and its gradients are now (collective).
+
+        Raises:
+            SpectralConfigError: the response cannot be evaluated on it.
+        """
+        communicator, everyone = self._engine.communicator, self._engine.everyone
+        device = communicator.device
+        gradient = self._gradient_features()
+        with tqdm(
+            total=len(self.parameters),
+            desc="spectral_ds: building the parameter graph",
+            unit="parameter",
+            disable=everyone.rank > 0,
+            mininterval=1,
+        ) as bar:
+            self.graph = ParameterGraph.build(
+                self.parameters,
+                edge_families(self._config, self._engine),
+                self._layout,
+                {
+                    "weights": WeightFeatures(
+                        self._layout.own, self._engine.weights(), self._whole.seed, communicator
+                    ),
+                    "gradient": gradient,
+                },
+                communicator,
+                normalized=self._config.laplacian == "normalized",
+                progress=bar.update,
+            )
+        self._build_statistics()
+        transfer = self._transfer()
+        self.plan = make_plan(
+            self.graph,
+            self._layout,
+            communicator,
+            everyone,
+            hops=transfer.hops,
+            exchange=cast(ExchangeName, self._whole.operator.exchange),
+            kernel=cast(KernelName, self._whole.operator.kernel),
+            bucket_elements=bucket_elements(device),
+        )
+        if transfer.hops == NO_SERIES and self.plan.meetings["boundary"]:
+            raise SpectralConfigError(
+                "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
+                f"{self._whole.filter.response} is close enough to its exact values on depth "
+                "paths; use auto or transpose"
+            )
+        self.workspace = Workspace([*self.plan.operators, *self.plan.sampled], device)
+        is_ready = not self._compares_gradients or gradient is not no_features
+        self.filter = GraphFilter(self.plan.operators, self.workspace, transfer, is_ready)
+
+    def _gradient_features(self) -> FeatureSource:
+        statistics = self.statistics
+        if statistics is None or statistics.samples == 0:
+            return no_features
+
+        def features(parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
+            return statistics.sketches.features(statistics.mean, parameters)
+
+        return features
+
+    def _build_statistics(self) -> None:
+        sketches = self._sketches
+        if sketches is None:
+            return
+        communicator = self._engine.communicator
+        signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
+        plan = make_plan(
+            signals,
+            sketches.layout,
+            communicator,
+            self._engine.everyone,
+            hops=1,
+            exchange="boundary",
+            kernel=cast(KernelName, self._whole.operator.kernel),
+            bucket_elements=bucket_elements(communicator.device),
+        )
+        workspace = Workspace(plan.operators, communicator.device)
+        if self.statistics is not None:
+            self.statistics.use_graph(plan.operators, workspace)
+            return
+        is_adaptive = self._whole.filter.response in ADAPTIVE
+        self.statistics = GradientStatistics(
+            sketches,
+            plan.operators,
+            workspace,
+            communicator,
+            bands=self._whole.filter.bands if is_adaptive else self._whole.monitor.bands,
+            decay=self._whole.statistics.decay,
+        )
+
+    def _transfer(self) -> Transfer:
+        settings, device = self._whole.filter, self._engine.communicator.device
+        if settings.response in ADAPTIVE:
+            assert self.statistics is not None, "adaptive responses have them"
+            return adaptive_transfer(settings, self.statistics, device)
+        steps = step_gains(settings)
+        if steps is not None:
+            edges, gains, order = steps
+            constant = torch.tensor(gains, dtype=torch.float64, device=device)
+            return BandTransfer(edges, lambda: constant, lambda: 0, order, device)
+        try:
+            return FixedTransfer(
+                smooth_response(settings), self.graph, settings.order, settings.tolerance, device
+            )
+        except ToleranceError as error:
+            raise SpectralConfigError(f"spectral_ds.{error}") from error
+
+    def observe(self, step: int, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
+        """Take a sample of the gradient on steps where it is due (collective)."""
+        if self.statistics is not None and step % self._whole.statistics.interval == 0:
+            self.statistics.observe(gradients, scale)
+
+
+def choose_parameters(
+    shapes: Mapping[str, tuple[int, ...]], config: GraphConfig, key: str
+) -> list[ParameterNodes]:
+    """The parameters that the patterns of a graph choose.
+
+    Args:
+        key: where the graph stands in the configuration.
+
+    Raises:
+        SpectralConfigError: a pattern that the user wrote matches no parameter, or none is left.
+    """
+    chosen, unmatched = match_parameters(shapes, config.include, config.exclude)
+    defaults = GraphConfig()
+    for name in ("include", "exclude"):
+        for pattern in getattr(config, name):
+            if pattern in unmatched and pattern not in getattr(defaults, name):
+                raise SpectralConfigError(
+                    f"spectral_ds.{key}.{name}: pattern {pattern!r} matches no trainable "
+                    f"parameter; there are {len(shapes)}, for example {_some(shapes)}"
+                )
+    if not chosen:
+        raise SpectralConfigError(
+            f"spectral_ds.{key}: no parameter is left to filter; include {list(config.include)} "
+            f"without exclude {list(config.exclude)} leaves none of {len(shapes)} trainable "
+            f"parameters, for example {_some(shapes)}"
+        )
+    return [ParameterNodes(name, shapes[name], cast(NodeKind, config.node)) for name in chosen]
+
+
+def _some(names: Mapping[str, object]) -> str:
+    return ", ".join(list(names)[:3]) or "none"
+
+
+def edge_families(config: GraphConfig, engine: Engine) -> list[EdgeFamily]:
+    """The edge families of a graph."""
+    families: list[EdgeFamily] = []
+    for edge in config.edges:
+        if edge.family == "depth":
+            families.append(Depth(edge.weight))
+        elif edge.family == "ring":
+            families.append(Ring(edge.weight))
+        elif edge.family == "pair":
+            families.append(Pair(edge.head_width or head_width_of(engine), edge.weight))
+        else:
+            families.append(
+                Similarity(
+                    edge.neighbours,
+                    cast(Literal["parameter", "role"], edge.scope),
+                    cast(Literal["weights", "gradient"], edge.features),
+                    edge.sketch_width,
+                    edge.weight,
+                )
+            )
+    return families
+
+
+def head_width_of(engine: Engine) -> int | None:
+    """Rows of an attention head, as the model's own config has it; None if it does not say."""
+    modules = (m for holder in engine.holders for m in getattr(holder, "modules", list)())
+    for module in modules:
+        config: Any = getattr(module, "config", None)
+        heads = getattr(config, "num_attention_heads", None)
+        if heads:
+            return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return None
+
+
+def smooth_response(settings: FilterConfig) -> Response:
+    """The response of a formula in λ."""
+    responses: dict[str, Response] = {
+        "identity": Identity(),
+        "heat": Heat(settings.tau),
+        "tikhonov": Tikhonov(settings.tau),
+        "window": Window(settings.alpha),
+        "polynomial": Polynomial(settings.coefficients),
+    }
+    return responses[settings.response]
+
+
+def step_gains(
+    settings: FilterConfig,
+) -> tuple[Sequence[float], Sequence[float], int] | None:
+    """(edges, gains, order) of a response by fixed gains of bands; None for any other."""
+    steps: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        "lowpass": ((0, settings.cutoff, 1), (1, 0)),
+        "highpass": ((0, settings.cutoff, 1), (0, 1)),
+        "bandpass": ((0, settings.low, settings.high, 1), (0, 1, 0)),
+        "bands": (list(equal_edges(len(settings.gains))), settings.gains),
+    }
+    if settings.response not in steps:
+        return None
+    edges, gains = steps[settings.response]
+    usual = STEP_ORDER
+    if settings.response == "bands":
+        usual = max(STEP_ORDER, COEFFICIENTS_PER_BAND * len(gains) - 1)
+    return edges, gains, settings.order if isinstance(settings.order, int) else usual
+
+
+def adaptive_transfer(
+    settings: FilterConfig, statistics: GradientStatistics, device: torch.device
+) -> Transfer:
+    """A response whose gains follow the statistics."""
+
+    def gains() -> torch.Tensor:
+        if settings.response == "wiener":
+            return wiener_gains(statistics.estimate)
+        return whiten_gains(statistics.power, settings.power)
+
+    usual = COEFFICIENTS_PER_BAND * settings.bands - 1
+    return BandTransfer(
+        equal_edges(settings.bands),
+        gains,
+        lambda: statistics.samples,
+        settings.order if isinstance(settings.order, int) else usual,
+        device,
+    )

@@ -1,0 +1,386 @@
+"""What the configuration refuses, and what the refusal says."""
+
+import json
+from typing import Any
+
+import pytest
+
+from spectral_ds import config as config_module
+from spectral_ds.config import RegularizerConfig, SpectralConfigError, load_config
+
+
+def section_with(key: str, value: object) -> dict[str, Any]:
+    """The section that holds one key; ``graph.edges[0].x`` makes an edge."""
+    for part in reversed(key.split(".")):
+        value = {"edges": [value]} if part == "edges[0]" else {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def message_of(section: object) -> str:
+    with pytest.raises(SpectralConfigError) as caught:
+        load_config(section)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+# Values, keys
+
+FROM_0_TO_1 = "must be a number from 0 to 1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown", "allowed"),
+    [
+        # types
+        ("enabled", "yes", '"yes"', "must be true or false"),
+        ("enabled", 1, "1", "must be true or false"),
+        ("enabled", None, "null", "must be true or false"),
+        ("seed", True, "true", "must be an integer from 0 to 2^63 - 1"),
+        ("seed", "8", '"8"', "must be an integer"),
+        ("seed", 8.0, "8.0", "must be an integer"),
+        ("seed", None, "null", "must be an integer"),
+        ("filter.tau", "1.0", '"1.0"', "must be a finite number >= 0"),
+        ("filter.tau", True, "true", "must be a finite number >= 0"),
+        ("filter.tau", None, "null", "must be a finite number >= 0"),
+        ("filter.response", None, "null", "must be one of identity, heat"),
+        ("filter.response", 3, "3", "must be one of identity, heat"),
+        ("filter.coefficients", 1.0, "1.0", "must be a list of finite numbers"),
+        ("filter.coefficients", [1.0, "2"], '[1.0, "2"]', "must be a list of finite numbers"),
+        ("filter.coefficients", [True], "[true]", "must be a list of finite numbers"),
+        ("filter", None, "null", "must be a mapping with keys out of response, tau"),
+        ("filter", [1], "[1]", "must be a mapping with keys out of response, tau"),
+        ("filter.temporal", 1, "1", "must be a mapping with keys out of decay, amplify"),
+        ("graph.edges[0]", "depth", '"depth"', "must be a mapping with keys out of family"),
+        ("graph.edges", {"family": "depth"}, '{"family": "depth"}', "must be a non-empty list"),
+        ("graph.edges", [], "[]", "must be a non-empty list of mappings"),
+        ("graph.include", "*", '"*"', "must be a non-empty list of shell patterns"),
+        ("graph.include", [], "[]", "must be a non-empty list of shell patterns"),
+        ("graph.include", [""], '[""]', "not empty"),
+        ("graph.include", ["${x}"], '["${x}"]', "without ${"),
+        ("graph.exclude", ["???"], '["???"]', "not ???"),
+        ("graph.exclude", ["a", 3], '["a", 3]', "must be a list of shell patterns"),
+        # ranges
+        ("graph.edges[0].neighbours", 0, "0", "must be an integer >= 1"),
+        ("graph.edges[0].neighbours", -8, "-8", "must be an integer >= 1"),
+        ("graph.edges[0].sketch_width", -1, "-1", "must be an integer >= 0"),
+        ("graph.edges[0].weight", 0.0, "0.0", "must be a finite number > 0"),
+        ("graph.edges[0].weight", float("inf"), "Infinity", "must be a finite number > 0"),
+        ("graph.edges[0].head_width", -1, "-1", "must be an integer >= 0"),
+        ("graph.refresh_interval", -1, "-1", "must be an integer >= 0"),
+        ("graphs", {"node": "row"}, '{"node": "row"}', "must be a list of mappings"),
+        ("graphs", None, "null", "must be a list of mappings"),
+        ("filter.tau", -0.1, "-0.1", "must be a finite number >= 0"),
+        ("filter.tau", float("nan"), "NaN", "must be a finite number >= 0"),
+        ("filter.tau", 10**400, "1000", "must be a finite number >= 0"),
+        ("filter.alpha", 1.1, "1.1", FROM_0_TO_1),
+        ("filter.alpha", -0.1, "-0.1", FROM_0_TO_1),
+        ("filter.coefficients", [float("nan")], "[NaN]", "must be a list of finite numbers"),
+        ("filter.cutoff", 1.5, "1.5", FROM_0_TO_1),
+        ("filter.low", -0.5, "-0.5", FROM_0_TO_1),
+        ("filter.high", 2, "2", FROM_0_TO_1),
+        ("filter.gains", ["1"], '["1"]', "must be a list of finite numbers"),
+        ("filter.gains", [float("inf")], "[Infinity]", "must be a list of finite numbers"),
+        ("filter.bands", 1, "1", "must be an integer from 2 to 64"),
+        ("filter.bands", 65, "65", "must be an integer from 2 to 64"),
+        ("filter.power", -1, "-1", "must be a finite number >= 0"),
+        ("filter.order", 0, "0", "must be auto or an integer from 1 to 512"),
+        ("filter.order", 513, "513", "must be auto or an integer from 1 to 512"),
+        ("filter.order", "8", '"8"', "must be auto or an integer from 1 to 512"),
+        ("filter.order", 8.0, "8.0", "must be auto or an integer from 1 to 512"),
+        ("filter.order", True, "true", "must be auto or an integer from 1 to 512"),
+        ("filter.tolerance", 0.0, "0.0", "must be a number > 0 and < 1"),
+        ("filter.tolerance", 1, "1", "must be a number > 0 and < 1"),
+        ("filter.strength", -0.5, "-0.5", FROM_0_TO_1),
+        ("filter.strength", 1.5, "1.5", FROM_0_TO_1),
+        ("filter.warmup_steps", -1, "-1", "must be an integer >= 0"),
+        ("filter.decay_steps", -1, "-1", "must be an integer >= 0"),
+        ("filter.interval", 0, "0", "must be an integer >= 1"),
+        ("filter.temporal.amplify", -1.0, "-1.0", "must be a finite number >= 0"),
+        ("statistics.interval", 0, "0", "must be an integer >= 1"),
+        ("statistics.decay", 0, "0", "must be a number > 0 and < 1"),
+        ("statistics.decay", 1, "1", "must be a number > 0 and < 1"),
+        ("filter.temporal.decay", 1.0, "1.0", "must be a number >= 0 and < 1"),
+        ("regularizer.strength", -1.0, "-1.0", "must be a finite number >= 0"),
+        ("regularizer.ridge", -1.0, "-1.0", "must be a finite number >= 0"),
+        ("monitor.interval", 0, "0", "must be an integer >= 1"),
+        ("monitor.bands", 1, "1", "must be an integer from 2 to 64"),
+        ("monitor.bands", 65, "65", "must be an integer from 2 to 64"),
+        ("monitor.figures_interval", 0, "0", "must be an integer >= 1"),
+        ("seed", -1, "-1", "must be an integer from 0 to 2^63 - 1"),
+        ("seed", 2**63, str(2**63), "must be an integer from 0 to 2^63 - 1"),
+        # enumerations
+        ("preset", "papper", '"papper"', "must be one of paper, retain, denoise"),
+        ("graph.node", "rows", '"rows"', "must be one of row, column, element"),
+        ("graph.laplacian", "norm", '"norm"', "must be one of normalized, combinatorial"),
+        ("graph.edges[0].family", "deep", '"deep"', "must be one of depth, similarity, pair, ring"),
+        ("graph.edges[0].features", "w", '"w"', "must be one of weights, gradient"),
+        ("graph.edges[0].scope", "all", '"all"', "must be one of parameter, role"),
+        ("filter.response", "low", '"low"', "must be one of identity, heat, tikhonov, window"),
+        ("filter.rescale", "l2", '"l2"', "must be one of none, norm"),
+        ("filter.apply_to", "loss", '"loss"', "must be one of gradient, update"),
+        ("regularizer.response", "L", '"L"', "must be one of laplacian, identity"),
+        ("regularizer.coupling", "both", '"both"', "must be one of joint, decoupled"),
+        ("regularizer.reference", "one", '"one"', "must be one of pretrained, zero"),
+        ("regularizer.reference_device", "tpu", '"tpu"', "must be one of same, cpu"),
+        ("operator.kernel", "csr", '"csr"', "must be one of auto, torch_sparse, torch_csr"),
+        ("operator.exchange", "ring", '"ring"', "must be one of auto, boundary, transpose"),
+    ],
+)
+def test_impossible_value_names_key_value_and_what_is_allowed(
+    key: str, value: object, shown: str, allowed: str
+) -> None:
+    message = message_of(section_with(key, value))
+    first_line = message.splitlines()[0]
+    assert first_line.startswith(f"spectral_ds.{key} = {shown}")
+    assert allowed in first_line
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("filters", "filter"),
+        ("filter.taus", "filter.tau"),
+        ("filter.respnose", "filter.response"),
+        ("graph.laplacien", "graph.laplacian"),
+        ("graph.edges[0].neighbors", "graph.edges[0].neighbours"),
+        ("filter.cut_off", "filter.cutoff"),
+        ("statistic", "statistics"),
+        ("graph.edges[0].headwidth", "graph.edges[0].head_width"),
+        ("regularizer.strenght", "regularizer.strength"),
+        ("monitor.band", "monitor.bands"),
+        ("operator.kernal", "operator.kernel"),
+        ("checkpoint.enable", "checkpoint.enabled"),
+        # right key, wrong place
+        ("tau", "filter.tau"),
+        ("filter.laplacian", "graph.laplacian"),
+        ("graph.neighbours", "graph.edges[0].neighbours"),
+    ],
+)
+def test_unknown_key_is_an_error_that_names_the_nearest(key: str, nearest: str) -> None:
+    message = message_of(section_with(key, 1))
+    assert message.startswith(f"spectral_ds.{key} = 1: unknown key; ")
+    assert f"nearest: spectral_ds.{nearest} (allowed: " in message
+
+
+def test_key_within_graphs_is_named_with_its_index() -> None:
+    graphs = [{}, {"nodes": "row", "edges": [{"family": "ring", "neighbours": 0}]}]
+    first, second = message_of({"graphs": graphs}).splitlines()
+    assert first.startswith('spectral_ds.graphs[1].nodes = "row": unknown key; nearest: ')
+    assert second.startswith("spectral_ds.graphs[1].edges[0].neighbours = 0: must be an integer")
+
+
+def test_unknown_key_that_is_no_string_is_an_error() -> None:
+    assert "spectral_ds.filter.3 = 1: unknown key" in message_of({"filter": {3: 1}})
+
+
+def test_all_problems_are_reported_one_a_line() -> None:
+    section = {
+        "sead": 1,
+        "filter": {"order": 0, "response": "lowpas", "tau": 2.0},
+        "graph": {"edges": [{"family": "depth"}, {"neighbours": -1}, {"family": "rings"}]},
+        "graphs": [{"node": "rows"}],
+        "monitor": {"bands": 1},
+    }
+    keys = [line.partition(" = ")[0] for line in message_of(section).splitlines()]
+    assert keys == [
+        "spectral_ds.sead",
+        "spectral_ds.filter.order",
+        "spectral_ds.filter.response",
+        "spectral_ds.graph.edges[1].neighbours",
+        "spectral_ds.graph.edges[2].family",
+        "spectral_ds.graphs[0].node",
+        "spectral_ds.monitor.bands",
+        "spectral_ds.graphs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("filter_keys", "problem"),
+    [
+        ({"response": "window", "tau": 2.0}, "tau = 2.0: belongs to response heat or tikhonov"),
+        ({"response": "identity", "tau": 2.0}, "tau = 2.0: belongs to response heat or tikhonov"),
+        ({"alpha": 0.3}, "alpha = 0.3: belongs to response window, not to heat"),
+        (
+            {"coefficients": [1]},
+            "coefficients = [1.0]: belongs to response polynomial, not to heat",
+        ),
+        ({"cutoff": 0.5}, "cutoff = 0.5: belongs to response lowpass or highpass, not to heat"),
+        ({"low": 0.1}, "low = 0.1: belongs to response bandpass, not to heat"),
+        ({"response": "lowpass", "high": 0.6}, "high = 0.6: belongs to response bandpass, not to"),
+        ({"response": "wiener", "gains": [1]}, "gains = [1.0]: belongs to response bands, not to"),
+        ({"response": "bands", "gains": [1], "bands": 4}, "bands = 4: belongs to response wiener"),
+        ({"response": "wiener", "power": 1}, "power = 1.0: belongs to response whiten, not to"),
+    ],
+)
+def test_filter_key_that_the_response_does_not_use_is_an_error(
+    filter_keys: dict[str, Any], problem: str
+) -> None:
+    assert f"spectral_ds.filter.{problem}" in message_of({"filter": filter_keys})
+
+
+def test_filter_key_is_judged_by_the_response_of_the_preset() -> None:
+    message = message_of({"preset": "observe", "filter": {"tau": 2.0}})
+    assert message == (
+        "spectral_ds.filter.tau = 2.0: belongs to response heat or tikhonov, not to identity"
+    )
+
+
+@pytest.mark.parametrize("graph_key", ["graph", "graphs"])
+@pytest.mark.parametrize(
+    ("family", "key", "value", "owner"),
+    [
+        ("depth", "neighbours", 4, "similarity"),
+        ("ring", "sketch_width", 0, "similarity"),
+        ("pair", "scope", "role", "similarity"),
+        ("ring", "features", "gradient", "similarity"),
+        ("similarity", "head_width", 8, "pair"),
+        ("depth", "head_width", 8, "pair"),
+    ],
+)
+def test_edge_key_that_the_family_does_not_use_is_an_error(
+    graph_key: str, family: str, key: str, value: object, owner: str
+) -> None:
+    graph = {"edges": [{"family": "similarity"}, {"family": family, key: value}]}
+    written, prefix = ([graph], "graphs[0]") if graph_key == "graphs" else (graph, "graph")
+    assert message_of({graph_key: written}) == (
+        f"spectral_ds.{prefix}.edges[1].{key} = {json.dumps(value)}: "
+        f"belongs to family {owner}, not to {family}"
+    )
+
+
+@pytest.mark.parametrize(("response", "key"), [("polynomial", "coefficients"), ("bands", "gains")])
+@pytest.mark.parametrize("is_written", [True, False])
+def test_response_without_its_numbers_is_an_error(
+    response: str, key: str, is_written: bool
+) -> None:
+    numbers = {key: []} if is_written else {}
+    assert message_of({"filter": {"response": response, **numbers}}) == (
+        f"spectral_ds.filter.{key} = []: must hold at least one number for response {response}"
+    )
+
+
+def test_wrong_coefficients_are_reported_once() -> None:
+    message = message_of({"filter": {"response": "polynomial", "coefficients": ["1"]}})
+    assert len(message.splitlines()) == 1
+
+
+# What is valid alone, but not together
+
+BY_GRADIENT = {"family": "similarity", "features": "gradient"}
+REBUILT = "edges by features gradient are made when the graph is rebuilt; must be an integer >= 1"
+IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        (
+            {"filter": {"response": "bandpass", "low": 0.6}},
+            "filter.low = 0.6: must be below filter.high = 0.5",
+        ),
+        (
+            {"filter": {"response": "bandpass", "low": 0.25, "high": 0.25}},
+            "filter.low = 0.25: must be below filter.high = 0.25",
+        ),
+        ({"graph": {"edges": [BY_GRADIENT]}}, f"graph.refresh_interval = 0: {REBUILT}"),
+        (
+            {"graphs": [{}, {"edges": [{"family": "depth"}, BY_GRADIENT]}]},
+            f"graphs[1].refresh_interval = 0: {REBUILT}",
+        ),
+        (
+            {"preset": "denoise", "graph": {"refresh_interval": 0}},
+            f"graph.refresh_interval = 0: {REBUILT}",
+        ),
+        (
+            {
+                "graph": {
+                    "edges": [{**BY_GRADIENT, "sketch_width": 8}, BY_GRADIENT],
+                    "refresh_interval": 1,
+                }
+            },
+            "graph.edges: sketch_width = [8, 64]: all edges by features gradient must have the "
+            "same",
+        ),
+        ({"graph": {"node": "element"}}, f"graph.node = element: {IN_ONE_NUMBER}"),
+        ({"graphs": [{"node": "element"}]}, f"graphs[0].node = element: {IN_ONE_NUMBER}"),
+        (
+            {"preset": "whiten", "graph": {"node": "element"}},
+            f"graph.node = element: {IN_ONE_NUMBER}",
+        ),
+        (
+            {"graph": {"node": "row"}, "graphs": [{"node": "column"}]},
+            'graphs = [{"node": "column"}]: stands in place of spectral_ds.graph; '
+            "write one of them",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other_are_an_error(
+    section: dict[str, Any], problem: str
+) -> None:
+    assert message_of(section) == f"spectral_ds.{problem}"
+
+
+def test_contradictions_are_reported_together() -> None:
+    graph = {"node": "element", "edges": [BY_GRADIENT]}
+    section = {"graph": graph, "filter": {"response": "bandpass", "low": 1}}
+    keys = [line.partition(" = ")[0] for line in message_of(section).splitlines()]
+    assert keys == [
+        "spectral_ds.filter.low",
+        "spectral_ds.graph.refresh_interval",
+        "spectral_ds.graph.node",
+    ]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"graphs": [], "graph": {"node": "column"}},
+        {"graphs": [{"node": "column"}], "graph": {}},
+        {"preset": "denoise", "graphs": [{"node": "column"}, {"node": "row"}]},
+        {"graph": {"edges": [BY_GRADIENT, {"family": "similarity", "sketch_width": 8}],
+                   "refresh_interval": 1}},
+        {"graph": {"node": "element", "edges": [{"family": "ring"}]}},
+        {"preset": "whiten", "graph": {"edges": [{"family": "depth"}], "refresh_interval": 0}},
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_contradiction_loads(section: dict[str, Any]) -> None:
+    assert load_config(section) is not None
+
+
+# What a later version brings. An available feature leaves this list with its line in AVAILABLE.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "available"),
+    [
+        ("regularizer.strength", 0.1, "0.0"),
+        ("regularizer.response", "heat", "laplacian"),
+        ("regularizer.ridge", 0.1, "0.0"),
+        ("regularizer.coupling", "decoupled", "joint"),
+        ("regularizer.reference", "zero", "pretrained"),
+        ("regularizer.reference_device", "cpu", "same"),
+        ("monitor.figures_interval", 50, "100"),
+        ("checkpoint.enabled", False, "true"),
+    ],
+)
+def test_value_of_a_later_version_is_refused_as_not_available(
+    key: str, value: object, available: str
+) -> None:
+    assert message_of(section_with(key, value)) == (
+        f"spectral_ds.{key} = {json.dumps(value)}: "
+        f"is not available in this version (available: {available})"
+    )
+
+
+def test_deleting_lines_of_available_is_all_that_the_schema_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config_module, "AVAILABLE", {})
+    config = load_config(
+        {
+            "regularizer": {"strength": 0.1, "response": "heat", "coupling": "decoupled"},
+            "checkpoint": {"enabled": False},
+        }
+    )
+    assert config.regularizer == RegularizerConfig(0.1, "heat", coupling="decoupled")
+    assert not config.checkpoint.enabled
