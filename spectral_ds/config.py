@@ -30,14 +30,7 @@ from spectral_ds.config_sources import (
 # The values that act in this version. Every other value of these keys is valid but refused.
 # Whoever implements the rest of a key adds the values, or deletes the line once all of them act.
 AVAILABLE: dict[str, tuple[object, ...]] = {
-    "regularizer.strength": (0.0,),
-    "regularizer.response": ("laplacian",),
-    "regularizer.ridge": (0.0,),
-    "regularizer.coupling": ("joint",),
-    "regularizer.reference": ("pretrained",),
-    "regularizer.reference_device": ("same",),
     "monitor.figures_interval": (100,),
-    "checkpoint.enabled": (True,),
 }
 
 # Keys that only some edge families or some responses use.
@@ -215,9 +208,10 @@ class OperatorConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Whether the plugin's state is saved and loaded with the engine's checkpoints."""
+    """The plugin's state in the engine's checkpoints."""
 
-    enabled: bool = True
+    enabled: bool = True  # whether it is saved and loaded with them
+    strict: bool = True  # whether a state that cannot be used is an error, or a new graph is made
 
 
 @dataclass(frozen=True)
@@ -271,9 +265,10 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     if response != usual:
         for name in RESPONSES_USING:  # they were meant for the preset's own response
             preset.get("filter", {}).pop(name, None)
+    penalty = (preset.get("regularizer", {}) | user.get("regularizer", {})).get("response")
     refused = {problem.partition(" = ")[0] for problem in problems}
     if f"{SECTION}.filter.response" not in refused:
-        problems += _unused("filter", FilterConfig, user.get("filter", {}), response)
+        problems += _unused("filter", FilterConfig, user.get("filter", {}), response, penalty)
     graphs = {f"graphs[{i}]": graph for i, graph in enumerate(user.get("graphs", ()))}
     for key, graph in {"graph": user.get("graph", {}), **graphs}.items():
         for index, edge in enumerate(graph.get("edges", ())):
@@ -282,8 +277,8 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     for name, of_response in {"coefficients": "polynomial", "gains": "bands"}.items():
         numbers = (preset.get("filter", {}) | user.get("filter", {})).get(name)
         key = f"{SECTION}.filter.{name}"
-        if response == of_response and not numbers and key not in refused:
-            problems.append(f"{key} = []: must hold at least one number for response {response}")
+        if of_response in (response, penalty) and not numbers and key not in refused:
+            problems.append(f"{key} = []: must hold at least one number for response {of_response}")
     if user.get("graph") and graphs:
         problems.append(
             f"{SECTION}.graphs = {show(user['graphs'])}: stands in place of {SECTION}.graph; "
@@ -419,7 +414,9 @@ def _frozen(hint: Any, value: Any) -> Any:
     return value
 
 
-def _unused(key: str, schema: type, raw: dict[str, Any], choice: str) -> Iterator[str]:
+def _unused(
+    key: str, schema: type, raw: dict[str, Any], choice: str, also: str | None = None
+) -> Iterator[str]:
     """Problems with keys which the chosen edge family or response does not use.
 
     A key at its default passes, so that a copy of all defaults is valid with any choice.
@@ -429,7 +426,7 @@ def _unused(key: str, schema: type, raw: dict[str, Any], choice: str) -> Iterato
     )
     for name, choices in using.items():
         default = getattr(schema, name)
-        if choice not in choices and raw.get(name, default) != default:
+        if not {choice, also} & set(choices) and raw.get(name, default) != default:
             belongs = f"belongs to {kind} {' or '.join(choices)}, not to {choice}"
             yield f"{SECTION}.{key}.{name} = {show(raw[name])}: {belongs}"
 

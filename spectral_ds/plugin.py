@@ -4,7 +4,10 @@ The only place that sees both engines and graphs. `stage.py` reads the configura
 """
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,8 @@ from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
     NormKeeper,
+    Reference,
+    Regularizer,
     SpectralFilter,
     StrengthSchedule,
     TemporalFilter,
@@ -29,6 +34,7 @@ from spectral_ds.laplacian import (
     require_kernel,
 )
 from spectral_ds.monitor import ENOUGH_SAMPLES, Monitor, verdict
+from spectral_ds.persistence import Persistence
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import (
     Density,
@@ -52,6 +58,7 @@ class SpectralPlugin:
     Attributes:
         config: the configuration in use.
         stages: the graphs that filter one after another, each with what acts on it.
+        is_filtered: whether each of the engine's fragments is of a parameter in some graph.
         attached: False once detached.
     """
 
@@ -62,13 +69,14 @@ class SpectralPlugin:
         layout = ShardLayout.gather(engine.fragments, engine.communicator)
         nodes = {node.name: node for nodes in chosen for node in nodes}
         layout.check({name: node.numel for name, node in nodes.items()})
-        self._is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
+        self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
         self.stages = [
-            Stage(parameters, graph, config, engine, layout)
-            for parameters, graph in zip(chosen, config.stack, strict=True)
+            Stage(parameters, graph, config, engine, layout, config.regularizer.ridge * (not index))
+            for index, (parameters, graph) in enumerate(zip(chosen, config.stack, strict=True))
         ]
         self.filter = self._build_filter(list(nodes))
-        self._updates = Updates(self._weights()) if self._acts_on_updates else None
+        self.regularizer = self._build_regularizer()
+        self._updates = Updates(self._filtered_weights()) if self._acts_on_updates else None
         self.monitor = Monitor(
             lambda signal: squared_norm(signal, engine.communicator),
             self._moments,
@@ -81,8 +89,15 @@ class SpectralPlugin:
         self._handled_step = -1
         self._skipped_steps = engine.skipped_steps
         self._has_judged = False
+        self._losses: list[torch.Tensor] = []
         self.attached = True
-        engine.install(self.before_step, self.after_update if self._acts_on_updates else None)
+        acts_after = self._acts_on_updates or self._pulls
+        engine.install(self.before_step, self.after_update if acts_after else None)
+        engine.watch_loss(self.observe_loss)
+        self._persistence = Persistence(self)
+        if config.checkpoint.enabled:
+            engine.carry(self._persistence.save, self._persistence.load)
+        self._warn_of_unstable_pull()
 
     def before_step(self) -> None:
         """What the engine calls before its optimizer step, unless it has been done by hand."""
@@ -103,21 +118,26 @@ class SpectralPlugin:
             if stage.is_due(step):
                 stage.build()  # a new graph, every refresh_interval
             stage.observe(step, gradients, scale)  # signal and noise, every statistics.interval
-        if self._filters_update(step):
-            self._remember_weights()
+        if self.regularizer is not None and not self._pulls:
+            self.regularizer.add_gradient(gradients, self._weights(), scale)
+        if self._updates is not None and self._filters_update(step):
+            self._updates.remember(self._filtered_weights())
         else:
             self._apply(step, "gradient", gradients, scale)
-            if not self.filter.is_idle(step):
-                self.engine.gradients_changed()  # norms that were taken too early
+        if self._edits_gradients(step):
+            self.engine.gradients_changed()  # norms that were taken too early
+        self._losses.clear()
 
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
         step = self._handled_step
         if self._updates is not None and self._filters_update(step):
-            with self._updates.of(self._weights()) as moved:
+            with self._updates.of(self._filtered_weights()) as moved:
                 updates = iter(moved)
-                signal = [next(updates) if chosen else None for chosen in self._is_filtered]
+                signal = [next(updates) if chosen else None for chosen in self.is_filtered]
                 self._apply(step, "update", signal, 1.0)
+        if self.regularizer is not None and self._pulls:
+            self.regularizer.pull(self._weights(), self.engine.learning_rates())
 
     def _apply(self, step: int, what: str, signal: Signal, scale: float) -> None:
         """Y = (1 − s) X + s · h(L) X, measured before and after on monitor steps."""
@@ -125,10 +145,54 @@ class SpectralPlugin:
         self.filter.apply(signal, step, scale)  # neighbours are exchanged on the way
         self.monitor.after_filter(step, what, signal, lambda: self._facts(step))
 
+    def observe_loss(self, loss: torch.Tensor) -> None:
+        """Tell the task loss of a micro-batch, for the metric `joint_loss`.
+
+        DeepSpeed engines do so by themselves in `backward`; in other loops call it yourself.
+        """
+        self._losses.append(loss.detach().float().mean())
+
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
         self.engine.remove()
         self.attached = False
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plugin's state into a folder that all ranks see (collective).
+
+        DeepSpeed's `save_checkpoint` does so by itself.
+
+        Raises:
+            OSError: a rank could not write; on all ranks. What was there before is still valid.
+        """
+        self._persistence.save(Path(folder))
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from a folder that `save` or a DeepSpeed checkpoint (`<tag>/spectral_ds`) wrote.
+
+        At any world size, by any engine, at any ZeRO stage (collective).
+
+        Raises:
+            CheckpointError: the folder is missing, cut, altered or of another model or graph; on
+                all ranks. With `checkpoint.strict: false` the plugin says so and makes a new graph.
+        """
+        self._persistence.load(Path(folder))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plugin's state, for `torch.distributed.checkpoint` with FSDP2, DDP and plain modules.
+
+        Tensors of fixed shapes: whole on every rank, or DTensors laid out like their parameters.
+        Collective; DeepSpeed's checkpoints carry the state by themselves.
+        """
+        return self._persistence.tensors()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict` that `torch.distributed.checkpoint.load` has filled.
+
+        Raises:
+            CheckpointError: a part that the configuration needs is missing; on all ranks.
+        """
+        self._persistence.use_tensors(state_dict)
 
     @property
     def graph(self) -> ParameterGraph:
@@ -143,7 +207,9 @@ class SpectralPlugin:
         equal bands of frequency, lowest first; `signal_to_noise/b`, `/total` and
         `/kept_over_total`, once two gradients were sampled; `filter_seconds` of the slowest rank;
         `boundary_bytes` that all ranks sent in the step; `strength`; `skipped_steps` so far;
-        `nodes`; `edges`. Of several graphs, spectra are measured on the first.
+        `nodes`; `edges`. With a regularizer: `regularizer`, R; `perturbation`, ‖θ − θ_ref‖; and
+        `joint_loss`, task + α · R, where the task loss is known. Of several graphs, spectra are
+        measured on the first.
         """
         return dict(self.monitor.metrics)
 
@@ -225,12 +291,18 @@ class SpectralPlugin:
     def _facts(self, step: int) -> Mapping[str, float]:
         is_idle = self.filter.is_idle(step)
         facts = {
-            "boundary_bytes": float(0 if is_idle else sum(s.plan.bytes_sent for s in self.stages)),
+            "boundary_bytes": float(sum(stage.bytes_sent(is_idle) for stage in self.stages)),
             "strength": self.filter.schedule.at(step),
             "skipped_steps": float(self.engine.skipped_steps),
             "nodes": float(sum(stage.graph.num_nodes for stage in self.stages)),
             "edges": float(sum(stage.graph.num_edges for stage in self.stages)),
         }
+        if self.regularizer is not None:
+            facts |= self.regularizer.metrics(self._weights())
+            if self._losses:
+                loss = torch.stack(self._losses).mean().double().to(self.engine.everyone.device)
+                mean = float(self.engine.everyone.sum_(loss)) / self.engine.everyone.world_size
+                facts["joint_loss"] = mean + self.regularizer.strength * facts["regularizer"]
         stage = self.stages[0]
         if stage.statistics is not None and stage.statistics.samples >= 2:
             found = stage.statistics.signal_to_noise()
@@ -255,24 +327,42 @@ class SpectralPlugin:
         """Whether this step's update is filtered, not its gradient."""
         return self._acts_on_updates and not self.filter.is_idle(step)
 
-    def _only_filtered(self, fragments: list[torch.Tensor | None]) -> Signal:
-        pairs = zip(fragments, self._is_filtered, strict=True)
+    @property
+    def _pulls(self) -> bool:
+        """Whether the regularizer acts on the weights, not on the gradient."""
+        return self.regularizer is not None and self.config.regularizer.coupling == "decoupled"
+
+    def _edits_gradients(self, step: int) -> bool:
+        adds = self.regularizer is not None and not self._pulls
+        return adds or not (self._acts_on_updates or self.filter.is_idle(step))
+
+    def _only_filtered(self, fragments: Signal) -> Signal:
+        pairs = zip(fragments, self.is_filtered, strict=True)
         return [fragment if chosen else None for fragment, chosen in pairs]
 
-    def _weights(self) -> list[torch.Tensor]:
-        """The weights of filtered fragments."""
-        pairs = zip(self.engine.weights(), self._is_filtered, strict=True)
-        return [weight for weight, chosen in pairs if chosen]
+    def _weights(self) -> Signal:
+        return self._only_filtered(self.engine.weights())
 
-    def _remember_weights(self) -> None:
-        assert self._updates is not None, "made if updates are filtered"
-        self._updates.remember(self._weights())
+    def _filtered_weights(self) -> list[torch.Tensor]:
+        """The weights of filtered fragments alone."""
+        return [weight for weight in self._weights() if weight is not None]
 
     def _warn_of_skipped_steps(self) -> None:
         skipped = self.engine.skipped_steps
         if skipped > self._skipped_steps:
             self._warn(f"gradients were not finite; the engine has skipped {skipped} steps")
         self._skipped_steps = skipped
+
+    def _warn_of_unstable_pull(self) -> None:
+        """θ ← θ − lr · α (r(L) + ρI) Δ overshoots where lr · α (r + ρ) > 1."""
+        if self._pulls:
+            largest = max(stage.penalty.largest() for stage in self.stages if stage.penalty)
+            rate = max([0.0, *self.engine.learning_rates()])
+            if (step := rate * self.config.regularizer.strength * largest) > 1:
+                self._warn(
+                    f"learning rate {rate:g} x regularizer.strength x largest r + ridge = "
+                    f"{step:.3g} > 1: the decoupled regularizer overshoots; lower its strength"
+                )
 
     def _warn(self, message: str) -> None:
         self.engine.log(f"spectral_ds: {message}", logging.WARNING)
@@ -301,6 +391,19 @@ class SpectralPlugin:
                 raise SpectralConfigError(f"spectral_ds.{error}") from error
         return chosen
 
+    def _build_regularizer(self) -> Regularizer | None:
+        settings = self.config.regularizer
+        if settings.strength == 0:
+            return None
+        weights = self._weights() if settings.reference == "pretrained" else None
+        device = torch.device("cpu") if settings.reference_device == "cpu" else None
+        return Regularizer(
+            lambda: [stage.penalty for stage in self.stages if stage.penalty is not None],
+            Reference(weights, device),
+            settings.strength,
+            self.engine.communicator,
+        )
+
     def _build_filter(self, names: Sequence[str]) -> SpectralFilter:
         settings, communicator = self.config.filter, self.engine.communicator
         number = {name: index for index, name in enumerate(names)}
@@ -312,7 +415,7 @@ class SpectralPlugin:
         if settings.temporal is not None:
             lengths = [
                 fragment.length if chosen else 0
-                for fragment, chosen in zip(self.engine.fragments, self._is_filtered, strict=True)
+                for fragment, chosen in zip(self.engine.fragments, self.is_filtered, strict=True)
             ]
             temporal = TemporalFilter(
                 lengths,

@@ -4,6 +4,7 @@ In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at e
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +18,8 @@ from spectral_ds.filters import (
     BandTransfer,
     FixedTransfer,
     GraphFilter,
+    GraphFunction,
+    GraphPenalty,
     Heat,
     Identity,
     Polynomial,
@@ -31,6 +34,7 @@ from spectral_ds.filters import (
 from spectral_ds.graph import (
     Depth,
     EdgeFamily,
+    Edges,
     NodeKind,
     Pair,
     ParameterNodes,
@@ -76,18 +80,21 @@ class Stage:
         whole: all of it.
         engine: whose gradients are filtered.
         layout: the fragments of all ranks.
+        ridge: ρ of the regularizer on this graph.
 
     Attributes:
         graph: the graph in use.
         plan: how its neighbours are brought together.
         statistics: running means of the gradient on it; None if nobody needs them.
         filter: (1 − s) + s · h(L).
+        penalty: r(L) + ρI of the regularizer; None without one.
     """
 
     graph: ParameterGraph
     plan: OperatorPlan
     workspace: Workspace
     filter: GraphFilter
+    penalty: GraphPenalty | None = None
 
     def __init__(
         self,
@@ -96,11 +103,13 @@ class Stage:
         whole: SpectralConfig,
         engine: Engine,
         layout: ShardLayout,
+        ridge: float,
     ) -> None:
         self.parameters = tuple(parameters)
         self.statistics: GradientStatistics | None = None
         self._config, self._whole = config, whole
         self._engine, self._layout = engine, layout
+        self._ridge = ridge
         self._sketches = self._make_sketches()
         self.build()
 
@@ -108,9 +117,14 @@ class Stage:
     def _compares_gradients(self) -> bool:
         return any(edge.features == "gradient" for edge in self._config.edges)
 
+    @property
+    def _is_adaptive(self) -> bool:
+        responses = {self._whole.filter.response, self._whole.regularizer.response}
+        return bool(responses & set(ADAPTIVE))
+
     def _make_sketches(self) -> Sketches | None:
         """Who needs statistics of the gradient: its similarity, adaptive gains, the monitor."""
-        needed = self._compares_gradients or self._whole.filter.response in ADAPTIVE
+        needed = self._compares_gradients or self._is_adaptive
         # An element's signal is one number: its sketch would be a second gradient.
         wanted = self._whole.monitor.enabled and self._config.node != "element"
         if not (needed or wanted):
@@ -136,7 +150,6 @@ class Stage:
             SpectralConfigError: the response cannot be evaluated on it.
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
-        device = communicator.device
         gradient = self._gradient_features()
         with tqdm(
             total=len(self.parameters),
@@ -159,27 +172,61 @@ class Stage:
                 normalized=self._config.laplacian == "normalized",
                 progress=bar.update,
             )
-        self._build_statistics()
-        transfer = self._transfer()
+        self._use_graph(not self._compares_gradients or gradient is not no_features)
+
+    def restore(self, edges: Edges, numbers: Mapping[str, torch.Tensor], mean: Any) -> None:
+        """Go on with the graph and the statistics of a saved state (collective).
+
+        Args:
+            edges: all edges, as `ParameterGraph.primary_edges` numbers nodes.
+            numbers: of the statistics; empty if none were saved.
+            mean: complete sketches of the running mean, or None.
+        """
+        if self.statistics is not None and numbers:
+            self.statistics.restore(numbers, self.statistics.sketches.partial(mean))
+        self.graph = ParameterGraph.of_edges(
+            self.parameters,
+            edge_families(self._config, self._engine),
+            self._layout,
+            edges,
+            self._engine.communicator,
+            normalized=self._config.laplacian == "normalized",
+        )
+        self._use_graph(not self._compares_gradients or len(edges) > 0, is_new=False)
+
+    def _use_graph(self, is_ready: bool, is_new: bool = True) -> None:
+        """Make everything that acts on the graph (collective).
+
+        Args:
+            is_ready: whether its edges are known yet.
+            is_new: whether statistics are to forget what they measured on another graph.
+        """
+        communicator, everyone = self._engine.communicator, self._engine.everyone
+        device = communicator.device
+        self._build_statistics(is_new)
+        transfer = self._transfer(self._whole.filter)
+        penalty = self._penalty_transfer()
         self.plan = make_plan(
             self.graph,
             self._layout,
             communicator,
             everyone,
-            hops=transfer.hops,
+            hops=transfer.hops + (0 if penalty is None else penalty.hops),
             exchange=cast(ExchangeName, self._whole.operator.exchange),
             kernel=cast(KernelName, self._whole.operator.kernel),
             bucket_elements=bucket_elements(device),
         )
-        if transfer.hops == NO_SERIES and self.plan.meetings["boundary"]:
+        if transfer.hops >= NO_SERIES and self.plan.meetings["boundary"]:
             raise SpectralConfigError(
                 "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
                 f"{self._whole.filter.response} is close enough to its exact values on depth "
                 "paths; use auto or transpose"
             )
         self.workspace = Workspace([*self.plan.operators, *self.plan.sampled], device)
-        is_ready = not self._compares_gradients or gradient is not no_features
         self.filter = GraphFilter(self.plan.operators, self.workspace, transfer, is_ready)
+        if penalty is not None:
+            function = GraphFunction(self.plan.operators, penalty)
+            self.penalty = GraphPenalty(function, self.workspace, self._ridge)
 
     def _gradient_features(self) -> FeatureSource:
         statistics = self.statistics
@@ -191,7 +238,7 @@ class Stage:
 
         return features
 
-    def _build_statistics(self) -> None:
+    def _build_statistics(self, is_new: bool) -> None:
         sketches = self._sketches
         if sketches is None:
             return
@@ -209,20 +256,29 @@ class Stage:
         )
         workspace = Workspace(plan.operators, communicator.device)
         if self.statistics is not None:
-            self.statistics.use_graph(plan.operators, workspace)
+            self.statistics.use_graph(plan.operators, workspace, is_new)
             return
-        is_adaptive = self._whole.filter.response in ADAPTIVE
         self.statistics = GradientStatistics(
             sketches,
             plan.operators,
             workspace,
             communicator,
-            bands=self._whole.filter.bands if is_adaptive else self._whole.monitor.bands,
+            bands=self._whole.filter.bands if self._is_adaptive else self._whole.monitor.bands,
             decay=self._whole.statistics.decay,
         )
 
-    def _transfer(self) -> Transfer:
-        settings, device = self._whole.filter, self._engine.communicator.device
+    def _penalty_transfer(self) -> Transfer | None:
+        """r of the regularizer; None without one."""
+        settings = self._whole.regularizer
+        if settings.strength == 0:
+            return None
+        if settings.response == "laplacian":
+            device = self._engine.communicator.device
+            return FixedTransfer(Polynomial((0.0, 1.0)), self.graph, "auto", 1e-3, device)
+        return self._transfer(replace(self._whole.filter, response=settings.response))
+
+    def _transfer(self, settings: FilterConfig) -> Transfer:
+        device = self._engine.communicator.device
         if settings.response in ADAPTIVE:
             assert self.statistics is not None, "adaptive responses have them"
             return adaptive_transfer(settings, self.statistics, device)
@@ -237,6 +293,27 @@ class Stage:
             )
         except ToleranceError as error:
             raise SpectralConfigError(f"spectral_ds.{error}") from error
+
+    def most_edges(self) -> int:
+        """The most directed edges that the edge families can make of these nodes."""
+        nodes = sum(parameter.nodes for parameter in self.parameters)
+        a_node = [2 * e.neighbours if e.family == "similarity" else 2 for e in self._config.edges]
+        return nodes * sum(a_node)
+
+    def bytes_sent(self, is_idle: bool) -> int:
+        """Bytes that all ranks together send in one step.
+
+        Args:
+            is_idle: whether the filter does nothing in this step.
+        """
+        sent = 0
+        if not is_idle and not self.filter.transfer.is_identity and self.filter.is_ready:
+            sent += self.plan.bytes_of(self.filter.transfer.hops, moves=2)
+        if self.penalty is not None:
+            # Weights and reference come, the product goes.
+            moves = 3 if self._whole.regularizer.reference == "pretrained" else 2
+            sent += self.plan.bytes_of(self.penalty.transfer.hops, moves)
+        return sent
 
     def observe(self, step: int, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
         """Take a sample of the gradient on steps where it is due (collective)."""

@@ -226,6 +226,7 @@ def one_step(name: str, section: Any, accumulation: int = 1, clipping: float = 0
         "weights": before,
         "after": after,
         "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
+        "rates": rates,
     }
     if training.plugin is not None:
         facts["metrics"] = training.plugin.metrics()

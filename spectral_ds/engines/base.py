@@ -7,6 +7,7 @@ optimizer step and one after each update.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,42 @@ class Engine(ABC):
         Raises:
             UnsupportedEngineError: the engine gives no place to call `after_update` from.
         """
+
+    def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:  # noqa: B027
+        """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
+
+    def carry(  # noqa: B027
+        self, save: Callable[[Path], None], load: Callable[[Path, bool], None]
+    ) -> None:
+        """Have the engine's own checkpoints carry the plugin's state, if it makes any.
+
+        Args:
+            save: writes the state into a folder of the checkpoint.
+            load: reads it; the second argument tells whether the checkpoint says that it has one.
+        """
+
+    def restore_step(self, step: int) -> None:  # noqa: B027
+        """Go on counting steps from here, where the engine does not restore `step` by itself."""
+
+    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
+        """A float32 tensor that `torch.distributed.checkpoint` saves as the parameter's shards.
+
+        Args:
+            fragment: one of `fragments`.
+            values: flat, of the fragment's length.
+
+        Raises:
+            UnsupportedEngineError: the engine has checkpoints of its own.
+        """
+        raise UnsupportedEngineError(
+            "this engine's own checkpoints carry the plugin's state; state_dict() is for FSDP2, "
+            "DDP and plain modules"
+        )
+
+    def local_part(self, tensor: Any) -> torch.Tensor:
+        """This rank's flat part of a tensor that `distributed` made."""
+        flat: torch.Tensor = tensor.reshape(-1)
+        return flat
 
     @abstractmethod
     def remove(self) -> None:

@@ -109,6 +109,12 @@ class TorchEngine(Engine):
         for handle in self._handles:
             handle.remove()
 
+    def restore_step(self, step: int) -> None:
+        self._step = step
+
+    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
+        return values.reshape(self.shapes[fragment.parameter])
+
     def log(self, message: str, level: int = logging.INFO) -> None:
         if self.everyone.rank == 0:
             logger.log(level, message)

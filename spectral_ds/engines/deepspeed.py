@@ -8,6 +8,7 @@ once per parameter group.) `after_update` has its place in the step of each kind
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator, Fragment
 
 HOOKED = "_take_model_step"
+# In a checkpoint: the folder of the plugin's state, and its mark in the client state.
+FOLDER = "spectral_ds"
 
 
 class DeepSpeedEngine(Engine):
@@ -125,6 +128,49 @@ class DeepSpeedEngine(Engine):
             self._used = UsedParameters(self._parameters)
             self._handles.append(self._used)
         self._handles.append(WrappedMethod(self._engine, HOOKED, take_model_step))
+
+    def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:
+        def backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(loss, torch.Tensor):
+                observe(loss)
+            return original(loss, *args, **kwargs)
+
+        self._handles.append(WrappedMethod(self._engine, "backward", backward))
+
+    def carry(self, save: Callable[[Path], None], load: Callable[[Path, bool], None]) -> None:
+        engine = self._engine
+
+        def save_checkpoint(
+            original: Callable[..., Any],
+            save_dir: Any,
+            tag: Any = None,
+            client_state: Mapping[str, Any] | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            tag = f"global_step{engine.global_steps}" if tag is None else tag
+            # DeepSpeed names the newest checkpoint last, so that a crash leaves the one before.
+            save(Path(save_dir, str(tag), FOLDER))
+            marked = {**(client_state or {}), FOLDER: {"tag": str(tag)}}
+            return original(save_dir, tag, marked, *args, **kwargs)
+
+        def load_checkpoint(
+            original: Callable[..., Any], load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
+        ) -> Any:
+            path, client_state = original(load_dir, tag, *args, **kwargs)
+            if path is not None and not kwargs.get("load_module_only", False):
+                mark = (client_state or {}).get(FOLDER)
+                folder = Path(path).parent / FOLDER
+                if mark and not folder.is_dir():
+                    # A universal checkpoint lies beside the one that it was made from.
+                    folder = Path(load_dir, mark["tag"], FOLDER)
+                load(folder, mark is not None)
+            return path, client_state
+
+        self._handles += [
+            WrappedMethod(engine, "save_checkpoint", save_checkpoint),
+            WrappedMethod(engine, "load_checkpoint", load_checkpoint),
+        ]
 
     @abstractmethod
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:

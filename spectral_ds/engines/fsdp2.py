@@ -1,6 +1,7 @@
 """FSDP2 (`fully_shard`) and HSDP: gradients are DTensors cut along dimension 0."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -53,6 +54,24 @@ class FSDP2Engine(TorchEngine):
 
         assert isinstance(tensor, DTensor), "checked at attach"
         return tensor.to_local().view(-1)
+
+    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        parameter = self._parameters[self.fragments.index(fragment)]
+        assert isinstance(parameter, DTensor), "checked at attach"
+        return DTensor.from_local(
+            values.view(parameter.to_local().shape),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def local_part(self, tensor: Any) -> torch.Tensor:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        flat: torch.Tensor = local.reshape(-1)
+        return flat
 
 
 def _shard_axis(name: str, parameter: torch.Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from spectral_ds.filters.adaptive import whiten_gains, wiener_gains
 from spectral_ds.filters.chebyshev import ChebyshevSeries, ToleranceError
+from spectral_ds.filters.graph_function import GraphFunction
+from spectral_ds.filters.regularizer import GraphPenalty, Reference, Regularizer
 from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.responses import (
     Heat,
@@ -23,10 +25,14 @@ __all__ = [
     "ChebyshevSeries",
     "FixedTransfer",
     "GraphFilter",
+    "GraphFunction",
+    "GraphPenalty",
     "Heat",
     "Identity",
     "NormKeeper",
     "Polynomial",
+    "Reference",
+    "Regularizer",
     "Response",
     "SpectralFilter",
     "StrengthSchedule",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from spectral_ds.filters.chebyshev import apply_series
+from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.schedule import StrengthSchedule
 from spectral_ds.filters.temporal import TemporalFilter
@@ -31,12 +31,8 @@ class GraphFilter:
     ) -> None:
         self.transfer = transfer
         self.is_ready = is_ready
-        self.operators = operators
+        self._function = GraphFunction(operators, transfer)
         self._workspace = workspace
-        self._made_for: tuple[float, int] | None = None
-        self._coefficients = torch.empty(0)
-        # (1 − s) + s h(L) as a dense matrix, by the id of its eigenbasis.
-        self._matrices: dict[int, torch.Tensor] = {}
 
     def apply(self, signal: Sequence[torch.Tensor | None], strength: float) -> None:
         """Filter in place (collective).
@@ -48,34 +44,16 @@ class GraphFilter:
         """
         if self.is_identity(strength):
             return
-        self._prepare(strength)
-        for operator in self.operators:
+        self._function.set(1 - strength, strength)
+        for operator in self._function.operators:
             scratch = self._workspace.of(operator)
             operator.load(signal, scratch.x)  # all rows come, where the bucket is transposed
-            if operator.eigenbasis is not None:
-                torch.mm(self._matrices[id(operator.eigenbasis)], scratch.x, out=scratch.out)
-            elif operator.is_active:
-                apply_series(operator, self._coefficients, scratch)  # boundary rows come, each hop
+            self._function.evaluate(operator, scratch)
             operator.store(scratch.out, signal)
 
     def is_identity(self, strength: float) -> bool:
         """Whether this strength leaves every signal as it is."""
         return strength == 0 or not self.is_ready or self.transfer.is_identity
-
-    def _prepare(self, strength: float) -> None:
-        """Evaluate the response anew if it or the strength has changed."""
-        key = strength, self.transfer.version
-        if key == self._made_for:
-            return
-        self._made_for = key
-        bases = {id(op.eigenbasis): op.eigenbasis for op in self.operators if op.eigenbasis}
-        for number, basis in bases.items():
-            values = 1 - strength + strength * self.transfer.values(basis.values)
-            self._matrices[number] = basis.function(values)
-        if any(op.is_active and op.eigenbasis is None for op in self.operators):
-            coefficients = strength * self.transfer.coefficients()
-            coefficients[0] += 1 - strength
-            self._coefficients = coefficients.float()
 
 
 class SpectralFilter:

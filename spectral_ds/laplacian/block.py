@@ -153,6 +153,19 @@ class LocalBlock:
         if places:
             torch._foreach_copy_(values, places)
 
+    def add(
+        self,
+        views: Sequence[torch.Tensor],
+        fragments: Sequence[torch.Tensor | None],
+        factors: Sequence[float],
+    ) -> None:
+        """Add owned elements, times the factor of each fragment, to the fragments."""
+        for view, place in zip(views, self.placements, strict=True):
+            part = place.rectangle
+            fragment = fragments[part.fragment]
+            if fragment is not None:
+                part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
+
     def owned_views(self, matrix: torch.Tensor) -> list[torch.Tensor]:
         """Views of the owned elements, one a placement."""
         return [

@@ -73,6 +73,19 @@ class LaplacianOperator:
         else:
             self.transposition.store(views.owned, views.received, signal)
 
+    def add(
+        self,
+        x: torch.Tensor,
+        signal: Sequence[torch.Tensor | None],
+        factors: Sequence[float],
+    ) -> None:
+        """The signal ← the signal + factor · own elements of x, with a factor a fragment."""
+        views = self._views_of(x)
+        if self.transposition is None:
+            self.block.add(views.owned, signal, factors)
+        else:
+            self.transposition.add(views.owned, views.received, signal, factors)
+
     def remember(self, *matrices: torch.Tensor) -> None:
         """Make the views of these matrices once; they must live as long as the operator."""
         self._views.update({id(matrix): self._new_views(matrix) for matrix in matrices})
@@ -103,12 +116,6 @@ class LaplacianOperator:
         if self.transposition is not None:
             return [x[: self.block.own]]
         return self.block.owned_views(x)
-
-    def elements_sent(self, hops: int) -> int:
-        """Elements that this rank sends for one filter of so many hops."""
-        if self.transposition is not None:
-            return self.transposition.elements_sent + self.transposition.elements_received
-        return 0 if self.exchange is None else hops * self.exchange.elements_sent
 
 
 def laplacian_rows(

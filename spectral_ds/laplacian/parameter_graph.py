@@ -128,6 +128,64 @@ class ParameterGraph:
             progress(len(joined))
         return cls(parameters, groups, normalized, communicator)
 
+    @classmethod
+    def of_edges(
+        cls,
+        parameters: Sequence[ParameterNodes],
+        families: Sequence[EdgeFamily],
+        layout: ShardLayout,
+        edges: Edges,
+        communicator: Communicator,
+        *,
+        normalized: bool,
+    ) -> "ParameterGraph":
+        """A graph whose edges are known; no communication but to count.
+
+        Args:
+            edges: all edges, both directions, as `primary_edges` numbers nodes; depth paths need
+                none.
+            others: as in `build`.
+        """
+        only_paths = all(isinstance(family, Depth) for family in families)
+        first_node = _first_nodes(parameters)
+        groups = []
+        for joined in linked_parameters(parameters, families):
+            if only_paths:
+                groups.append(_path_group(joined, families, layout))
+                continue
+            bucket = Bucket.of(joined)
+            owners = RowOwners.of(bucket, layout.fragments)
+            # The group's number of each of its nodes, by the number in the model; sorted by that.
+            model = np.concatenate([first_node[p.name] + np.arange(p.nodes) for p in joined])
+            of_group = edges.from_sources(model)
+            all_edges = Edges(
+                np.searchsorted(model, of_group.source),
+                np.searchsorted(model, of_group.target),
+                of_group.weight,
+            ).combined(np.add)
+            degree = np.bincount(all_edges.source, all_edges.weight, bucket.nodes)
+            position, rank = owners.all_of(np.arange(bucket.nodes))
+            own = all_edges.from_sources(position[rank == layout.rank])
+            group = Group(joined, bucket, own, degree.astype(np.float64), owners, is_path=False)
+            groups.append(group)
+        return cls(parameters, groups, normalized, communicator)
+
+    def primary_edges(self) -> Edges:
+        """Edges from the nodes that this rank answers for; nodes are numbered in model order.
+
+        Depth paths are left out: they follow from names and shapes.
+        """
+        first_node = _first_nodes(self.parameters)
+        parts = []
+        for group in self.groups:
+            if not group.is_path:
+                model = np.concatenate(
+                    [first_node[p.name] + np.arange(p.nodes) for p in group.parameters]
+                )
+                own = group.primary_edges(self._communicator.rank)
+                parts.append(Edges(model[own.source], model[own.target], own.weight))
+        return Edges.concatenate(parts)
+
     def of_groups(self, groups: Sequence[Group]) -> "ParameterGraph":
         """The part of the graph that some of its groups make, with the same λ_max."""
         parameters = [parameter for group in groups for parameter in group.parameters]
@@ -230,6 +288,12 @@ class ParameterGraph:
         edges = Edges.concatenate(self._communicator.gather_objects(Edges.concatenate(parts)))
         shape = (self.num_nodes, self.num_nodes)
         return coo_array((edges.weight, (edges.source, edges.target)), shape=shape)
+
+
+def _first_nodes(parameters: Sequence[ParameterNodes]) -> dict[str, int]:
+    """Number of each parameter's first node, all numbered in order."""
+    first = np.cumsum([0, *(parameter.nodes for parameter in parameters)])
+    return {parameter.name: int(first[i]) for i, parameter in enumerate(parameters)}
 
 
 def _path_group(

@@ -37,13 +37,26 @@ class OperatorPlan:
         operators: one a bucket.
         sampled: the same for a sample of the columns, for measuring spectra.
         meetings: how many groups meet in which way.
-        bytes_sent: that all ranks together send for one filter.
+        hops: products with L that one filter takes.
+        bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
+        bytes_per_move: that they send to bring the signal of transposed groups, or to return it.
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
     sampled: list[LaplacianOperator] = field(default_factory=list)
     meetings: dict[Meeting, int] = field(default_factory=dict)
-    bytes_sent: int = 0
+    hops: int = 0
+    bytes_per_hop: int = 0
+    bytes_per_move: int = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that all ranks together send for one filter."""
+        return self.bytes_of(self.hops, moves=2)
+
+    def bytes_of(self, hops: int, moves: int) -> int:
+        """Bytes that all ranks together send for so many products, and so many signals moved."""
+        return hops * self.bytes_per_hop + moves * self.bytes_per_move
 
     def describe(self) -> str:
         """One sentence for people."""
@@ -79,15 +92,18 @@ def make_plan(
         dtype: of the signals.
     """
     meetings = _meetings(graph.groups, layout, communicator, hops, exchange)
-    plan = OperatorPlan(meetings=_counted(meetings))
+    plan = OperatorPlan(meetings=_counted(meetings), hops=hops)
     maker = _Maker(graph, layout, communicator, everyone, kernel, dtype)
     for meeting, members in _packed(graph.groups, meetings, layout.world_size, bucket_elements):
         for operator, sampled in maker.operators(meeting, members, bucket_elements):
             plan.operators.append(operator)
             plan.sampled.append(sampled)
-    own = sum(operator.elements_sent(hops) for operator in plan.operators)
-    sent = communicator.sum_(torch.tensor([own], device=communicator.device))
-    plan.bytes_sent = int(sent.item()) * dtype.itemsize
+    own = [
+        sum(op.exchange.elements_sent for op in plan.operators if op.exchange is not None),
+        sum(op.transposition.elements_sent for op in plan.operators if op.transposition),
+    ]
+    sent = communicator.sum_(torch.tensor(own, device=communicator.device)).tolist()
+    plan.bytes_per_hop, plan.bytes_per_move = (count * dtype.itemsize for count in sent)
     return plan
 
 

@@ -195,6 +195,24 @@ class Sketches:
                     found[peer].append((at + begin - start, (last - first) * columns))
         return found
 
+    def partial(self, complete: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Partial sketches that `complete` turns into these; no communication."""
+        found = self.empty()
+        views = list(self._views(found))
+        offset_of: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        for fragment, values in zip(self.layout.own, complete, strict=True):
+            offset_of[fragment.parameter].append((fragment.start, values))
+        for index, first, last, owner in self._runs[self._communicator.rank]:
+            if owner == self._communicator.rank:
+                span = self.own_spans[index]
+                parameter = self._parameters[span.parameter].name
+                columns = self.columns[parameter]
+                held = [pair for pair in offset_of[parameter] if pair[0] <= first * columns]
+                start, values = max(held, key=lambda pair: pair[0])
+                part = values[first * columns - start : last * columns - start]
+                views[index][first - span.first : last - span.first] = part.view(-1, columns)
+        return found
+
     def features(self, partial: torch.Tensor, parameters: Sequence[ParameterNodes]) -> torch.Tensor:
         """Complete sketches of all nodes of some parameters, on every rank; one all-reduce.
 

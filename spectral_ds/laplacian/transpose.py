@@ -4,7 +4,7 @@ One all-to-all brings a signal into slices, where any function of L is local bec
 filtered independently; one brings it back. Two shards travel, less what stays, whatever the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,6 +159,25 @@ class Transposition:
     ) -> None:
         """Bring the signal back into the fragments, in their own dtype (collective)."""
         self.block.store(owned, fragments)
+        for view, part, fragment in self._returned(received, fragments):
+            part.view(fragment).copy_(view)
+
+    def add(
+        self,
+        owned: Sequence[torch.Tensor],
+        received: list[torch.Tensor],
+        fragments: Sequence[torch.Tensor | None],
+        factors: Sequence[float],
+    ) -> None:
+        """Add the signal, times the factor of each fragment, to the fragments (collective)."""
+        self.block.add(owned, fragments, factors)
+        for view, part, fragment in self._returned(received, fragments):
+            part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
+
+    def _returned(
+        self, received: list[torch.Tensor], fragments: Sequence[torch.Tensor | None]
+    ) -> Iterator[tuple[torch.Tensor, Rectangle, torch.Tensor]]:
+        """What comes back: (values, rectangle, fragment) of all that this rank sent."""
         if received:
             torch._foreach_copy_(self._receive_views, received)
         dist.all_to_all_single(
@@ -171,7 +190,7 @@ class Transposition:
         for view, part in zip(self._send_views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
             if fragment is not None:
-                part.view(fragment).copy_(view)
+                yield view, part, fragment
 
 
 def _flat(by_peer: list[list[Rectangle]]) -> list[Rectangle]:

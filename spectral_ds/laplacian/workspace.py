@@ -42,7 +42,7 @@ class Workspace:
         self._scratch = {}
         for operator in operators:
             scratch = self._scratch[id(operator)] = self._views(operator)
-            operator.remember(scratch.x, scratch.out)
+            operator.remember(*scratch)
 
     def of(self, operator: LaplacianOperator) -> Scratch:
         """This bucket's views; their contents are left from earlier use."""

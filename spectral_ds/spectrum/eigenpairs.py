@@ -132,6 +132,9 @@ class _ShardedLaplacian:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         own, columns = x.shape
+        if own == 0:  # nothing is stored, not even columns; others may wait in the exchange
+            self._operator.apply(self._x, self._y)
+            return x
         self._x[:own, :columns] = x
         self._operator.apply(self._x, self._y)
         return self._half * (self._y[:own, :columns] + x)

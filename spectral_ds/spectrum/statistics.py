@@ -4,7 +4,7 @@ A gradient is its expectation (signal) plus what a batch adds by chance (noise).
 holds all of the signal but only a part of the noise; two such means tell both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class GradientStatistics:
     Attributes:
         samples: taken so far.
         mean: running mean of the partial sketches, flat.
-        power: (bands,): mean of ‖P_b g‖², S_b + N_b.
+        power: (bands,): mean of ‖P_b g‖² on this graph, S_b + N_b; all 0 before the first sample.
         estimate: S_b and N_b after the last sample; all 0 before the second.
     """
 
@@ -112,11 +112,49 @@ class GradientStatistics:
         self.power = torch.zeros(bands, dtype=torch.float64, device=device)
         self.estimate = SignalAndNoise(self.power, self.power)
 
-    def use_graph(self, operators: Sequence[LaplacianOperator], workspace: Workspace) -> None:
-        """Go on with another graph of the same nodes; powers by the old one are forgotten."""
+    def use_graph(
+        self, operators: Sequence[LaplacianOperator], workspace: Workspace, is_new: bool = True
+    ) -> None:
+        """Go on with operators of the same nodes; powers by another graph are forgotten.
+
+        Args:
+            is_new: whether the graph is another.
+        """
         self._operators, self._workspace = operators, workspace
+        if not is_new:
+            return
         self._measured = torch.zeros_like(self._measured)
-        self.estimate = SignalAndNoise(torch.zeros_like(self.power), torch.zeros_like(self.power))
+        self.power = torch.zeros_like(self.power)
+        self.estimate = SignalAndNoise(self.power, self.power)
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """All of its state but the mean, equal on all ranks."""
+        return {
+            "samples": torch.tensor([float(self.samples)], dtype=torch.float64),
+            "counts": torch.stack((self._taken, self._measured, self._concentration)),
+            "power": self.power,
+            "signal": self.estimate.signal,
+            "noise": self.estimate.noise,
+        }
+
+    def restore(self, numbers: Mapping[str, torch.Tensor], mean: torch.Tensor) -> None:
+        """Go on from a state; powers by other bands are left out.
+
+        Args:
+            numbers: from `numbers`.
+            mean: the running mean of the partial sketches.
+        """
+        device = self.power.device
+        self.samples = int(numbers["samples"].item())
+        taken, measured, concentration = numbers["counts"].to(device, torch.float64).unbind()
+        self._taken, self._concentration = taken, concentration
+        self.mean.copy_(mean)
+        if numbers["power"].shape == self.power.shape:
+            self._measured = measured
+            self.power = numbers["power"].to(device)
+            self.estimate = SignalAndNoise(
+                numbers["signal"].to(device), numbers["noise"].to(device)
+            )
 
     def observe(self, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
         """Take one sample (collective; synchronizes nothing with the host).

@@ -1,0 +1,20 @@
+"""What the plugin needs to go on after a restart, in files or in a distributed checkpoint.
+
+`state.py` says what there is, engine by engine alike; `folder.py` keeps it in safetensors beside
+the engine's own files; `distributed.py` turns it into tensors for `torch.distributed.checkpoint`.
+"""
+
+from spectral_ds.checkpoint.distributed import from_tensors, to_tensors
+from spectral_ds.checkpoint.folder import FOLDER, CheckpointError, read_state, write_state
+from spectral_ds.checkpoint.state import Pieces, PluginState
+
+__all__ = [
+    "FOLDER",
+    "CheckpointError",
+    "Pieces",
+    "PluginState",
+    "from_tensors",
+    "read_state",
+    "to_tensors",
+    "write_state",
+]

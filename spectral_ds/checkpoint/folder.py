@@ -1,0 +1,238 @@
+"""Plugin state in a folder: one safetensors file a rank, and a manifest that makes them valid.
+
+The manifest is replaced in one operation after all files are complete, so that a crash at any
+moment leaves the state of before or that of after. Files are read at any world size.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spectral_ds.checkpoint.state import PieceReader, PluginState, assemble
+from spectral_ds.graph import Edges
+from spectral_ds.sharding import Communicator, Fragment
+
+FOLDER = "spectral_ds"
+MANIFEST = "manifest.json"
+VERSION = 1
+SEPARATOR = "|"
+
+
+class CheckpointError(RuntimeError):
+    """The plugin's part of a checkpoint cannot be used; says which file or parameter."""
+
+
+def write_state(folder: Path, state: PluginState, everyone: Communicator) -> None:
+    """Write the state of all ranks (collective).
+
+    Args:
+        folder: on a file system that all ranks see; made if missing.
+        state: of this rank. Ranks with equal pieces, as replicas have, write them once.
+        everyone: all ranks.
+
+    Raises:
+        OSError: a rank could not write; on all ranks. What was there before is still valid.
+    """
+    token = everyone.gather_objects(secrets.token_hex(8))[0]
+    owned = [
+        (kind, fragment.parameter, fragment.start, fragment.length)
+        for kind, pieces in state.pieces.items()
+        for fragment in pieces.fragments
+    ]
+    everyone_owns = everyone.gather_objects(owned)
+    is_replica = everyone_owns.index(owned) < everyone.rank
+    name = f"rank-{everyone.rank:05d}-{token}.safetensors"
+    entry: dict[str, Any] | None = None
+    with everyone.all_or_none():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_replica:
+            save_file(_tensors(state, everyone.rank), folder / name)
+            _synchronize(folder / name)
+            entry = {"name": name, "bytes": (folder / name).stat().st_size} | {
+                "sha256": _digest(folder / name)
+            }
+    files = [each for each in everyone.gather_objects(entry) if each is not None]
+    with everyone.all_or_none():
+        if everyone.rank == 0:
+            manifest = {
+                "version": VERSION,
+                "model": state.model,
+                "graphs": state.graphs,
+                "files": files,
+            }
+            _replace(folder / MANIFEST, json.dumps(manifest, indent=1))
+            for old in folder.glob("rank-*.safetensors"):
+                if token not in old.name:
+                    old.unlink()
+
+
+def _tensors(state: PluginState, rank: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    if rank == 0:
+        found |= {f"number{SEPARATOR}{n}": t.cpu().reshape(-1) for n, t in state.numbers.items()}
+    for index, edges in enumerate(state.edges):
+        for part in ("source", "target", "weight"):
+            values = np.ascontiguousarray(getattr(edges, part))
+            found[f"edges{SEPARATOR}{index}{SEPARATOR}{part}"] = torch.from_numpy(values)
+    for kind, pieces in state.pieces.items():
+        for fragment, value in zip(pieces.fragments, pieces.values, strict=True):
+            if value is not None:
+                key = SEPARATOR.join((kind, fragment.parameter, str(fragment.start)))
+                found[key] = value.detach().cpu().contiguous()
+    return found
+
+
+def _synchronize(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    _synchronize(temporary)
+    os.replace(temporary, path)
+    with suppress(OSError):  # not every file system lets a folder be synchronized
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class StateReader:
+    """A state on disk. All ranks raise if one cannot read it.
+
+    Args:
+        folder: that `write_state` wrote.
+        expected: the running plugin's state, to compare the model and the graphs with.
+        everyone: all ranks; each checks a part of the files.
+
+    Raises:
+        CheckpointError: a file is missing, cut or altered, or is of another model or graph.
+
+    Attributes:
+        numbers: as saved.
+        edges: of each graph, all edges.
+    """
+
+    def __init__(self, folder: Path, expected: PluginState, everyone: Communicator) -> None:
+        with everyone.all_or_none():
+            manifest = _manifest(folder)
+            _check_same(manifest, expected, folder / MANIFEST)
+            for index, entry in enumerate(manifest["files"]):
+                _check_file(folder / entry["name"], entry, index, everyone)
+        self._files = [folder / entry["name"] for entry in manifest["files"]]
+        self._runs: dict[str, dict[str, list[Any]]] = {}
+        self.numbers: dict[str, torch.Tensor] = {}
+        with everyone.all_or_none():
+            parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in manifest["graphs"]]
+            for path in self._files:
+                self._read_header(path, parts)
+            self.edges = [
+                Edges(*(torch.cat(part[name]).numpy() for name in ("source", "target", "weight")))
+                for part in parts
+            ]
+
+    def _read_header(self, path: Path, edges: list[dict[str, list[torch.Tensor]]]) -> None:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, *rest = key.split(SEPARATOR)
+                if kind == "number":
+                    self.numbers[rest[0]] = file.get_tensor(key)
+                elif kind == "edges":
+                    edges[int(rest[0])].setdefault(rest[1], []).append(file.get_tensor(key))
+                else:
+                    (length,) = file.get_slice(key).get_shape()
+                    runs = self._runs.setdefault(kind, {}).setdefault(rest[0], [])
+                    runs.append((int(rest[1]), length, partial(_read_run, path, key)))
+
+    def pieces(
+        self, kind: str, wanted: Sequence[Fragment], may_lack: bool
+    ) -> list[torch.Tensor | None]:
+        """Values of wanted fragments, however they were cut when saved; no communication.
+
+        Raises:
+            CheckpointError: elements of a parameter are missing.
+        """
+        return assemble(kind, wanted, may_lack, self._runs.get(kind, {}), CheckpointError)
+
+
+def read_state(
+    folder: Path, expected: PluginState, everyone: Communicator
+) -> tuple[dict[str, torch.Tensor], list[Edges], PieceReader]:
+    """Numbers, edges and a reader of pieces; see `StateReader` (collective)."""
+    reader = StateReader(folder, expected, everyone)
+    return reader.numbers, reader.edges, reader.pieces
+
+
+def _read_run(path: Path, key: str, first: int, last: int) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        values: torch.Tensor = file.get_slice(key)[first:last]
+        return values
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        keys = {"version", "model", "graphs", "files"}
+        if not isinstance(manifest, dict) or not keys <= manifest.keys():
+            raise ValueError(f"it must have the keys {sorted(keys)}")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if manifest["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} is of version {manifest['version']}; this version reads {VERSION}"
+        )
+    return manifest
+
+
+def _check_same(manifest: dict[str, Any], expected: PluginState, path: Path) -> None:
+    saved = {name: tuple(shape) for name, shape in manifest["model"].items()}
+    for name in (*saved, *expected.model):
+        if saved.get(name) != expected.model.get(name):
+            raise CheckpointError(
+                f"{path} is of another model: parameter {name!r} has shape {saved.get(name)} there "
+                f"and {expected.model.get(name)} here"
+            )
+    if list(saved) != list(expected.model):
+        raise CheckpointError(f"{path} is of another model: parameters are in another order")
+    if manifest["graphs"] != expected.graphs:
+        raise CheckpointError(
+            f"{path} is of another graph configuration (spectral_ds.graph, graphs or seed); "
+            "restore it, or set spectral_ds.checkpoint.strict to false to start with a new graph"
+        )
+
+
+def _check_file(path: Path, entry: dict[str, Any], index: int, everyone: Communicator) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.stat().st_size != entry["bytes"]:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}")
+    if index % everyone.world_size == everyone.rank and _digest(path) != entry["sha256"]:
+        raise CheckpointError(f"{path} is altered: its SHA-256 is not that of the manifest")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,162 @@
+"""Regularizer: R = ½ Σ tr(Δᵀ (r(L) + ρI) Δ), Δ = θ − θ_ref, and how it acts on the weights.
+
+Source: the spectral regularization of arXiv 2504.19583, whose term is r(λ) = λ, ρ = 0.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from spectral_ds.filters.graph_function import GraphFunction
+from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.sharding import Communicator
+
+Signal = Sequence[torch.Tensor | None]
+
+
+class Reference:
+    """θ_ref: one shard in float32, or nothing.
+
+    Args:
+        weights: this rank's fragments, flat, None where a parameter is not in the graph; or None
+            for θ_ref = 0.
+        device: where to keep it; None: where the weights are.
+    """
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor | None] | None, device: torch.device | None = None
+    ) -> None:
+        self.fragments: list[torch.Tensor | None] | None = None
+        if weights is not None:
+            self.fragments = [
+                None
+                if weight is None
+                else weight.detach().to(device or weight.device, torch.float32, copy=True)
+                for weight in weights
+            ]
+
+    def load_difference(
+        self, operator: LaplacianOperator, workspace: Workspace, weights: Signal
+    ) -> None:
+        """The operator's scratch.x ← θ − θ_ref on own rows."""
+        scratch = workspace.of(operator)
+        operator.load(weights, scratch.x)
+        if self.fragments is not None:
+            operator.load(self.fragments, scratch.y)
+            own = operator.block.own
+            scratch.x[:own].sub_(scratch.y[:own])
+
+    def squared_distance(self, weights: Signal) -> torch.Tensor:
+        """‖θ − θ_ref‖² of this rank's fragments, float64, 0-D."""
+        references = self.fragments or [None] * len(weights)
+        total = torch.zeros((), dtype=torch.float64)
+        for weight, reference in zip(weights, references, strict=True):
+            if weight is not None:
+                moved = weight if reference is None else weight - reference.to(weight.device)
+                norm = torch.linalg.vector_norm(moved, dtype=torch.float32).double()
+                total = total.to(norm.device) + norm.square()
+        return total
+
+
+class GraphPenalty:
+    """(r(L) + ρI) Δ on one graph.
+
+    Args:
+        function: r, on the graph's operators.
+        workspace: scratch memory for them.
+        ridge: ρ.
+    """
+
+    def __init__(self, function: GraphFunction, workspace: Workspace, ridge: float) -> None:
+        self.transfer = function.transfer
+        self._function = function
+        self._workspace = workspace
+        self._ridge = ridge
+
+    def largest(self) -> float:
+        """The largest r(λ) + ρ on the spectrum (it synchronizes)."""
+        return float(self.transfer.values(np.linspace(-1, 1, 1001)).max()) + self._ridge
+
+    def add(
+        self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]
+    ) -> None:
+        """target ← target + factor · (r(L) + ρI) Δ, a factor a fragment (collective)."""
+        self._function.set(self._ridge, 1.0)
+        for operator in self._function.operators:
+            scratch = self._workspace.of(operator)
+            reference.load_difference(operator, self._workspace, weights)
+            self._function.evaluate(operator, scratch)
+            operator.add(scratch.out, target, factors)
+
+    def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
+        """tr(Δᵀ (r(L) + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
+        self._function.set(self._ridge, 1.0)
+        total = torch.zeros((), dtype=torch.float64)
+        for operator in self._function.operators:
+            scratch = self._workspace.of(operator)
+            reference.load_difference(operator, self._workspace, weights)
+            self._function.evaluate(operator, scratch)
+            reference.load_difference(operator, self._workspace, weights)  # x was overwritten
+            pairs = zip(
+                operator.owned_views(scratch.x), operator.owned_views(scratch.out), strict=True
+            )
+            for moved, product in pairs:
+                energy = torch.dot(moved.reshape(-1), product.reshape(-1)).double()
+                total = total.to(energy.device) + energy
+        return total
+
+
+class Regularizer:
+    """The regularization term on all graphs, and its two couplings to the training.
+
+    Args:
+        penalties: gives one for each stacked graph; R is their sum.
+        reference: θ_ref.
+        strength: α.
+        communicator: the ranks that share the parameters.
+    """
+
+    def __init__(
+        self,
+        penalties: Callable[[], Sequence[GraphPenalty]],
+        reference: Reference,
+        strength: float,
+        communicator: Communicator,
+    ) -> None:
+        self.reference = reference
+        self.strength = strength
+        self._penalties = penalties
+        self._communicator = communicator
+
+    def add_gradient(self, gradients: Signal, weights: Signal, scale: float) -> None:
+        """gradients ← gradients + scale · α (r(L) + ρI) Δ: that of the joint loss (collective).
+
+        Args:
+            scale: by which the gradients are multiplied (loss scaling).
+        """
+        factors = [scale * self.strength] * len(gradients)
+        for penalty in self._penalties():
+            penalty.add(self.reference, weights, gradients, factors)
+
+    def pull(self, weights: Signal, learning_rates: Sequence[float]) -> None:
+        """θ ← θ − lr · α (r(L) + ρI) Δ, as decoupled weight decay does (collective).
+
+        Args:
+            weights: float32, after the base optimizer's step.
+            learning_rates: of each fragment's parameter group, now.
+        """
+        factors = [-rate * self.strength for rate in learning_rates]
+        for penalty in self._penalties():
+            penalty.add(self.reference, weights, weights, factors)
+
+    def metrics(self, weights: Signal) -> dict[str, float]:
+        """R and ‖Δ‖ over all ranks (collective; synchronizes)."""
+        device = self._communicator.device
+        energy = sum(
+            (p.energy(self.reference, weights).to(device) for p in self._penalties()),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
+        distance = self.reference.squared_distance(weights).to(device)
+        total = self._communicator.sum_(torch.stack((energy, distance))).tolist()
+        return {"regularizer": total[0] / 2, "perturbation": total[1] ** 0.5}

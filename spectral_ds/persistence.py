@@ -1,0 +1,186 @@
+"""Persistence: the plugin's state with the engine's own checkpoints.
+
+DeepSpeed's `save_checkpoint` and `load_checkpoint` carry it by themselves; for other engines the
+plugin has `state_dict` and `load_state_dict`.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spectral_ds.checkpoint import (
+    CheckpointError,
+    Pieces,
+    PluginState,
+    from_tensors,
+    read_state,
+    to_tensors,
+    write_state,
+)
+from spectral_ds.checkpoint.state import PieceReader
+from spectral_ds.graph import Edges
+
+if TYPE_CHECKING:
+    from spectral_ds.plugin import SpectralPlugin
+
+REFERENCE, TEMPORAL = "reference", "temporal"
+
+
+class Persistence:
+    """Collects and restores the state of one plugin."""
+
+    def __init__(self, plugin: "SpectralPlugin") -> None:
+        self._plugin = plugin
+        self._engine = plugin.engine
+
+    def state(self) -> PluginState:
+        """The state as this rank holds it (collective)."""
+        plugin, engine = self._plugin, self._engine
+        seed = plugin.config.seed
+        graphs = [_digest({**asdict(graph), "seed": seed}) for graph in plugin.config.stack]
+        state = PluginState({name: tuple(s) for name, s in engine.shapes.items()}, graphs)
+        state.numbers["step"] = torch.tensor([float(engine.step)], dtype=torch.float64)
+        for index, stage in enumerate(plugin.stages):
+            state.edges.append(stage.graph.primary_edges())
+            statistics = stage.statistics
+            if statistics is not None:
+                for name, number in statistics.numbers().items():
+                    state.numbers[f"statistics.{index}.{name}"] = number
+                complete = statistics.sketches.complete(statistics.mean)
+                layout = statistics.sketches.layout
+                state.pieces[f"sketch.{index}"] = Pieces(layout.own, list(complete))
+        temporal = plugin.filter.temporal
+        if temporal is not None:
+            state.numbers["temporal.has_mean"] = self._by_parameter(temporal.has_mean)
+            state.pieces[TEMPORAL] = self._of_filtered(temporal.means)
+        if plugin.regularizer is not None and plugin.regularizer.reference.fragments is not None:
+            state.pieces[REFERENCE] = self._of_filtered(plugin.regularizer.reference.fragments)
+        return state
+
+    def _of_filtered(self, values: Sequence[torch.Tensor | None]) -> Pieces:
+        filtered = self._plugin.is_filtered
+        chosen = [
+            (fragment, value)
+            for fragment, value, is_in in zip(self._engine.fragments, values, filtered, strict=True)
+            if is_in
+        ]
+        return Pieces([fragment for fragment, _ in chosen], [value for _, value in chosen])
+
+    def _by_parameter(self, flags: torch.Tensor) -> torch.Tensor:
+        """A flag a fragment as a number a parameter, equal on all ranks."""
+        position = {name: i for i, name in enumerate(self._engine.shapes)}
+        found = torch.zeros(len(position), dtype=torch.float64)
+        for fragment, flag in zip(self._engine.fragments, flags.tolist(), strict=True):
+            found[position[fragment.parameter]] += flag
+        communicator = self._engine.communicator
+        return communicator.sum_(found.to(communicator.device)).sign().cpu()
+
+    def restore(
+        self, numbers: dict[str, torch.Tensor], edges: list[Edges], pieces: PieceReader
+    ) -> None:
+        """Go on from a state (collective). All ranks raise before anything is changed, or none.
+
+        Raises:
+            CheckpointError: a part that the configuration needs is missing.
+        """
+        plugin, engine = self._plugin, self._engine
+        own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
+        temporal, regularizer = plugin.filter.temporal, plugin.regularizer
+        means = references = None
+        sketches: list[list[torch.Tensor | None] | None] = []
+        with engine.everyone.all_or_none():
+            if temporal is not None and "temporal.has_mean" in numbers:
+                means = pieces(TEMPORAL, own, False)
+            if regularizer is not None and regularizer.reference.fragments is not None:
+                references = pieces(REFERENCE, own, False)
+            for index, stage in enumerate(plugin.stages):
+                saved = f"statistics.{index}.samples" in numbers
+                wanted = stage.statistics.sketches.layout.own if stage.statistics else ()
+                is_read = saved and stage.statistics is not None
+                sketches.append(pieces(f"sketch.{index}", wanted, False) if is_read else None)
+        for index, (stage, sketch) in enumerate(zip(plugin.stages, sketches, strict=True)):
+            prefix = f"statistics.{index}."
+            held = {n.removeprefix(prefix): t for n, t in numbers.items() if n.startswith(prefix)}
+            stage.restore(edges[index], held if sketch is not None else {}, sketch)
+        if temporal is not None and means is not None:
+            self._fill(temporal.means, means)
+            position = {name: i for i, name in enumerate(engine.shapes)}
+            has_mean = numbers["temporal.has_mean"].tolist()
+            flags = [has_mean[position[f.parameter]] > 0 for f in engine.fragments]
+            temporal.has_mean = torch.tensor(flags, device=temporal.has_mean.device)
+        if regularizer is not None and references is not None:
+            assert regularizer.reference.fragments is not None
+            self._fill(regularizer.reference.fragments, references)
+        engine.restore_step(int(numbers["step"].item()))
+
+    def _fill(
+        self,
+        targets: Sequence[torch.Tensor | None],
+        values: Sequence[torch.Tensor | None],
+    ) -> None:
+        incoming = iter(values)
+        for target, is_in in zip(targets, self._plugin.is_filtered, strict=True):
+            if is_in:
+                value = next(incoming)
+                if target is not None and value is not None:
+                    target.copy_(value)
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a folder that all ranks see (collective)."""
+        write_state(folder, self.state(), self._engine.everyone)
+
+    def load(self, folder: Path, is_expected: bool = True) -> None:
+        """Go on from a folder that `save` wrote, at any world size (collective).
+
+        Args:
+            is_expected: whether the checkpoint was made with the plugin; if not, a missing folder
+                is no error.
+
+        Raises:
+            CheckpointError: what is there cannot be used, and `checkpoint.strict` is true.
+        """
+        if not is_expected and not folder.is_dir():
+            self._engine.log(
+                "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
+                "graph of the present weights"
+            )
+            return
+        try:
+            numbers, edges, pieces = read_state(folder, self.state(), self._engine.everyone)
+            self.restore(numbers, edges, pieces)
+        except CheckpointError as error:
+            if self._plugin.config.checkpoint.strict:
+                raise
+            self._engine.log(
+                f"spectral_ds: {error}; checkpoint.strict is false: it goes on with a new graph",
+                logging.WARNING,
+            )
+
+    def tensors(self) -> dict[str, Any]:
+        """The state for `torch.distributed.checkpoint` (collective)."""
+        capacity = [stage.most_edges() for stage in self._plugin.stages]
+        whole = {
+            f"sketch.{index}": {
+                parameter.name: parameter.nodes * stage.statistics.sketches.columns[parameter.name]
+                for parameter in stage.parameters
+            }
+            for index, stage in enumerate(self._plugin.stages)
+            if stage.statistics is not None
+        }
+        return to_tensors(
+            self.state(), capacity, whole, self._engine.distributed, self._engine.communicator
+        )
+
+    def use_tensors(self, tensors: dict[str, Any]) -> None:
+        """Go on from what `tensors` gave (collective)."""
+        self.restore(*from_tensors(tensors, self._engine.local_part, self.state()))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

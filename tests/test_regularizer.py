@@ -1,0 +1,205 @@
+"""The regularization term equals autograd and the dense oracle, joint and decoupled."""
+
+import cells
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from cells import CELLS, Training
+from test_oracle import relative_error
+
+import spectral_ds
+
+EDGES = [{"family": "depth", "weight": 2.0}, {"family": "similarity", "neighbours": 4}]
+GRAPH = {"edges": EDGES, "laplacian": "combinatorial"}
+IDLE = {"response": "identity"}
+STRENGTH, RIDGE = 1e-3, 0.7
+
+
+def section(filter_keys=IDLE, graph=GRAPH, **regularizer):
+    return {
+        "graph": graph,
+        "filter": filter_keys,
+        "monitor": {"interval": 1},
+        "regularizer": {"strength": STRENGTH, "ridge": RIDGE, **regularizer},
+    }
+
+
+def penalty_matrix(weights, graph=GRAPH, response=lambda v: v):
+    """r(L) + ρI over the filtered parameters, by name of what it multiplies."""
+    chosen = {n: w for n, w in weights.items() if tiny.is_filtered(n)}
+    adjacency = oracle.adjacency_of(chosen, graph["edges"])
+    return oracle.laplacian_of(adjacency, graph.get("laplacian", "normalized"))
+
+
+def penalized(laplacian, difference, response=lambda v: v):
+    return oracle.apply_function(laplacian, lambda v: response(v) + RIDGE, difference)
+
+
+def filtered_names(facts):
+    return [n for n in facts["gradients"] if tiny.is_filtered(n)]
+
+
+CASES = [
+    ("plain", 1),
+    ("zero0", 2),
+    ("zero1", 2),
+    ("zero2", 4),
+    ("zero2-offload", 2),
+    ("zero3", 2),
+    ("zero3-offload-parameters", 4),
+    ("fsdp2", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("ddp", 2),
+    ("zero1-bf16-fp32-accumulation", 2),
+    ("zero2-fp16", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
+def test_joint_gradient_is_added_before_the_filter(ranks, name, world_size):
+    """With θ_ref = 0, so that Δ = θ at the first step."""
+    smooth = {"response": "window", "alpha": 0.02, "strength": 1.0}
+    plain = ranks(world_size).run(cells.one_step, name, None, 2)[0]
+    settings = section(smooth, reference="zero")
+    results = ranks(world_size).run(cells.one_step, name, settings, 2)
+    weights = {n: plain["weights"][n] for n in filtered_names(plain)}
+    laplacian = penalty_matrix(weights)
+    term = penalized(laplacian, weights)
+    joint = {n: plain["gradients"][n] + STRENGTH * term[n] for n in weights}
+    expected = oracle.apply_function(laplacian, oracle.response_of(smooth), joint)
+    energy = sum((weights[n] * term[n]).sum() for n in weights) / 2
+    # The unused parameter has no gradient there: nothing is added to it.
+    for unused in [n for n in expected if n.startswith("spare")]:
+        del expected[unused]
+    tolerance = 1e-5 if CELLS[name].precision == "fp32" else 1e-2
+    for result in results:
+        assert relative_error(result["gradients"], expected) <= tolerance
+        metrics = result["metrics"]
+        np.testing.assert_allclose(metrics["regularizer"], energy, rtol=max(tolerance, 1e-4))
+        distance = np.sqrt(sum((w**2).sum() for w in weights.values()))
+        np.testing.assert_allclose(metrics["perturbation"], distance, rtol=max(tolerance, 1e-4))
+
+
+def autograd_step():
+    """(plugin's gradient, autograd's) of the joint loss on one process, after one free step."""
+    training = Training(CELLS["plain"], section(), rates=(0.5, 0.25))
+    reference = training.snapshot()
+    names = [n for n in reference if tiny.is_filtered(n) and "down_proj" not in n]
+    trained = {n: p for n, p in training.module.named_parameters() if p.requires_grad}
+    laplacian = training.plugin.graph.laplacian().toarray()
+    order = [p.name for p in training.plugin.graph.parameters]
+    training.step(0)  # Δ is not zero afterwards
+    loss = training.module(tiny.batches(1, 1)[0]).double()
+    moved = {n: trained[n].double() - torch.from_numpy(reference[n]).double() for n in order}
+    first, _ = oracle.numbering({n: reference[n] for n in order})
+    shifted = torch.from_numpy(laplacian) + RIDGE * torch.eye(len(laplacian), dtype=torch.float64)
+    term = 0.0
+    for width in {moved[n].shape[-1] for n in order}:
+        same = [n for n in order if moved[n].shape[-1] == width]
+        rows = [moved[n].reshape(-1, width) for n in same]
+        numbers = [first[n] + i for n, r in zip(same, rows, strict=True) for i in range(len(r))]
+        block = shifted[numbers][:, numbers]
+        signal = torch.cat(rows)
+        term = term + 0.5 * (signal * (block @ signal)).sum()
+    joint = loss + STRENGTH * term
+    joint.backward()
+    exact = {n: trained[n].grad.numpy().copy() for n in order if trained[n].grad is not None}
+    training.optimizer.zero_grad()
+    training.plugin.observe_loss(loss)
+    before = training.snapshot()
+    training.step(1)
+    after = training.snapshot()
+    group_rate = {
+        id(p): group["lr"] for group in training.optimizer.param_groups for p in group["params"]
+    }
+    got = {n: (before[n] - after[n]) / group_rate[id(trained[n])] for n in exact}
+    metrics = training.plugin.metrics()
+    training.close()
+    assert names
+    return got, exact, metrics, float(joint), float(term)
+
+
+def test_joint_gradient_is_autograd_of_the_joint_loss(ranks):
+    got, exact, metrics, joint, term = ranks(1).run(autograd_step)[0]
+    used = {n: g for n, g in exact.items() if not n.startswith("spare")}
+    assert relative_error(got, used) <= 1e-4  # weights before minus after, at small rates
+    np.testing.assert_allclose(metrics["regularizer"], term, rtol=1e-4)
+    np.testing.assert_allclose(metrics["joint_loss"], joint, rtol=1e-4)
+
+
+DECOUPLED = {
+    "laplacian": ({}, lambda v: v),
+    "heat": ({"response": "heat"}, lambda v: np.exp(-v)),
+    "identity": ({"response": "identity"}, np.ones_like),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "response"),
+    [
+        ("plain", 1, "laplacian"),
+        ("zero1", 2, "heat"),
+        ("zero2", 4, "laplacian"),
+        ("zero2-bf16", 2, "laplacian"),
+        ("zero3", 2, "laplacian"),
+        ("zero3-offload", 4, "identity"),
+        ("fsdp2", 4, "laplacian"),
+        ("ddp", 2, "heat"),
+    ],
+)
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_decoupled_term_acts_after_the_step_times_the_learning_rate(
+    ranks, name, world_size, response, device
+):
+    keys, function = DECOUPLED[response]
+    smooth = {"response": "identity", "tau": 1.0, "tolerance": 1e-7}
+    settings = section(
+        smooth, coupling="decoupled", reference="zero", reference_device=device, **keys
+    )
+    plain = ranks(world_size).run(cells.one_step, name, None)[0]
+    results = ranks(world_size).run(cells.one_step, name, settings)
+    after = {n: plain["after"][n] for n in filtered_names(plain)}
+    laplacian = penalty_matrix({n: plain["weights"][n] for n in after})
+    term = penalized(laplacian, after, function)
+    tolerance = 1e-5 if CELLS[name].precision == "fp32" else 1e-2
+    for result in results:
+        rates = result["rates"]
+        expected = {n: after[n] - rates[n] * STRENGTH * term[n] for n in after}
+        assert relative_error(result["after"], expected) <= tolerance
+
+
+def two_steps_from_pretrained(name):
+    """Weights before, after one and after two decoupled steps with and without the plugin."""
+    settings = section(coupling="decoupled", response="laplacian")
+    training = Training(CELLS[name], settings, rates=(0.5, 0.25))
+    snapshots = [training.snapshot()]
+    for index in range(2):
+        training.step(index)
+        snapshots.append(training.snapshot())
+    training.close()
+    return snapshots
+
+
+def test_reference_is_the_weights_at_attach(ranks):
+    """A second step is pulled towards the weights before the first."""
+    exact = ranks(1).run(two_steps_from_pretrained, "plain")[0]
+    for name, size in (("zero2", 2), ("zero3", 3), ("fsdp2", 4)):
+        got = ranks(size).run(two_steps_from_pretrained, name)[0]
+        assert relative_error(got[2], exact[2]) <= 1e-5
+    free = ranks(1).run(cells.one_step, "plain", None)[0]
+    assert relative_error(exact[1], free["after"]) > 1e-5  # other rates: the runs do differ
+
+
+def test_strength_that_overshoots_warns(ranks, caplog):
+    def attach():
+        model = torch.nn.Linear(4, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        settings = {"regularizer": {"strength": 10, "coupling": "decoupled"}}
+        return spectral_ds.attach(model, optimizer, settings)
+
+    with caplog.at_level("WARNING"):
+        attach().detach()
+    assert "overshoots" in caplog.text
