@@ -52,6 +52,7 @@ def attach(
     model_or_engine: Any,
     optimizer: torch.optim.Optimizer | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | SpectralConfig | None = None,
+    writer: Any = None,
 ) -> SpectralPlugin | None:
     """Attach the plugin to an engine that exists (collective on the engine's ranks).
 
@@ -60,6 +61,8 @@ def attach(
             or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled.
         optimizer: the optimizer that trains the module; not for DeepSpeed.
         config: see `load_config`; by default the section of the engine's own config.
+        writer: a `torch.utils.tensorboard.SummaryWriter` for the metrics and figures, on rank 0;
+            by default the engine's own monitor, or `monitor.folder`.
 
     Returns:
         The plugin, or None with `enabled: false`.
@@ -86,7 +89,7 @@ def attach(
     assert agreed is not None, "source() always gives a config"
     if not agreed.enabled:
         return None
-    plugin = SpectralPlugin(engine, agreed)
+    plugin = SpectralPlugin(engine, agreed, writer)
     reference = weakref.ref(plugin)
     for holder in engine.holders:
         _plugins[holder] = reference

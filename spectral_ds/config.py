@@ -3,7 +3,7 @@
 In: a dict, a DeepSpeed JSON or a YAML file. Out: a frozen `SpectralConfig`, complete and valid.
 The dataclasses below are the schema, valid for `OmegaConf.structured` too: names, types, defaults
 and ranges. A preset lies over the defaults, the user's keys over the preset. What is unknown, of
-the wrong type, out of range, without effect or not available yet raises `SpectralConfigError`.
+the wrong type, out of range or without effect raises `SpectralConfigError`.
 """
 
 import difflib
@@ -12,7 +12,6 @@ import importlib.resources
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
@@ -26,12 +25,6 @@ from spectral_ds.config_sources import (
     read_section,
     show,
 )
-
-# The values that act in this version. Every other value of these keys is valid but refused.
-# Whoever implements the rest of a key adds the values, or deletes the line once all of them act.
-AVAILABLE: dict[str, tuple[object, ...]] = {
-    "monitor.figures_interval": (100,),
-}
 
 # Keys that only some edge families or some responses use.
 FAMILIES_USING = {
@@ -196,6 +189,7 @@ class MonitorConfig:
     # equal bands of frequency; the order of the band filters grows with their number
     bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
     figures_interval: int = _integer(100, at_least=1)  # optimizer steps between figures
+    folder: str = ""  # for TensorBoard files of its own; "" = where the engine writes
 
 
 @dataclass(frozen=True)
@@ -349,12 +343,6 @@ def _check_section(schema: Any, raw: Any, key: str, problems: list[str]) -> dict
             continue
         try:
             checked = _check_value(hints[name], rules[name].metadata, value, full, problems)
-            pattern = re.sub(r"\[\d+\]", "[]", full.removeprefix(f"{SECTION}."))
-            if checked not in AVAILABLE.get(pattern, (checked,)):
-                available = ", ".join(
-                    each if isinstance(each, str) else show(each) for each in AVAILABLE[pattern]
-                )
-                raise _RefusedError(f"is not available in this version (available: {available})")
             valid[name] = checked
         except _RefusedError as refused:
             problems.append(f"{full} = {show(value)}: {refused}")

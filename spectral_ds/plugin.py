@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from spectral_ds.config import SpectralConfig
 from spectral_ds.config_sources import SpectralConfigError
@@ -33,14 +32,15 @@ from spectral_ds.laplacian import (
     ParameterGraph,
     require_kernel,
 )
-from spectral_ds.monitor import ENOUGH_SAMPLES, Monitor, verdict
+from spectral_ds.measurement import Measurement
+from spectral_ds.monitor import Board, Dashboard, Monitor, ParameterNorms
 from spectral_ds.persistence import Persistence
+from spectral_ds.progress import progress
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import (
     Density,
     Eigenpairs,
     SignalToNoise,
-    chebyshev_moments,
     density_of_states,
     lowest_eigenpairs,
     squared_norm,
@@ -62,7 +62,7 @@ class SpectralPlugin:
         attached: False once detached.
     """
 
-    def __init__(self, engine: Engine, config: SpectralConfig) -> None:
+    def __init__(self, engine: Engine, config: SpectralConfig, writer: Any = None) -> None:
         self.config = config
         self.engine = engine
         chosen = self._agree_on_parameters()
@@ -77,23 +77,32 @@ class SpectralPlugin:
         self.filter = self._build_filter(list(nodes))
         self.regularizer = self._build_regularizer()
         self._updates = Updates(self._filtered_weights()) if self._acts_on_updates else None
+        self.norms = ParameterNorms(engine.shapes, engine.fragments, engine.communicator)
+        self.measurement = Measurement(engine, config, self.stages, self.filter, self.regularizer)
+        board = self._open_board(writer)
         self.monitor = Monitor(
             lambda signal: squared_norm(signal, engine.communicator),
-            self._moments,
-            engine.write,
+            self.measurement.moments,
+            self.norms,
+            board,
             self._warn,
             engine.everyone,
             interval=config.monitor.interval if config.monitor.enabled else 0,
             bands=config.monitor.bands,
         )
+        self.dashboard = Dashboard(
+            board,
+            config.filter.response,
+            self.norms.blocks,
+            self.norms.roles,
+            config.monitor.figures_interval,
+        )
         self._handled_step = -1
         self._skipped_steps = engine.skipped_steps
-        self._has_judged = False
-        self._losses: list[torch.Tensor] = []
         self.attached = True
         acts_after = self._acts_on_updates or self._pulls
         engine.install(self.before_step, self.after_update if acts_after else None)
-        engine.watch_loss(self.observe_loss)
+        engine.watch_loss(self.measurement.observe_loss)
         self._persistence = Persistence(self)
         if config.checkpoint.enabled:
             engine.carry(self._persistence.save, self._persistence.load)
@@ -112,8 +121,10 @@ class SpectralPlugin:
         """
         self._warn_of_skipped_steps()
         step = self._handled_step = self.engine.step
-        gradients = self._only_filtered(self.engine.gradients())  # of this rank, writable views
-        scale = self.engine.loss_scale
+        whole = self.engine.gradients()  # fragments of this rank, writable views
+        gradients, scale = self._only_filtered(whole), self.engine.loss_scale
+        self.monitor.before_step(step, whole, self.engine.weights(), scale)
+        self.measurement.before_step(self.monitor.is_due(step), self._weights(), self.norms)
         for stage in self.stages:
             if stage.is_due(step):
                 stage.build()  # a new graph, every refresh_interval
@@ -126,7 +137,6 @@ class SpectralPlugin:
             self._apply(step, "gradient", gradients, scale)
         if self._edits_gradients(step):
             self.engine.gradients_changed()  # norms that were taken too early
-        self._losses.clear()
 
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
@@ -141,16 +151,21 @@ class SpectralPlugin:
 
     def _apply(self, step: int, what: str, signal: Signal, scale: float) -> None:
         """Y = (1 − s) X + s · h(L) X, measured before and after on monitor steps."""
-        self.monitor.before_filter(step, what, signal)
+        self.monitor.before_filter(step, what, signal, scale)
         self.filter.apply(signal, step, scale)  # neighbours are exchanged on the way
-        self.monitor.after_filter(step, what, signal, lambda: self._facts(step))
+        if self.monitor.is_due(step):
+            is_changed = not self.filter.is_idle(step)
+            self.monitor.after_filter(
+                what, signal, scale, is_changed, lambda: self.measurement.facts(step)
+            )
+            self.measurement.show(step, signal, self.monitor, self.dashboard, self.norms)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Tell the task loss of a micro-batch, for the metric `joint_loss`.
 
         DeepSpeed engines do so by themselves in `backward`; in other loops call it yourself.
         """
-        self._losses.append(loss.detach().float().mean())
+        self.measurement.observe_loss(loss)
 
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
@@ -217,11 +232,9 @@ class SpectralPlugin:
         """What is attached, for people."""
         parts = []
         for stage in self.stages:
-            transfer = stage.filter.transfer
             parts.append(
                 f"{stage.graph.describe()}; {stage.plan.describe()}; filter "
-                f"{self.config.filter.response} of Chebyshev order {transfer.hops} "
-                f"(error <= {transfer.error:.1e}); scratch "
+                f"{self.config.filter.response} {stage.filter.transfer.describe()}; scratch "
                 f"{stage.workspace.bytes / 2**20:.1f} MiB on this rank"
             )
         return (
@@ -239,19 +252,14 @@ class SpectralPlugin:
             NotConvergedError: the solver did not reach its residual; on all ranks.
         """
         stage = self.stages[graph]
-        with tqdm(
-            total=len(stage.graph.groups),
-            desc="spectral_ds: eigenpairs",
-            unit="group",
-            disable=self.engine.everyone.rank > 0,
-            mininterval=1,
-        ) as bar:
+        is_shown = self.engine.everyone.rank == 0
+        with progress("eigenpairs", len(stage.graph.groups), "group", is_shown) as update:
             return lowest_eigenpairs(
                 stage.graph,
                 k,
                 self.engine.communicator,
                 seed=self.config.seed,
-                progress=bar.update,
+                progress=update,
             )
 
     def density(self, bins: int, graph: int = 0) -> Density:
@@ -287,37 +295,6 @@ class SpectralPlugin:
                 "graph.node to row or column"
             )
         return statistics.signal_to_noise()
-
-    def _facts(self, step: int) -> Mapping[str, float]:
-        is_idle = self.filter.is_idle(step)
-        facts = {
-            "boundary_bytes": float(sum(stage.bytes_sent(is_idle) for stage in self.stages)),
-            "strength": self.filter.schedule.at(step),
-            "skipped_steps": float(self.engine.skipped_steps),
-            "nodes": float(sum(stage.graph.num_nodes for stage in self.stages)),
-            "edges": float(sum(stage.graph.num_edges for stage in self.stages)),
-        }
-        if self.regularizer is not None:
-            facts |= self.regularizer.metrics(self._weights())
-            if self._losses:
-                loss = torch.stack(self._losses).mean().double().to(self.engine.everyone.device)
-                mean = float(self.engine.everyone.sum_(loss)) / self.engine.everyone.world_size
-                facts["joint_loss"] = mean + self.regularizer.strength * facts["regularizer"]
-        stage = self.stages[0]
-        if stage.statistics is not None and stage.statistics.samples >= 2:
-            found = stage.statistics.signal_to_noise()
-            gains = stage.filter.transfer.values(2 * found.centers - 1).cpu().numpy()
-            facts |= found.metrics(gains)
-            if not self._has_judged and stage.statistics.samples >= ENOUGH_SAMPLES:
-                self._has_judged = True
-                self.engine.log(f"spectral_ds: {verdict(found.signal, found.noise, gains)}")
-        return facts
-
-    def _moments(self, signal: Signal, count: int) -> torch.Tensor:
-        stage = self.stages[0]
-        return chebyshev_moments(
-            stage.plan.sampled, stage.workspace, signal, count, self.engine.communicator
-        )
 
     @property
     def _acts_on_updates(self) -> bool:
@@ -390,6 +367,28 @@ class SpectralPlugin:
             except KernelUnavailableError as error:
                 raise SpectralConfigError(f"spectral_ds.{error}") from error
         return chosen
+
+    def _open_board(self, writer: Any) -> Board:
+        """The engine's own monitor, or a writer of the user's or of `monitor.folder`."""
+        engine, folder = self.engine, self.config.monitor.folder
+        is_first = engine.everyone.rank == 0
+        if folder and self.config.monitor.enabled and is_first and writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder)
+        writer = writer if is_first else None
+        is_own = engine.everyone.maximum(float(writer is not None)) > 0
+        if is_own:
+
+            def write(metrics: Mapping[str, float]) -> None:
+                if writer is not None:
+                    for name, value in metrics.items():
+                        writer.add_scalar(f"spectral_ds/{name}", value, engine.board_step)
+
+            return Board(write, writer, lambda: engine.board_step, is_own)
+        writer = engine.summary_writer
+        is_open = engine.everyone.maximum(float(writer is not None)) > 0
+        return Board(engine.write, writer, lambda: engine.board_step, is_open)
 
     def _build_regularizer(self) -> Regularizer | None:
         settings = self.config.regularizer

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from tqdm import tqdm
 
 from spectral_ds.config import ADAPTIVE, FilterConfig, GraphConfig, SpectralConfig
 from spectral_ds.config_sources import SpectralConfigError
@@ -54,6 +53,7 @@ from spectral_ds.laplacian import (
 )
 from spectral_ds.laplacian.features import no_features
 from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.progress import progress
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, GradientStatistics, equal_edges
 
@@ -151,13 +151,9 @@ class Stage:
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
         gradient = self._gradient_features()
-        with tqdm(
-            total=len(self.parameters),
-            desc="spectral_ds: building the parameter graph",
-            unit="parameter",
-            disable=everyone.rank > 0,
-            mininterval=1,
-        ) as bar:
+        with progress(
+            "building the parameter graph", len(self.parameters), "parameter", everyone.rank == 0
+        ) as update:
             self.graph = ParameterGraph.build(
                 self.parameters,
                 edge_families(self._config, self._engine),
@@ -170,7 +166,7 @@ class Stage:
                 },
                 communicator,
                 normalized=self._config.laplacian == "normalized",
-                progress=bar.update,
+                progress=update,
             )
         self._use_graph(not self._compares_gradients or gradient is not no_features)
 

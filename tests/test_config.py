@@ -43,9 +43,9 @@ rescale: none, apply_to: gradient, warmup_steps: 0, decay_steps: 0, interval: 1,
   statistics: {interval: 10, decay: 0.99}
   regularizer: {strength: 0.0, response: laplacian, ridge: 0.0, coupling: joint, \
 reference: pretrained, reference_device: same}
-  monitor: {enabled: true, interval: 10, bands: 8, figures_interval: 100}
+  monitor: {enabled: true, interval: 10, bands: 8, figures_interval: 100, folder: ""}
   operator: {kernel: auto, exchange: auto}
-  checkpoint: {enabled: true}
+  checkpoint: {enabled: true, strict: true}
   seed: 0
 """
 
@@ -144,6 +144,11 @@ def test_default_similarity_keys_load_with_depth() -> None:
         ("filter.apply_to", "update"),
         ("filter.temporal", {"decay": 0}),
         ("statistics.interval", 1),
+        ("regularizer.strength", 0),
+        ("regularizer.ridge", 0),
+        ("regularizer.response", "tikhonov"),
+        ("regularizer.reference", "zero"),
+        ("regularizer.reference_device", "cpu"),
         ("monitor.interval", 1),
         ("monitor.bands", 2),
         ("monitor.bands", 64),
@@ -212,7 +217,8 @@ def test_source_is_left_as_it_was() -> None:
             "retain",
             "depth by weights",
             {"graph.laplacian": "combinatorial", "filter.response": "window",
-             "filter.alpha": 0.4, "filter.apply_to": "update"},
+             "filter.alpha": 0.4, "filter.apply_to": "update",
+             "regularizer.coupling": "decoupled"},
         ),
         (
             "denoise",
@@ -224,7 +230,7 @@ def test_source_is_left_as_it_was() -> None:
             "gradient_smoothing",
             "depth by weights",
             {"graph.laplacian": "combinatorial", "filter.response": "window",
-             "filter.alpha": 0.4, "filter.strength": 1.0, "filter.apply_to": "gradient"},
+             "filter.alpha": 0.4, "filter.strength": 1.0, "filter.apply_to": "update"},
         ),
         (
             "laplacian_smoothing",

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from spectral_ds import config as config_module
-from spectral_ds.config import RegularizerConfig, SpectralConfigError, load_config
+from spectral_ds.config import SpectralConfigError, load_config
 
 
 def section_with(key: str, value: object) -> dict[str, Any]:
@@ -225,6 +224,16 @@ def test_filter_key_is_judged_by_the_response_of_the_preset() -> None:
     )
 
 
+def test_filter_key_may_be_that_of_the_regularizers_response() -> None:
+    filter_keys = {"response": "identity", "tau": 2.0}
+    section = {"filter": filter_keys, "regularizer": {"response": "tikhonov"}}
+    assert load_config(section).filter.tau == 2.0
+    filter_keys["alpha"] = 0.3
+    assert message_of(section) == (
+        "spectral_ds.filter.alpha = 0.3: belongs to response window, not to identity"
+    )
+
+
 @pytest.mark.parametrize("graph_key", ["graph", "graphs"])
 @pytest.mark.parametrize(
     ("family", "key", "value", "owner"),
@@ -249,12 +258,14 @@ def test_edge_key_that_the_family_does_not_use_is_an_error(
 
 
 @pytest.mark.parametrize(("response", "key"), [("polynomial", "coefficients"), ("bands", "gains")])
+@pytest.mark.parametrize("part", ["filter", "regularizer"])
 @pytest.mark.parametrize("is_written", [True, False])
 def test_response_without_its_numbers_is_an_error(
-    response: str, key: str, is_written: bool
+    response: str, key: str, part: str, is_written: bool
 ) -> None:
-    numbers = {key: []} if is_written else {}
-    assert message_of({"filter": {"response": response, **numbers}}) == (
+    section: dict[str, dict[str, object]] = {"filter": {key: []} if is_written else {}}
+    section.setdefault(part, {})["response"] = response
+    assert message_of(section) == (
         f"spectral_ds.filter.{key} = []: must hold at least one number for response {response}"
     )
 
@@ -345,42 +356,3 @@ def test_contradictions_are_reported_together() -> None:
 )  # fmt: skip
 def test_what_only_looks_like_a_contradiction_loads(section: dict[str, Any]) -> None:
     assert load_config(section) is not None
-
-
-# What a later version brings. An available feature leaves this list with its line in AVAILABLE.
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "available"),
-    [
-        ("regularizer.strength", 0.1, "0.0"),
-        ("regularizer.response", "heat", "laplacian"),
-        ("regularizer.ridge", 0.1, "0.0"),
-        ("regularizer.coupling", "decoupled", "joint"),
-        ("regularizer.reference", "zero", "pretrained"),
-        ("regularizer.reference_device", "cpu", "same"),
-        ("monitor.figures_interval", 50, "100"),
-        ("checkpoint.enabled", False, "true"),
-    ],
-)
-def test_value_of_a_later_version_is_refused_as_not_available(
-    key: str, value: object, available: str
-) -> None:
-    assert message_of(section_with(key, value)) == (
-        f"spectral_ds.{key} = {json.dumps(value)}: "
-        f"is not available in this version (available: {available})"
-    )
-
-
-def test_deleting_lines_of_available_is_all_that_the_schema_needs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(config_module, "AVAILABLE", {})
-    config = load_config(
-        {
-            "regularizer": {"strength": 0.1, "response": "heat", "coupling": "decoupled"},
-            "checkpoint": {"enabled": False},
-        }
-    )
-    assert config.regularizer == RegularizerConfig(0.1, "heat", coupling="decoupled")
-    assert not config.checkpoint.enabled

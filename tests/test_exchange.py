@@ -1,102 +1,311 @@
-"""The boundary exchange sends each boundary element once to each rank that needs it, no more."""
+"""Ranks send each other what they need, once, and no more, and then multiply as one would."""
 
+import zlib
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import astuple
+from math import prod
 
 import numpy as np
+import oracle
 import pytest
 import tiny
+import torch
 
 import spectral_ds
+from spectral_ds.laplacian import Workspace, make_plan
+from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.sharding import ShardLayout
 
-SECTIONS = {
-    "similarity": {},
-    "role": {"graph": {"edges": [{"family": "similarity", "neighbours": 2, "scope": "role"}]}},
-    "depth": {"graph": {"edges": [{"family": "depth"}]}},
+EDGES = {
+    "similarity": [{"family": "similarity"}],
+    "role": [{"family": "similarity", "neighbours": 2, "scope": "role"}],
+    "depth": [{"family": "depth"}],
+    "ring and pair": [{"family": "ring"}, {"family": "pair"}],
+}
+GRAPHS = {
+    "similarity": {"edges": EDGES["similarity"]},
+    "role": {"edges": EDGES["role"]},
+    "depth": {"edges": EDGES["depth"]},
+    "columns": {"edges": EDGES["ring and pair"], "node": "column"},
+    "elements": {"edges": EDGES["ring and pair"], "node": "element"},
+}
+
+# How rows meet, and how many elements of a bucket a rank may hold: few make slices of columns.
+PLANS = {
+    "boundary": ("boundary", 2000),
+    "transpose": ("transpose", 2**20),
+    "transpose of slices": ("transpose", 2000),
 }
 
 
-def plans(stage, section):
-    """Per bucket: its parameters and, by peer, the (parameter, row, column) that come and go."""
-    engine = tiny.make_engine({**tiny.deepspeed_config(stage), "spectral_ds": section})
-    plugin = spectral_ds.plugin_of(engine)
-    adjacency = plugin.graph.laplacian().toarray()
-    np.fill_diagonal(adjacency, 0)
-    owned = [
-        (f.parameter, f.start, f.length)
-        for f in plugin.engine.fragments
-        if tiny.is_filtered(f.parameter)
-    ]
-    received, sent = [], []
-    for operator in plugin.graph.operators:
-        if operator.exchange is not None:
-            bucket = operator.block.bucket
-            for mine, runs in (
-                (received, operator.exchange.receives),
-                (sent, operator.exchange.sends),
-            ):
-                mine += [
-                    (peer, *element)
-                    for peer, addresses in enumerate(runs)
-                    for start, end in addresses
-                    for element in elements(bucket, start, end)
-                ]
-    facts = {
-        "parameters": [(p.name, p.rows, p.width) for p in plugin.graph.parameters],
-        "adjacency": adjacency,
-        "owned": owned,
-        "received": received,
-        "sent": sent,
-        "bytes_per_hop": plugin.graph.bytes_per_hop,
-    }
+def facts(stage):
+    """For each graph what this rank owns; for each plan what it sends, receives and multiplies."""
+    engine = tiny.make_engine(tiny.deepspeed_config(stage))
+    found = {}
+    for label, graph in GRAPHS.items():
+        section = {
+            "graph": graph,
+            "operator": {"kernel": "torch_csr"},
+            "monitor": {"enabled": False},
+        }
+        plugin = spectral_ds.attach(engine, config=section)
+        found[label] = facts_of(plugin)
+        plugin.detach()
     engine.destroy()
-    return facts
+    return found
 
 
-def elements(bucket, start, end):
-    """(parameter, flat index) of each address."""
-    for address in range(start, end):
-        position = np.searchsorted(bucket.first_node * bucket.width, address, side="right") - 1
-        first = bucket.first_node[position] * bucket.width
-        yield bucket.parameters[position].name, int(address - first)
+def facts_of(plugin):
+    [stage], engine = plugin.stages, plugin.engine
+    graph, hops = stage.graph, stage.filter.transfer.hops
+    found = {
+        "parameters": graph.parameters,
+        "laplacian": graph.laplacian(),
+        "owned": [
+            (f.parameter, f.start, f.length)
+            for f in engine.fragments
+            if tiny.is_filtered(f.parameter)
+        ],
+        "hops": hops,
+        "auto bytes": stage.plan.bytes_sent,
+    }
+    layout = ShardLayout.gather(engine.fragments, engine.communicator)
+    for label, (way, bucket_elements) in PLANS.items():
+        moves_of = boundary_moves if way == "boundary" else transpose_moves
+        with buckets_of_exchanges() as buckets:
+            plan = make_plan(
+                graph,
+                layout,
+                engine.communicator,
+                engine.everyone,
+                hops=hops,
+                exchange=way,
+                kernel="torch_csr",
+                bucket_elements=bucket_elements,
+            )
+        found[label] = {
+            "bytes": plan.bytes_sent,
+            "moves": moves_of(plan, buckets, engine.fragments),
+            "product": product(plan.operators, graph.lambda_max, engine.fragments),
+        }
+    return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("section", SECTIONS)
-def test_each_boundary_element_comes_once_and_nothing_else(ranks, world_size, stage, section):
-    results = ranks(world_size).run(plans, stage, SECTIONS[section])
-    parameters = results[0]["parameters"]
-    node_of, first = {}, 0
-    for name, rows, _ in parameters:
-        for row in range(rows):
-            node_of[name, row] = first + row
-        first += rows
-    place_of = {node: place for place, node in node_of.items()}
-    width_of = {name: width for name, _, width in parameters}
-    owner = {
+def product(operators, lambda_max, fragments):
+    """L x on this rank's fragments of the graph; x is `signal_of` each parameter."""
+    workspace = Workspace(operators, torch.device("cpu"))
+    x = [signal_of(f.parameter, f.start, f.length) for f in fragments]
+    y = [torch.zeros_like(each) for each in x]
+    for operator in operators:
+        scratch = workspace.of(operator)
+        for each in scratch:
+            each.fill_(torch.nan)
+        operator.load(x, scratch.x)
+        operator.apply(scratch.x, scratch.out)
+        own = scratch.x[: operator.block.own]
+        operator.store(lambda_max / 2 * scratch.out.add_(own), y)
+    pairs = zip(fragments, y, strict=True)
+    return [each.numpy() for f, each in pairs if tiny.is_filtered(f.parameter)]
+
+
+def signal_of(parameter, start, length):
+    """Some numbers for elements `start` and on of a flat parameter."""
+    place = np.arange(start, start + length) + zlib.crc32(parameter.encode()) % 1009
+    return torch.from_numpy(np.sin(1.7 * place)).float()
+
+
+@contextmanager
+def buckets_of_exchanges():
+    """Collects the bucket of each boundary exchange that is planned, by the exchange's id."""
+    buckets, plan_exchange = {}, BoundaryExchange.plan
+
+    def remember(block, owners, communicator):
+        exchange = plan_exchange(block, owners, communicator)
+        buckets[id(exchange)] = owners.bucket
+        return exchange
+
+    BoundaryExchange.plan = remember
+    try:
+        yield buckets
+    finally:
+        BoundaryExchange.plan = plan_exchange
+
+
+def boundary_moves(plan, buckets, fragments):
+    """(peer, parameter, flat index) of all that comes in a hop, and of all that goes."""
+    received, sent = [], []
+    for operator in plan.operators:
+        if operator.exchange is not None:
+            bucket = buckets[id(operator.exchange)]
+            received += elements(bucket, operator.exchange.receives)
+            sent += elements(bucket, operator.exchange.sends)
+    return received, sent
+
+
+def transpose_moves(plan, buckets, fragments):
+    """What stays, what goes to which peer, and where what comes from each peer is put."""
+    stays, sends, receives = [], [], []
+    for transposition in (operator.transposition for operator in plan.operators):
+        if transposition is not None:
+            stays += [flat_indices(p.rectangle, fragments) for p in transposition.block.placements]
+            for peer, parts in enumerate(transposition.sends):
+                sends += [(peer, place(p), flat_indices(p, fragments)) for p in parts]
+            for peer, parts in enumerate(transposition.receives):
+                receives += [(peer, place(p)) for p in parts]
+    return stays, sends, receives
+
+
+def elements(bucket, runs_by_peer):
+    """(peer, parameter, flat index) of each address of a bucket."""
+    flat = {p.name: places(p.shape, p.kind)[:, bucket.low :] for p in bucket.parameters}
+    for peer, runs in enumerate(runs_by_peer):
+        for start, end in runs:
+            for address in range(start, end):
+                node, column = divmod(address, bucket.width)
+                position = np.searchsorted(bucket.first_node, node, side="right") - 1
+                name = bucket.parameters[position].name
+                yield peer, name, int(flat[name][node - bucket.first_node[position], column])
+
+
+def places(shape, kind):
+    """The flat index of every element, (nodes, width)."""
+    flat = np.arange(prod(shape)).reshape(shape)
+    nodes = flat.reshape(1, -1) if kind == "parameter" else oracle.as_nodes(flat, kind)
+    return nodes.astype(np.int64)
+
+
+def flat_indices(part, fragments):
+    """(parameter, flat indices) of a rectangle of a fragment."""
+    fragment = fragments[part.fragment]
+    values = part.view(torch.arange(fragment.start, fragment.start + fragment.length))
+    return fragment.parameter, values.reshape(-1).tolist()
+
+
+def place(part):
+    """Where a rectangle lies in the bucket's slice of one rank."""
+    return part.node, part.column, part.nodes, part.columns
+
+
+def owners_of(results):
+    """{(parameter, flat index): rank}."""
+    return {
         (name, index): rank
         for rank, result in enumerate(results)
         for name, start, length in result["owned"]
         for index in range(start, start + length)
     }
-    neighbours = {node: np.flatnonzero(row) for node, row in enumerate(results[0]["adjacency"])}
-    total = 0
-    for rank, result in enumerate(results):
-        needed = set()
-        for (name, index), its_rank in owner.items():
-            if its_rank == rank:
-                row, column = divmod(index, width_of[name])
-                for node in neighbours[node_of[name, row]]:
-                    other, other_row = place_of[node]
-                    place = other, other_row * width_of[name] + column
-                    if owner[place] != rank:
-                        needed.add((owner[place], *place))
-        came = Counter(result["received"])
-        assert set(came) == needed
-        assert set(came.values()) <= {1}
-        total += len(needed)
-        for peer, *place in needed:
-            assert (rank, *place) in set(results[peer]["sent"])
-    assert sum(len(result["sent"]) for result in results) == total
-    assert all(result["bytes_per_hop"] == 4 * total for result in results)
-    assert total > 0
+
+
+def neighbours_of(result):
+    """{(parameter, flat index): the same of its neighbours in the graph}, by brute force."""
+    nodes = [
+        [(name, int(index)) for index in node]
+        for name, shape, kind in map(astuple, result["parameters"])
+        for node in places(shape, kind)
+    ]
+    neighbours = {element: [] for node in nodes for element in node}
+    laplacian = result["laplacian"].tocoo()
+    for a, b, value in zip(laplacian.row, laplacian.col, laplacian.data, strict=True):
+        if a == b or value == 0:
+            continue
+        for element, other in zip(nodes[a], nodes[b], strict=True):
+            neighbours[element].append(other)
+    return neighbours
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(stage, world_size) for stage in (1, 2, 3) for world_size in (2, 3, 4)],
+    ids="zero{0[0]}-{0[1]}-ranks".format,
+)
+def cell(request, ranks):
+    """(ZeRO stage, by graph the facts of each rank)."""
+    stage, world_size = request.param
+    by_rank = ranks(world_size).run(facts, stage)
+    return stage, {label: [result[label] for result in by_rank] for label in GRAPHS}
+
+
+def test_each_boundary_element_comes_once_and_nothing_else(cell):
+    stage, graphs = cell
+    for label, results in graphs.items():
+        owner, neighbours = owners_of(results), neighbours_of(results[0])
+        total = 0
+        for rank, result in enumerate(results):
+            needed = {
+                (owner[other], *other)
+                for element, its_rank in owner.items()
+                if its_rank == rank
+                for other in neighbours[element]
+                if owner[other] != rank
+            }
+            received, sent = result["boundary"]["moves"]
+            assert Counter(received) == Counter(needed)  # each once
+            assert Counter(sent) == Counter(
+                (peer, *element)
+                for peer, other in enumerate(results)
+                for source, *element in other["boundary"]["moves"][0]
+                if source == rank
+            )
+            total += len(needed)
+        assert all(r["boundary"]["bytes"] == 4 * r["hops"] * total for r in results)
+        # ZeRO-3 cuts all parameters of a role alike: a depth path never leaves a rank.
+        assert (total > 0) == ((label, stage) != ("depth", 3))
+
+
+@pytest.mark.parametrize("plan", ["transpose", "transpose of slices"])
+def test_a_transposed_element_stays_or_goes_to_one_rank(cell, plan):
+    stage, graphs = cell
+    for label, results in graphs.items():
+        owner = owners_of(results)
+        moved, total = Counter(), 0
+        for rank, result in enumerate(results):
+            stays, sends, receives = result[plan]["moves"]
+            for name, indices in stays + [part for _, _, part in sends]:
+                moved.update((name, index) for index in indices)
+                assert all(owner[name, index] == rank for index in indices)
+            for peer, other in enumerate(results):
+                # What comes, and where it is put, is what the peer sends, in its order.
+                come = [where for source, where in receives if source == peer]
+                assert come == [where for to, where, _ in other[plan]["moves"][1] if to == rank]
+            total += sum(len(indices) for _, _, (_, indices) in sends)
+        names = {name for name, _ in moved}
+        assert moved == Counter(element for element in owner if element[0] in names)
+        assert all(r[plan]["bytes"] == 2 * 4 * total for r in results)  # there and back
+        assert (total > 0) == ((label, stage) != ("depth", 3))
+
+
+def test_auto_sends_no_more_than_either_way(cell):
+    for results in cell[1].values():
+        for result in results:
+            least = min(result["boundary"]["bytes"], result["transpose"]["bytes"])
+            assert result["auto bytes"] <= least
+            assert (result["auto bytes"] > 0) == (least > 0)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sharded_operators_multiply_by_the_whole_laplacian(cell, plan):
+    for results in cell[1].values():
+        expected = multiplied(results[0]["laplacian"], results[0]["parameters"])
+        for result in results:
+            ours = zip(result["owned"], result[plan]["product"], strict=True)
+            for (name, start, length), found in ours:
+                whole = expected[name]
+                np.testing.assert_allclose(found, whole[start : start + length], atol=1e-5)
+
+
+def multiplied(laplacian, parameters):
+    """L x by flat parameter, in float64."""
+    flat = {p.name: signal_of(p.name, 0, p.numel).double().numpy() for p in parameters}
+    result = {name: np.empty_like(each) for name, each in flat.items()}
+    first = np.cumsum([0, *(p.nodes for p in parameters)])
+    for width in {p.width for p in parameters}:  # no edge joins nodes of different width
+        x = np.zeros((first[-1], width))
+        for p, node in zip(parameters, first[:-1], strict=True):
+            if p.width == width:
+                x[node : node + p.nodes] = flat[p.name][places(p.shape, p.kind)]
+        y = laplacian @ x
+        for p, node in zip(parameters, first[:-1], strict=True):
+            if p.width == width:
+                result[p.name][places(p.shape, p.kind)] = y[node : node + p.nodes]
+    return result

@@ -1,5 +1,7 @@
 """Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import spectral_ds
+from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.spectrum import band_energies
 
 BANDS = 4
@@ -102,27 +105,30 @@ def test_metrics_are_those_of_the_dense_spectrum(ranks, world_size, kind):
 
 def dense_moments(laplacian, lambda_max, signal, count):
     """<X, cos(j arccos(2 lambda / lambda_max - 1)) X> by eigendecomposition."""
-
-    def moment(order):
-        def polynomial(values):
-            return np.cos(order * np.arccos(np.clip(2 * values / lambda_max - 1, -1, 1)))
-
-        transformed = oracle.apply_function(laplacian, polynomial, signal)
-        return sum((signal[n] * transformed[n]).sum() for n in signal)
-
-    return np.array([moment(order) for order in range(count)])
+    values, vectors = np.linalg.eigh(laplacian)
+    angle = np.arccos(np.clip(2 * values / lambda_max - 1, -1, 1))
+    first, total = oracle.numbering(signal)
+    rows = {name: oracle.as_nodes(array) for name, array in signal.items()}
+    energy = np.zeros(total)
+    for width in {each.shape[1] for each in rows.values()}:
+        x = np.zeros((total, width))
+        for name, each in rows.items():
+            if each.shape[1] == width:
+                x[first[name] : first[name] + len(each)] = each
+        energy += np.square(vectors.T @ x).sum(axis=1)
+    return np.array([np.cos(order * angle) @ energy for order in range(count)])
 
 
 def sampled_run(section):
     """The moments that a sample of every 8th column gives, where 8 divides the width."""
-    from spectral_ds.laplacian import parameter_graph
-
-    usual = parameter_graph.sample_stride
-    parameter_graph.sample_stride = lambda width: 8 if width % 8 == 0 else 1
+    usual = Bucket.sample
+    Bucket.sample = lambda self: (
+        dataclasses.replace(self, stride=8) if self.parameters[0].width % 8 == 0 else self
+    )
     try:
         return monitored_run(2, section)
     finally:
-        parameter_graph.sample_stride = usual
+        Bucket.sample = usual
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -138,7 +144,7 @@ def test_sampled_moments_are_those_of_the_sampled_columns(ranks, world_size):
     laplacian = oracle.laplacian_of(
         oracle.adjacency_of({n: plain["weights"][n] for n in names}, edges)
     )
-    columns = {n: oracle.as_rows(plain["gradients"][n]) for n in names}
+    columns = {n: oracle.as_nodes(plain["gradients"][n]) for n in names}
     sample = {n: c[:, :: 8 if c.shape[1] % 8 == 0 else 1] for n, c in columns.items()}
     expected = dense_moments(laplacian, 2.0, sample, 4 * BANDS)
     norm = np.sqrt(sum((c**2).sum() for c in columns.values()))
@@ -149,7 +155,7 @@ def test_sampled_moments_are_those_of_the_sampled_columns(ranks, world_size):
 
 
 def test_scalars_join_deepspeeds_own_in_one_event_file(ranks, tmp_path):
-    section = {"monitor": {"interval": 2, "bands": BANDS}}
+    section = {"monitor": {"interval": 2, "bands": BANDS}, "statistics": {"interval": 1}}
     results = ranks(2).run(monitored_run, 2, section, str(tmp_path), 5)
     [folder] = [path.parent for path in tmp_path.rglob("events.out.tfevents.*")]
     events = EventAccumulator(str(folder))
@@ -169,6 +175,9 @@ def test_scalars_join_deepspeeds_own_in_one_event_file(ranks, tmp_path):
         assert [s.step for s in scalars] == [(step + 1) * tiny.GLOBAL_BATCH for step in (0, 2, 4)]
         assert all(np.isfinite(s.value) for s in scalars)
         assert scalars[-1].value == pytest.approx(metrics[name], rel=1e-6)
+    for name in (*range(BANDS), "total", "kept_over_total"):  # from the second sample on
+        scalars = events.Scalars(f"spectral_ds/signal_to_noise/{name}")
+        assert [s.step for s in scalars] == [(step + 1) * tiny.GLOBAL_BATCH for step in (2, 4)]
 
 
 def test_other_steps_measure_nothing(ranks):

@@ -141,6 +141,21 @@ class Engine(ABC):
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Say something once, on rank 0, through the engine's own logger."""
 
+    @property
+    def batch_size(self) -> int | None:
+        """Examples that one optimizer step averages over; None if the engine does not know."""
+        return None
+
+    @property
+    def board_step(self) -> int:
+        """The number under which the engine's monitor files what is written now."""
+        return self.step
+
+    @property
+    def summary_writer(self) -> Any:
+        """The `SummaryWriter` of the engine's own monitor; None without one and on other ranks."""
+        return None
+
     @abstractmethod
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""

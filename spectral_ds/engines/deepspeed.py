@@ -217,11 +217,23 @@ class DeepSpeedEngine(Engine):
 
         log_dist(message, ranks=[0], level=level)
 
+    @property
+    def batch_size(self) -> int | None:
+        return int(self._engine.train_batch_size())
+
+    @property
+    def board_step(self) -> int:
+        # Where DeepSpeed puts its own scalars of this step, after having counted its samples.
+        return int(self._engine.global_samples + self._engine.train_batch_size())
+
+    @property
+    def summary_writer(self) -> Any:
+        return getattr(self._engine.monitor.tb_monitor, "summary_writer", None)
+
     def write(self, metrics: Mapping[str, float]) -> None:
         monitor = self._engine.monitor
         if monitor.enabled:
-            # Where DeepSpeed puts its own scalars of this step, after having counted its samples.
-            samples = self._engine.global_samples + self._engine.train_batch_size()
+            samples = self.board_step
             monitor.write_events(
                 [(f"spectral_ds/{name}", value, samples) for name, value in metrics.items()]
             )

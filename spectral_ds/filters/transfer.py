@@ -45,6 +45,9 @@ class Transfer(Protocol):
     def values(self, x: Values) -> torch.Tensor:
         """h at x = 2λ/λ_max − 1, float64."""
 
+    def describe(self) -> str:
+        """How it is evaluated, for people."""
+
 
 class FixedTransfer:
     """A response that does not change.
@@ -72,6 +75,8 @@ class FixedTransfer:
     ) -> None:
         self._response, self._lambda_max, self._device = response, graph.lambda_max, device
         self._is_exact = order == "auto"
+        if isinstance(order, int) and response.degree is not None:
+            order = min(order, response.degree)  # higher coefficients are 0 up to rounding
         self._series: ChebyshevSeries | None = None
         if graph.only_paths:
             tolerance = min(tolerance, PATH_TOLERANCE)
@@ -94,6 +99,11 @@ class FixedTransfer:
         else:
             found = self._series(x)
         return torch.from_numpy(found).to(self._device)
+
+    def describe(self) -> str:
+        if self._series is None:
+            return "by exact eigenbasis"
+        return f"of Chebyshev order {self.hops} (error <= {self.error:.1e})"
 
 
 class BandTransfer:
@@ -133,3 +143,6 @@ class BandTransfer:
         order = self._bands.shape[1] - 1
         polynomials = torch.from_numpy(chebyshev.chebvander(x, order)).to(self._device)
         return polynomials @ self.coefficients()
+
+    def describe(self) -> str:
+        return f"by bands, of Chebyshev order {self.hops}"

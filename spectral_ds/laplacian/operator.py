@@ -11,6 +11,7 @@ from scipy.sparse import coo_array, csr_array
 
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
 from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import Kernel
@@ -32,6 +33,7 @@ class LaplacianOperator:
     want it; `apply` gives L̃ x, and L x = (λ_max/2)(L̃ x + x).
 
     Attributes:
+        bucket: what is multiplied.
         block: which rows are stored where.
         kernel: the multiply kernel with the block; None if this rank stores no row of the bucket.
         exchange: the boundary exchange of each hop; None if no rank needs any.
@@ -39,6 +41,7 @@ class LaplacianOperator:
         eigenbasis: of L̃ on all stored rows, where paths need no exchange; else None.
     """
 
+    bucket: Bucket
     block: LocalBlock
     kernel: Kernel | None = None
     exchange: BoundaryExchange | None = None

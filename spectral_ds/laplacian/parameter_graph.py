@@ -234,6 +234,30 @@ class ParameterGraph:
             f"Laplacian, eigenvalues in [0, {self.lambda_max:.4g}]"
         )
 
+    def degree_histogram(
+        self, bins: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(counts, edges) of the nodes' degrees in equal bins from 0, on every rank."""
+        highest = max(float(group.degree.max(initial=0)) for group in self.groups)
+        edges = np.linspace(0, highest or 1.0, bins + 1)
+        counts = np.zeros(bins)
+        for group in self.groups:
+            counts += np.histogram(group.degree, edges)[0] * group.copies
+        return counts, edges
+
+    def weight_histogram(
+        self, bins: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(counts, edges) of the edges' weights in equal bins from 0 (collective)."""
+        own = [group.primary_edges(self._communicator.rank).weight for group in self.groups]
+        highest = self._communicator.maximum(max(float(w.max(initial=0)) for w in own))
+        edges = np.linspace(0, highest or 1.0, bins + 1)
+        counts = np.zeros(bins)
+        for group, weights in zip(self.groups, own, strict=True):
+            counts += np.histogram(weights, edges)[0] * group.copies / 2
+        total = torch.from_numpy(counts).to(self._communicator.device)
+        return self._communicator.sum_(total).cpu().numpy(), edges
+
     def laplacian(self, parameter_names: Sequence[str] | None = None) -> csr_array:
         """The global Laplacian, gathered on every rank: for study and tests of small models.
 

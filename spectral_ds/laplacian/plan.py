@@ -254,11 +254,11 @@ class _Maker:
             slices = column_slices(owners.elements(self.layout.world_size), bucket.width)
             rectangles = [bucket.rectangles(own) for own in fragments]
             transposition = Transposition.plan(bucket.nodes, rectangles, slices, self.communicator)
-            return LaplacianOperator(transposition.block, transposition=transposition)
+            return LaplacianOperator(bucket, transposition.block, transposition=transposition)
         own = bucket.rectangles(self.layout.own)
         block = LocalBlock.of(bucket.width, own, edges, rows_of)
         exchange = None
         if meeting == "boundary":
             owners = RowOwners.of(bucket, fragments)
             exchange = BoundaryExchange.plan(block, owners, self.communicator)
-        return LaplacianOperator(block, exchange=exchange)
+        return LaplacianOperator(bucket, block, exchange=exchange)

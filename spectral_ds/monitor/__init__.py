@@ -1,6 +1,18 @@
-"""What people see: scalars of each monitored step, to the engine's own monitor."""
+"""What people see: scalars of each monitored step, histograms and figures, to TensorBoard."""
 
+from spectral_ds.monitor.board import Board
+from spectral_ds.monitor.dashboard import Dashboard, GraphFacts, StepFacts
+from spectral_ds.monitor.norms import ParameterNorms
 from spectral_ds.monitor.recorder import Monitor
 from spectral_ds.monitor.verdict import ENOUGH_SAMPLES, verdict
 
-__all__ = ["ENOUGH_SAMPLES", "Monitor", "verdict"]
+__all__ = [
+    "ENOUGH_SAMPLES",
+    "Board",
+    "Dashboard",
+    "GraphFacts",
+    "Monitor",
+    "ParameterNorms",
+    "StepFacts",
+    "verdict",
+]

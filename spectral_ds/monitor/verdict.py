@@ -21,10 +21,10 @@ def verdict(signal: Values, noise: Values, gains: Values) -> str:
         gains: (bands,): the response there; if all are alike, the lowest eighth of the frequencies
             is judged, which a low-pass filter would keep.
     """
-    what = "what the filter keeps"
+    what = "what the filter keeps holds"
     if np.ptp(gains) == 0:
         gains = (np.arange(len(gains)) < max(1, len(gains) // 8)).astype(np.float64)
-        what = "the lowest frequencies"
+        what = "the lowest frequencies hold"
     total_signal, total_noise = np.maximum(signal, 0).sum(), np.maximum(noise, 0).sum()
     if total_signal == 0 or total_noise == 0:
         return "the gradient is too noisy to tell signal from noise on this graph yet"
@@ -38,7 +38,7 @@ def verdict(signal: Values, noise: Values, gains: Values) -> str:
     if ratio >= SEPARATES:
         judgement = "separates signal from noise"
     return (
-        f"this graph {judgement} on this model: {what} holds {kept[0]:.0f} % of the gradient's "
+        f"this graph {judgement} on this model: {what} {kept[0]:.0f} % of the gradient's "
         f"signal and {kept[1]:.0f} % of its noise, a signal-to-noise ratio {ratio:.2f} times the "
         "total (a random basis gives 1.00)"
     )

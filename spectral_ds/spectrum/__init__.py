@@ -9,6 +9,7 @@ from spectral_ds.spectrum.bands import (
 from spectral_ds.spectrum.density import Density, density_of_states
 from spectral_ds.spectrum.eigenpairs import Eigenpairs, lowest_eigenpairs
 from spectral_ds.spectrum.moments import chebyshev_moments, squared_norm
+from spectral_ds.spectrum.roughness import roughness
 from spectral_ds.spectrum.separation import kept_over_total
 from spectral_ds.spectrum.statistics import GradientStatistics, SignalAndNoise, SignalToNoise
 
@@ -26,5 +27,6 @@ __all__ = [
     "equal_edges",
     "kept_over_total",
     "lowest_eigenpairs",
+    "roughness",
     "squared_norm",
 ]

@@ -78,6 +78,7 @@ class GradientStatistics:
 
     Attributes:
         samples: taken so far.
+        samples_on_graph: taken since the graph in use was built.
         mean: running mean of the partial sketches, flat.
         power: (bands,): mean of ‖P_b g‖² on this graph, S_b + N_b; all 0 before the first sample.
         estimate: S_b and N_b after the last sample; all 0 before the second.
@@ -94,7 +95,7 @@ class GradientStatistics:
         decay: float,
     ) -> None:
         self.sketches = sketches
-        self.samples = 0
+        self.samples = self.samples_on_graph = 0
         self.bands = bands
         self._operators = operators
         self._workspace = workspace
@@ -123,6 +124,7 @@ class GradientStatistics:
         self._operators, self._workspace = operators, workspace
         if not is_new:
             return
+        self.samples_on_graph = 0
         self._measured = torch.zeros_like(self._measured)
         self.power = torch.zeros_like(self.power)
         self.estimate = SignalAndNoise(self.power, self.power)
@@ -130,7 +132,7 @@ class GradientStatistics:
     def numbers(self) -> dict[str, torch.Tensor]:
         """All of its state but the mean, equal on all ranks."""
         return {
-            "samples": torch.tensor([float(self.samples)], dtype=torch.float64),
+            "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
             "counts": torch.stack((self._taken, self._measured, self._concentration)),
             "power": self.power,
             "signal": self.estimate.signal,
@@ -145,7 +147,7 @@ class GradientStatistics:
             mean: the running mean of the partial sketches.
         """
         device = self.power.device
-        self.samples = int(numbers["samples"].item())
+        self.samples, self.samples_on_graph = (int(n) for n in numbers["samples"].tolist())
         taken, measured, concentration = numbers["counts"].to(device, torch.float64).unbind()
         self._taken, self._concentration = taken, concentration
         self.mean.copy_(mean)
@@ -164,6 +166,7 @@ class GradientStatistics:
             scale: by which they are multiplied (loss scaling).
         """
         self.samples += 1
+        self.samples_on_graph += 1
         self.sketches.take(gradients, self._current)
         self._current.div_(scale)
         power = self._power_of(self._current)

@@ -1,0 +1,200 @@
+"""Measurement: what the monitor and the dashboard want to know of a plugin's graphs and filter."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.config import ADAPTIVE, SpectralConfig
+from spectral_ds.engines import Engine
+from spectral_ds.filters import Regularizer, SpectralFilter
+from spectral_ds.laplacian import ParameterGraph
+from spectral_ds.monitor import (
+    ENOUGH_SAMPLES,
+    Dashboard,
+    GraphFacts,
+    Monitor,
+    ParameterNorms,
+    StepFacts,
+    verdict,
+)
+from spectral_ds.spectrum import chebyshev_moments, density_of_states, roughness
+from spectral_ds.stage import Stage
+
+Signal = Sequence[torch.Tensor | None]
+
+DENSITY_BINS = 32
+HISTOGRAM_BINS = 40
+# In figures, larger groups are estimated: exact eigenvalues of every group would take minutes.
+DENSE_NODES = 32
+
+
+class Measurement:
+    """Measures one plugin. Spectra are those of the first graph.
+
+    Args:
+        engine, config: of the plugin.
+        stages: its graphs.
+        spectral_filter: what acts on them.
+        regularizer: or None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: SpectralConfig,
+        stages: Sequence[Stage],
+        spectral_filter: SpectralFilter,
+        regularizer: Regularizer | None,
+    ) -> None:
+        self._engine, self._config, self._stages = engine, config, stages
+        self._filter, self._regularizer = spectral_filter, regularizer
+        self._losses: list[torch.Tensor] = []
+        # Of the last monitored step: R, ‖Δ‖ and J; ‖Δ‖ by block.
+        self._of_weights: dict[str, float] = {}
+        self._perturbation: npt.NDArray[np.float64] | None = None
+        self._has_judged = False
+        self._graph_facts: tuple[ParameterGraph, GraphFacts] | None = None
+
+    def moments(self, signal: Signal, count: int) -> torch.Tensor:
+        """Chebyshev moments of a signal on the first graph (collective)."""
+        stage = self._stages[0]
+        return chebyshev_moments(
+            stage.plan.sampled, stage.workspace, signal, count, self._engine.communicator
+        )
+
+    def observe_loss(self, loss: torch.Tensor) -> None:
+        """Note the task loss of a micro-batch."""
+        self._losses.append(loss.detach().float().mean())
+
+    def before_step(self, is_due: bool, weights: Signal, norms: ParameterNorms) -> None:
+        """Measure the regularizer on a monitored step (collective), and begin the next.
+
+        Args:
+            is_due: whether the step is monitored.
+            weights: of the filtered fragments, None for others.
+        """
+        if is_due and self._regularizer is not None:
+            self._of_weights = self._regularizer.metrics(weights)
+            self._perturbation = self._perturbation_by_block(weights, norms)
+            if self._losses:
+                everyone = self._engine.everyone
+                loss = torch.stack(self._losses).mean().double().to(everyone.device)
+                mean = float(everyone.sum_(loss)) / everyone.world_size
+                penalty = self._regularizer.strength * self._of_weights["regularizer"]
+                self._of_weights["joint_loss"] = mean + penalty
+        self._losses.clear()
+
+    def facts(self, step: int) -> Mapping[str, float]:
+        """Metrics of a monitored step beside the spectra (collective; synchronizes)."""
+        is_idle = self._filter.is_idle(step)
+        stages = self._stages
+        facts = {
+            "boundary_bytes": float(sum(stage.bytes_sent(is_idle) for stage in stages)),
+            "strength": self._filter.schedule.at(step),
+            "skipped_steps": float(self._engine.skipped_steps),
+            "nodes": float(sum(stage.graph.num_nodes for stage in stages)),
+            "edges": float(sum(stage.graph.num_edges for stage in stages)),
+        }
+        return facts | self._of_weights | self._signal_to_noise()
+
+    def _signal_to_noise(self) -> dict[str, float]:
+        stage = self._stages[0]
+        if stage.statistics is None or stage.statistics.samples < 2:
+            return {}
+        found = stage.statistics.signal_to_noise()
+        gains = stage.filter.transfer.values(2 * found.centers - 1).cpu().numpy()
+        if not self._has_judged and stage.statistics.samples_on_graph >= ENOUGH_SAMPLES:
+            self._has_judged = True
+            self._engine.log(f"spectral_ds: {verdict(found.signal, found.noise, gains)}")
+        facts = found.metrics(gains)
+        signal, noise = found.signal.sum(), found.noise.sum()
+        if min(signal, noise) > 0:
+            # McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise.
+            batch = self._engine.batch_size
+            name = "gradient_noise_scale" + ("" if batch else "_in_batches")
+            facts[name] = float(noise / signal) * (batch or 1)
+        return facts
+
+    def show(
+        self,
+        step: int,
+        signal: Signal,
+        monitor: Monitor,
+        dashboard: Dashboard,
+        norms: ParameterNorms,
+    ) -> None:
+        """Draw the figures of a monitored step, if they are due (collective).
+
+        Args:
+            signal: the filtered signal.
+        """
+        bands = range(self._config.monitor.bands)
+        before, after = (
+            np.array([monitor.metrics[f"band_energy_{when}/{b}"] for b in bands])
+            for when in ("before", "after")
+        )
+        dashboard.record(step, before)
+        if not dashboard.is_due(step):
+            return
+        stage, communicator = self._stages[0], self._engine.communicator
+        graph = self._graph(dashboard)
+        middles = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
+        values = stage.filter.transfer.values
+        adaptive = None
+        if self._config.filter.response in ADAPTIVE:
+            centers = (np.arange(self._config.filter.bands) + 0.5) / self._config.filter.bands
+            adaptive = values(2 * centers - 1).cpu().numpy()
+        rough = roughness(stage.plan.sampled, stage.workspace, signal, norms.names, communicator)
+        statistics = stage.statistics
+        is_known = statistics is not None and statistics.samples >= 2
+        dashboard.show(
+            StepFacts(
+                before,
+                after,
+                values(2 * middles - 1).cpu().numpy(),
+                statistics.signal_to_noise() if statistics is not None and is_known else None,
+                adaptive,
+                [
+                    (
+                        "Gradient norm by block and role",
+                        "gradient norm",
+                        np.sqrt(norms.by_block_and_role(monitor.gradient_squares)),
+                    ),
+                    (
+                        "Roughness of the gradient by block and role",
+                        "share of the highest frequency",
+                        norms.by_block_and_role(rough),
+                    ),
+                ],
+                self._perturbation,
+            ),
+            graph,
+        )
+        dashboard.board.lay_out(monitor.metrics)
+
+    def _perturbation_by_block(
+        self, weights: Signal, norms: ParameterNorms
+    ) -> npt.NDArray[np.float64] | None:
+        if self._regularizer is None or self._regularizer.reference.fragments is None:
+            return None
+        pairs = zip(weights, self._regularizer.reference.fragments, strict=True)
+        moved = [None if w is None or r is None else w - r.to(w.device) for w, r in pairs]
+        return np.sqrt(norms.by_block(norms.squares(moved)[0]))
+
+    def _graph(self, dashboard: Dashboard) -> GraphFacts:
+        """Facts of the first graph, measured once for each that is built."""
+        graph, communicator = self._stages[0].graph, self._engine.communicator
+        if self._graph_facts is None or self._graph_facts[0] is not graph:
+            density = density_of_states(
+                graph, DENSITY_BINS, communicator, seed=self._config.seed, dense_nodes=DENSE_NODES
+            )
+            facts = GraphFacts(
+                density,
+                graph.degree_histogram(HISTOGRAM_BINS),
+                graph.weight_histogram(HISTOGRAM_BINS),
+            )
+            self._graph_facts = graph, facts
+            dashboard.show_graph(facts)
+        return self._graph_facts[1]

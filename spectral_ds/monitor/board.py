@@ -1,0 +1,85 @@
+"""Board: where scalars, histograms and figures go, and how TensorBoard lays the charts out."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+PREFIX = "spectral_ds"
+FIGURE_DPI = 100
+
+
+class Board:
+    """Writes to the engine's own monitor, or to a TensorBoard writer; rank 0 writes.
+
+    Args:
+        write_scalars: takes scalars by name.
+        writer: a `SummaryWriter` for histograms and figures; None on other ranks and without
+            TensorBoard.
+        step: gives the number under which TensorBoard files what is written now.
+        is_open: whether rank 0 has a writer; equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        write_scalars: Callable[[Mapping[str, float]], None],
+        writer: Any,
+        step: Callable[[], int],
+        is_open: bool,
+    ) -> None:
+        self.scalars = write_scalars
+        self.is_open = is_open
+        self._writer = writer
+        self._step = step
+        self._has_layout = False
+
+    def figure(self, name: str, make: Callable[[], Any]) -> None:
+        """Draw a figure, where there is a writer."""
+        if self._writer is not None:
+            self._writer.add_figure(f"{PREFIX}/{name}", make(), self._step(), close=False)
+
+    def histogram(
+        self, name: str, counts: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]
+    ) -> None:
+        """Write counted values: (bins,) of bins with (bins + 1,) edges."""
+        if self._writer is None or counts.sum() == 0:
+            return
+        middles = (edges[:-1] + edges[1:]) / 2
+        self._writer.add_histogram_raw(
+            f"{PREFIX}/{name}",
+            min=float(edges[:-1][counts > 0].min()),
+            max=float(edges[1:][counts > 0].max()),
+            num=int(counts.sum()),
+            sum=float(counts @ middles),
+            sum_squares=float(counts @ middles**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=self._step(),
+        )
+
+    def lay_out(self, tags: Iterable[str]) -> None:
+        """Put the charts that belong together side by side, once."""
+        if self._writer is None or self._has_layout:
+            return
+        self._has_layout = True
+        charts: dict[str, Any] = {}
+        known = sorted(tags)
+        for title, starts in {
+            "norm before and after the filter": ("gradient_norm/", "update_norm/"),
+            "energy by frequency, before": ("band_energy_before/",),
+            "energy by frequency, after": ("band_energy_after/",),
+            "signal to noise by frequency": ("signal_to_noise/",),
+            "update to weight by block": ("update_to_weight_by_block/",),
+            "gradient norm by block": ("gradient_norm_by_block/",),
+            "regularizer": ("regularizer", "perturbation", "joint_loss"),
+        }.items():
+            held = [f"{PREFIX}/{tag}" for tag in known if tag.startswith(starts)]
+            if held:
+                charts[title] = ["Multiline", held]
+        self._writer.add_custom_scalars({PREFIX: charts})
+
+    def flush(self) -> None:
+        """Make what was written visible to readers."""
+        if self._writer is not None:
+            self._writer.flush()

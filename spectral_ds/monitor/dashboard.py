@@ -1,0 +1,119 @@
+"""Dashboard: the histograms and figures of TensorBoard, drawn from small statistics."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+import spectral_ds.monitor.figures as figures
+from spectral_ds.monitor.board import Board
+from spectral_ds.spectrum import Density, SignalToNoise
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What is drawn of one graph; changes only when it is rebuilt.
+
+    Attributes:
+        density: of states.
+        degrees, weights: (counts, edges) of node degree and edge weight.
+    """
+
+    density: Density
+    degrees: tuple[Values, Values]
+    weights: tuple[Values, Values]
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What is drawn of one step.
+
+    Attributes:
+        before, after: (bands,): share of energy.
+        gains: response at the middles of the density's bins.
+        signal_to_noise: None before the second sample.
+        adaptive: the gain of each band of an adaptive response, else None.
+        tables: (title, label, (blocks, roles)) of heat maps.
+        perturbation: ‖θ − θ_ref‖ by block; None without a reference.
+    """
+
+    before: Values
+    after: Values
+    gains: Values
+    signal_to_noise: SignalToNoise | None
+    adaptive: Values | None
+    tables: Sequence[tuple[str, str, Values]]
+    perturbation: Values | None
+
+
+@dataclass
+class Dashboard:
+    """Draws what has been measured.
+
+    Attributes:
+        board: where to.
+        response: name of the filter's response.
+        blocks, roles: of the heat maps.
+        interval: steps between figures.
+    """
+
+    board: Board
+    response: str
+    blocks: Sequence[int]
+    roles: Sequence[str]
+    interval: int
+    _history: list[tuple[int, Values]] = field(default_factory=list)
+
+    def is_due(self, step: int) -> bool:
+        return self.board.is_open and step % self.interval == 0
+
+    def record(self, step: int, before: Values) -> None:
+        """Keep a monitored step for the heat map over training time."""
+        if self.board.is_open:
+            self._history.append((step, before))
+
+    def show_graph(self, graph: GraphFacts) -> None:
+        """Histograms of a new graph."""
+        self.board.histogram("node_degree", *graph.degrees)
+        self.board.histogram("edge_weight", *graph.weights)
+
+    def show(self, step: StepFacts, graph: GraphFacts) -> None:
+        """All figures of one step."""
+        density, draw = graph.density, self.board.figure
+        highest = float(density.edges[-1])
+        draw(
+            "density_of_states",
+            lambda: figures.density_figure(density.share, density.edges, step.gains, self.response),
+        )
+        draw("energy", lambda: figures.energy_figure(step.before, step.after, highest))
+        steps, energies = (np.array(part) for part in zip(*self._history, strict=True))
+        draw(
+            "energy_over_time",
+            lambda: figures.energy_history_figure(steps, energies, highest),
+        )
+        found = step.signal_to_noise
+        if found is not None:
+            draw(
+                "signal_to_noise",
+                lambda: figures.signal_to_noise_figure(found.signal, found.noise, highest),
+            )
+        adaptive = step.adaptive
+        if adaptive is not None:
+            draw("gains", lambda: figures.gains_figure(adaptive, highest, self.response))
+        for title, label, table in step.tables:
+            if table.size:
+                self._draw_table(title, label, table)
+        moved = step.perturbation
+        if moved is not None and moved.size:
+            draw("perturbation", lambda: figures.perturbation_figure(self.blocks, moved))
+        self.board.flush()
+
+    def _draw_table(self, title: str, label: str, table: Values) -> None:
+        name = title.lower().replace(" ", "_")
+        self.board.figure(
+            name,
+            lambda: figures.block_role_figure(table, self.blocks, self.roles, title, label),
+        )

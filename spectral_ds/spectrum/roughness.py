@@ -1,0 +1,60 @@
+"""Roughness: how fast a signal changes over the graph, parameter by parameter."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.sharding import Communicator
+
+
+def roughness(
+    operators: Sequence[LaplacianOperator],
+    workspace: Workspace,
+    signal: Sequence[torch.Tensor | None],
+    names: Sequence[str],
+    communicator: Communicator,
+) -> npt.NDArray[np.float64]:
+    """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter, from 0, smooth, to 1 (collective).
+
+    Args:
+        operators: one a bucket; sampled ones measure a sample of the columns.
+        signal: this rank's fragments, flat; None counts as zeros.
+        names: parameters to measure, equal on all ranks.
+
+    Returns:
+        (parameters,), equal on all ranks; NaN for a zero signal and outside the graph.
+    """
+    position = {name: index for index, name in enumerate(names)}
+    sums = torch.zeros(2, len(names), dtype=torch.float64, device=communicator.device)
+    for operator in operators:
+        x, y, _ = workspace.of(operator)
+        operator.load(signal, x)
+        operator.apply(x, y)
+        for (name, before), (_, after) in zip(
+            _by_parameter(operator, x), _by_parameter(operator, y), strict=True
+        ):
+            flat = before.reshape(-1)
+            energy = torch.dot(flat, flat)
+            sums[0, position[name]] += energy
+            # L = (λ_max/2)(L̃ + I)
+            sums[1, position[name]] += (torch.dot(flat, after.reshape(-1)) + energy) / 2
+    energy, rough = communicator.sum_(sums).cpu().numpy()
+    return np.where(energy > 0, rough, np.nan) / np.where(energy > 0, energy, 1)
+
+
+def _by_parameter(
+    operator: LaplacianOperator, matrix: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(parameter, its elements that this rank answers for) of a matrix of a bucket."""
+    bucket, block = operator.bucket, operator.block
+    if operator.transposition is not None:
+        first = bucket.first_node.tolist()
+        for index, parameter in enumerate(bucket.parameters):
+            yield parameter.name, matrix[first[index] : first[index + 1]]
+        return
+    for place, view in zip(block.placements, block.owned_views(matrix), strict=True):
+        index = int(np.searchsorted(bucket.first_node, place.rectangle.node, side="right")) - 1
+        yield bucket.parameters[index].name, view
