@@ -261,7 +261,7 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
             preset.get("filter", {}).pop(name, None)
     penalty = (preset.get("regularizer", {}) | user.get("regularizer", {})).get("response")
     refused = {problem.partition(" = ")[0] for problem in problems}
-    if f"{SECTION}.filter.response" not in refused:
+    if not refused & {f"{SECTION}.filter.response", f"{SECTION}.regularizer.response"}:
         problems += _unused("filter", FilterConfig, user.get("filter", {}), response, penalty)
     graphs = {f"graphs[{i}]": graph for i, graph in enumerate(user.get("graphs", ()))}
     for key, graph in {"graph": user.get("graph", {}), **graphs}.items():
@@ -291,8 +291,9 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
 def _contradictions(config: SpectralConfig) -> Iterator[str]:
     """Problems of values that are valid each, but not together."""
     low, high = config.filter.low, config.filter.high
-    if config.filter.response == "bandpass" and low >= high:
-        yield f"{SECTION}.filter.low = {low:g}: must be below filter.high = {high:g}"
+    penalty = config.regularizer.response if config.regularizer.strength > 0 else None
+    if "bandpass" in (config.filter.response, penalty) and low >= high:
+        yield f"{SECTION}.filter.low = {low:g}: must be below {SECTION}.filter.high = {high:g}"
     for index, graph in enumerate(config.stack):
         key = f"{SECTION}.graphs[{index}]" if config.graphs else f"{SECTION}.graph"
         by_gradient = [edge for edge in graph.edges if edge.features == "gradient"]
@@ -304,11 +305,11 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
         widths = sorted({edge.sketch_width for edge in by_gradient})
         if len(widths) > 1:
             yield (
-                f"{key}.edges: sketch_width = {widths}: all edges by features gradient must have "
-                "the same"
+                f"{key}.edges[].sketch_width = {widths}: must be the same for all edges by "
+                "features gradient"
             )
         if graph.node == "element" and any(edge.family == "similarity" for edge in graph.edges):
-            yield f"{key}.node = element: family similarity has nothing to compare in one number"
+            yield f'{key}.node = "element": family similarity has nothing to compare in one number'
 
 
 def _read_preset(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measurement: what the monitor and the dashboard want to know of a plugin's graphs and filter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -68,16 +68,19 @@ class Measurement:
         """Note the task loss of a micro-batch."""
         self._losses.append(loss.detach().float().mean())
 
-    def before_step(self, is_due: bool, weights: Signal, norms: ParameterNorms) -> None:
+    def before_step(
+        self, is_due: bool, weights: Callable[[], Signal], norms: ParameterNorms
+    ) -> None:
         """Measure the regularizer on a monitored step (collective), and begin the next.
 
         Args:
             is_due: whether the step is monitored.
-            weights: of the filtered fragments, None for others.
+            weights: gives those of the filtered fragments, None for others.
         """
         if is_due and self._regularizer is not None:
-            self._of_weights = self._regularizer.metrics(weights)
-            self._perturbation = self._perturbation_by_block(weights, norms)
+            now = weights()
+            self._of_weights = self._regularizer.metrics(now)
+            self._perturbation = self._perturbation_by_block(now, norms)
             if self._losses:
                 everyone = self._engine.everyone
                 loss = torch.stack(self._losses).mean().double().to(everyone.device)
@@ -105,7 +108,8 @@ class Measurement:
             return {}
         found = stage.statistics.signal_to_noise()
         gains = stage.filter.transfer.values(2 * found.centers - 1).cpu().numpy()
-        if not self._has_judged and stage.statistics.samples_on_graph >= ENOUGH_SAMPLES:
+        has_enough = stage.statistics.samples_on_graph >= ENOUGH_SAMPLES
+        if stage.filter.is_ready and has_enough and not self._has_judged:
             self._has_judged = True
             self._engine.log(f"spectral_ds: {verdict(found.signal, found.noise, gains)}")
         facts = found.metrics(gains)

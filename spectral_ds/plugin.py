@@ -123,8 +123,8 @@ class SpectralPlugin:
         step = self._handled_step = self.engine.step
         whole = self.engine.gradients()  # fragments of this rank, writable views
         gradients, scale = self._only_filtered(whole), self.engine.loss_scale
-        self.monitor.before_step(step, whole, self.engine.weights(), scale)
-        self.measurement.before_step(self.monitor.is_due(step), self._weights(), self.norms)
+        self.monitor.before_step(step, whole, self.engine.weights, scale)
+        self.measurement.before_step(self.monitor.is_due(step), self._weights, self.norms)
         for stage in self.stages:
             if stage.is_due(step):
                 stage.build()  # a new graph, every refresh_interval

@@ -287,11 +287,11 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
     [
         (
             {"filter": {"response": "bandpass", "low": 0.6}},
-            "filter.low = 0.6: must be below filter.high = 0.5",
+            "filter.low = 0.6: must be below spectral_ds.filter.high = 0.5",
         ),
         (
             {"filter": {"response": "bandpass", "low": 0.25, "high": 0.25}},
-            "filter.low = 0.25: must be below filter.high = 0.25",
+            "filter.low = 0.25: must be below spectral_ds.filter.high = 0.25",
         ),
         ({"graph": {"edges": [BY_GRADIENT]}}, f"graph.refresh_interval = 0: {REBUILT}"),
         (
@@ -309,14 +309,13 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
                     "refresh_interval": 1,
                 }
             },
-            "graph.edges: sketch_width = [8, 64]: all edges by features gradient must have the "
-            "same",
+            "graph.edges[].sketch_width = [8, 64]: must be the same for all edges by features gradient",
         ),
-        ({"graph": {"node": "element"}}, f"graph.node = element: {IN_ONE_NUMBER}"),
-        ({"graphs": [{"node": "element"}]}, f"graphs[0].node = element: {IN_ONE_NUMBER}"),
+        ({"graph": {"node": "element"}}, f'graph.node = "element": {IN_ONE_NUMBER}'),
+        ({"graphs": [{"node": "element"}]}, f'graphs[0].node = "element": {IN_ONE_NUMBER}'),
         (
             {"preset": "whiten", "graph": {"node": "element"}},
-            f"graph.node = element: {IN_ONE_NUMBER}",
+            f'graph.node = "element": {IN_ONE_NUMBER}',
         ),
         (
             {"graph": {"node": "row"}, "graphs": [{"node": "column"}]},

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import csr_array
 
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.block import LocalBlock
@@ -88,7 +89,7 @@ def make_plan(
         hops: products with L that one filter takes.
         exchange: which way to bring neighbours together, where a group needs any.
         kernel: the multiply kernel of sparse blocks.
-        bucket_elements: no rank stores more of one bucket, unless a single column is larger.
+        bucket_elements: no rank stores more of one bucket, unless 16 columns are larger.
         dtype: of the signals.
     """
     meetings = _meetings(graph.groups, layout, communicator, hops, exchange)
@@ -188,31 +189,34 @@ class _Maker:
         made = []
         for bucket in self._slices(whole, is_dense and meeting == "local", bucket_elements):
             operator = self._arranged(bucket, meeting, edges, None)
-            block = operator.block
-            if last is not None and block.has_rows_of(last.block):
-                operator.kernel, operator.eigenbasis = last.kernel, last.eigenbasis
-            else:
-                rows = laplacian_rows(
-                    edges.from_sources(block.own_rows),
-                    degree,
-                    block.own_rows,
-                    self.graph.normalized,
-                )
-                matrix = chebyshev_block(rows, block, self.graph.lambda_max)
-                if kernel_name is None:
-                    kernel_name = choose_kernel(self.kernel, matrix, block.width, self.everyone)
-                if block.own > 0:
-                    device = self.communicator.device
-                    operator.kernel = KERNELS[kernel_name](matrix, device, self.dtype)
-                    if is_dense:
-                        operator.eigenbasis = Eigenbasis.of(matrix.toarray(), device)
-            last = operator
             sample, sampled = bucket.sample(), operator
             if sample is not bucket:
-                sampled = self._arranged(sample, meeting, edges, block)
-                sampled.kernel = operator.kernel
+                sampled = self._arranged(sample, meeting, edges, operator.block)
+            if kernel_name is None:
+                matrix = self._matrix(operator.block, edges, degree)
+                width = operator.block.width
+                kernel_name = choose_kernel(self.kernel, matrix, width, self.everyone)
+            for each in (operator, sampled):
+                if last is not None and each.block.has_rows_of(last.block):
+                    each.kernel, each.eigenbasis = last.kernel, last.eigenbasis
+                elif each.block.own > 0:
+                    matrix = self._matrix(each.block, edges, degree)
+                    device = self.communicator.device
+                    each.kernel = KERNELS[kernel_name](matrix, device, self.dtype)
+                    if is_dense:
+                        each.eigenbasis = Eigenbasis.of(matrix.toarray(), device)
+                if each.block.own > 0:
+                    last = each
             made.append((operator, sampled))
         return made
+
+    def _matrix(
+        self, block: LocalBlock, edges: Edges, degree: npt.NDArray[np.float64]
+    ) -> csr_array:
+        """The block's part of L̃."""
+        own = edges.from_sources(block.own_rows)
+        rows = laplacian_rows(own, degree, block.own_rows, self.graph.normalized)
+        return chebyshev_block(rows, block, self.graph.lambda_max)
 
     def _edges(self, meeting: Meeting, groups: Sequence[Group]) -> Edges:
         """At least the edges from the rows that this rank will store, numbered over the pack."""

@@ -6,7 +6,8 @@ figure outside pyplot, so that nothing global holds it; matplotlib's settings st
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec
 
 import numpy as np
@@ -26,18 +27,19 @@ Values = npt.NDArray[np.float64]
 BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 GREY, BLANK = "#6E6E6E", "#E6E6E6"
 # Its lightness rises evenly, for colour-blind people too.
-HEAT_MAP = "cividis"
+HEAT_MAP = "viridis"
 STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
+    "font.size": 12,
+    "axes.titlesize": 13,
     "axes.titlelocation": "left",
     "axes.titlepad": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "xtick.major.pad": 6,
 }
 WIDTH, DPI = 8.0, 100  # inches, dots an inch
-NAME_LENGTH = 32  # characters of a role
+NAME_LENGTH, LINE_LENGTH = 32, 110  # characters of a role and of a note's line
 MOST_BLOCKS, MOST_ROLES = 16, 36  # with a label each
 # Numbers that span more than this factor are coloured by their logarithm.
 WIDE_RANGE = 20.0
@@ -78,25 +80,25 @@ def density_figure(share: Values, edges: Values, gains: Values, response: str) -
     over.tick_params(axis="y", labelcolor=RED)
     over.set_ylabel(f"gain of the response, {response}", color=RED)
     _few_ticks(over.yaxis)
-    low, high = _limits(gains)
-    over.set_ylim(low, high)
-    top = _limits(share)[1]
-    axes.set_ylim(top * low / high, top)  # both zeros at one height
+    over.set_ylim(_limits(gains))
+    axes.set_ylim(0, _limits(share)[1])
+    if over.get_ylim()[0] < 0:  # no longer at the height of the bars' zero
+        over.axhline(0, color=RED, ls=":")
     _note(figure, share, gains)
     return figure
 
 
 @_styled
 def energy_figure(before: Values, after: Values, lambda_max: float) -> "Figure":
-    """Shares of the gradient's energy in equal bands of frequency, before and after the filter."""
-    figure, axes = _new("Energy of the gradient by frequency")
+    """Shares of the squared norm in equal bands of frequency, before and after the filter."""
+    figure, axes = _new("Energy by frequency")
     edges = _edges(len(before), lambda_max)
     width = 0.43 * edges[1]
     middles = (edges[:-1] + edges[1:]) / 2
     axes.bar(middles - width, _finite(before), width, align="edge", color=BLUE)
     axes.bar(middles, _finite(after), width, align="edge", color=ORANGE)
     _frequencies(axes.xaxis, edges[-1])
-    _shares(axes.yaxis, "share of the energy")
+    _shares(axes.yaxis, "share of the squared norm")
     axes.set_ylim(0, _limits(before, after)[1])
     _legend(axes, ["before the filter", "after"])
     _note(figure, before, after)
@@ -105,22 +107,22 @@ def energy_figure(before: Values, after: Values, lambda_max: float) -> "Figure":
 
 @_styled
 def energy_history_figure(steps: Values, energies: Values, lambda_max: float) -> "Figure":
-    """Shares of the gradient's energy by frequency over the run.
+    """Shares of the squared norm by frequency over the run.
 
     Args:
         steps: (T,): optimizer steps; of one that comes twice, as after a resume, the last counts.
         energies: (T, bands).
         lambda_max: the highest frequency.
     """
-    figure, axes = _new("Energy of the gradient by frequency, over the run")
+    figure, axes = _new("Energy by frequency, over the run")
     steps, last = np.unique(steps[::-1], return_index=True)
     energies = energies[::-1][last]
     edges = _edges(energies.shape[1], lambda_max)
     mesh = _mesh(axes, _around(steps), edges, energies.T)
     axes.set_xlabel("optimizer step")
-    axes.locator_params(axis="x", nbins=8, integer=True)
+    _few_ticks(axes.xaxis, integer=True)
     _frequencies(axes.yaxis, edges[-1])
-    _shares(figure.colorbar(mesh, pad=0.02).ax.yaxis, "share of the energy")
+    _shares(figure.colorbar(mesh, pad=0.02).ax.yaxis, "share of the squared norm")
     _note(figure, energies)
     return figure
 
@@ -145,7 +147,7 @@ def signal_to_noise_figure(signal: Values, noise: Values, lambda_max: float) -> 
     if np.isfinite(ratio).any():
         total[0] = np.nansum(signal) / np.nansum(noise)
         ratios.axhline(total[0], color=GREY, ls=":")
-        _beside(ratios, "in all", total[0])
+        _beside(ratios, "total", total[0])
     _decades(ratios, "signal / noise", ratio, total)
     _frequencies(ratios.xaxis, edges[-1])
     _note(figure, signal, noise, blank="no line: the estimate is not above zero")
@@ -158,11 +160,13 @@ def gains_figure(gains: Values, lambda_max: float, response: str) -> "Figure":
     figure, axes = _new(f"Gain of each band of frequency, response {response}")
     edges = _edges(len(gains), lambda_max)
     axes.bar(edges[:-1], _finite(gains), edges[1], align="edge", color=SKY, edgecolor="white")
-    axes.axhline(1, color=GREY, ls=":")
-    _beside(axes, "as it was", 1)
+    axes.set_ylim(_limits(gains))
+    if axes.get_ylim()[1] > 0.3:  # far below, 1 in sight would flatten what differs
+        axes.set_ylim(_limits(gains, np.ones(1)))
+        axes.axhline(1, color=GREY, ls=":")
+        _beside(axes, "unchanged", 1)
     _frequencies(axes.xaxis, edges[-1])
     axes.set_ylabel("gain (output over input)")
-    axes.set_ylim(_limits(gains, np.ones(1)))
     _few_ticks(axes.yaxis)
     _note(figure, gains)
     return figure
@@ -177,10 +181,13 @@ def block_role_figure(
     Args:
         values: (blocks, roles), not negative; NaN where there is no parameter.
         blocks: block numbers.
-        roles: role names; what those of all blocks begin and end with is said once.
+        roles: role names; what those of all blocks begin and end with is said once. Those outside
+            the blocks are left out.
         title: of the figure.
         label: of the numbers, with their unit.
     """
+    inside = [i for i, role in enumerate(roles) if "*" in role or np.isfinite(values[:, i]).any()]
+    values, roles = values[:, inside], [roles[i] for i in inside]
     figure, axes = _new(title, 1.9 + 0.26 * min(max(len(roles), 5), MOST_ROLES))
     norm = _wide_norm(values)
     columns, rows = (np.arange(count + 1) - 0.5 for count in values.shape)
@@ -263,23 +270,25 @@ def _frequencies(axis: "Axis", highest: float) -> None:
 
 
 def _shares(axis: "Axis", label: str) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
     axis.set_label_text(label)
     _few_ticks(axis)
-    axis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
 
 
-def _few_ticks(axis: "Axis", norm: "LogNorm | None" = None) -> None:
-    """About five numbers, each written out."""
+def _few_ticks(axis: "Axis", norm: "LogNorm | None" = None, integer: bool = False) -> None:
+    """About five round numbers, each written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axis.set_major_locator(MaxNLocator(5))
+    steps = [1, 2, 2.5, 5, 10]
+    axis.set_major_locator(MaxNLocator(5, steps=steps, integer=integer, min_n_ticks=1))
     if norm is not None and norm.vmin is not None and norm.vmax is not None:
-        is_short = norm.vmax < 300 * norm.vmin
+        is_short = norm.vmax < 100 * norm.vmin
         axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0) if is_short else (1.0,), numticks=6))
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    form = ".0f" if integer else ".3g"
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
 
 
 def _decades(axes: "Axes", label: str, *values: Values) -> None:
@@ -327,9 +336,9 @@ def _note(
 ) -> None:
     """What a reader must know, at the foot of the figure: what is blank, if anything is."""
     has_blank = any(not np.isfinite(each).all() for each in values)
-    notes = [note for note in (also, blank if has_blank else "") if note]
-    if notes:
-        figure.supxlabel("; ".join(notes), x=0.01, ha="left", fontsize="small", color=GREY)
+    lines = textwrap.wrap(also, LINE_LENGTH) + [blank] * has_blank
+    if lines:
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize="small", color=GREY)
 
 
 def _edges(bands: int, highest: float) -> Values:
@@ -339,10 +348,10 @@ def _edges(bands: int, highest: float) -> Values:
 
 def _around(places: Values) -> Values:
     """Edges of cells around ascending places."""
-    if len(places) == 1:
-        return places[0] + np.array([-0.5, 0.5])
-    middles = (places[:-1] + places[1:]) / 2
-    return np.r_[2 * places[0] - middles[0], middles, 2 * places[-1] - middles[-1]]
+    gaps = np.diff(places) if len(places) > 1 else np.ones(1)
+    return np.concatenate(
+        (places[:1] - gaps[:1] / 2, places[:-1] + gaps / 2, places[-1:] + gaps[-1:] / 2)
+    )
 
 
 def _finite(values: Values) -> Values:
@@ -365,18 +374,15 @@ def _limits(*values: Values) -> tuple[float, float]:
 def _shorten(roles: Sequence[str]) -> tuple[list[str], str]:
     """Names less what those of all blocks begin and end with, and a note of that."""
     inside = [role.split(".") for role in roles if "*" in role.split(".")]
-    tail = _common(parts[:0:-1] for parts in inside)[::-1]
-    head = _common(parts[: len(parts) - len(tail) - 1] for parts in inside)
-    before, after = "".join(f"{part}." for part in head), "".join(f".{part}" for part in tail)
-    names = []
+    heads = [parts[: min(parts.index("*") + 1, len(parts) - 1)] for parts in inside]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*heads, strict=False))
+    head = "".join(f"{parts[0]}." for parts in alike)
+    rests = [".".join(parts).removeprefix(head) for parts in inside]
+    ends = {rest.partition(".")[2].rpartition(".")[2] for rest in rests}
+    tail = f".{ends.pop()}" if len(ends) == 1 and not ends & {"", "*"} else ""
+    names, half = [], (NAME_LENGTH - 1) // 2
     for role in roles:
-        name = role.removeprefix(before).removesuffix(after) if "*" in role.split(".") else role
-        names.append(name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}")
-    said = [f"begin with {before}"] * bool(head) + [f"end in {after}"] * bool(tail)
-    return names, f"roles {' and '.join(said)}" if said else ""
-
-
-def _common(lists: Iterable[list[str]]) -> list[str]:
-    """What all lists begin with."""
-    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*lists, strict=False))
-    return [parts[0] for parts in alike]
+        name = role.removeprefix(head).removesuffix(tail) if "*" in role.split(".") else role
+        names.append(name if len(name) <= NAME_LENGTH else f"{name[:half]}…{name[-half:]}")
+    said = [f"begin with {head}"] * bool(head) + [f"end in {tail}"] * bool(tail)
+    return names, f"names {' and '.join(said)}" if said else ""

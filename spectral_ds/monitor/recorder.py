@@ -4,7 +4,7 @@ Synchronizes the device there, and does nothing at all on other steps.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -64,31 +64,37 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0
 
-    def before_step(self, step: int, gradients: Signal, weights: Signal, scale: float) -> None:
+    def before_step(
+        self,
+        step: int,
+        gradients: Signal,
+        weights: Callable[[], Sequence[torch.Tensor]],
+        scale: float,
+    ) -> None:
         """Norms of all parameters (collective on monitored steps, and on the step after one).
 
         Args:
             gradients: of this rank's fragments, as the engine averaged them.
-            weights: of the same.
+            weights: gives those of the same.
             scale: by which the gradients are multiplied (loss scaling).
         """
         if self._weights is not None:
-            pairs = zip(weights, self._weights, strict=True)
-            moved = [None if now is None else now - before for now, before in pairs]
-            (squares,) = self._norms.squares(moved)
+            pairs = zip(weights(), self._weights, strict=True)
+            (squares,) = self._norms.squares([now - before for now, before in pairs])
             ratios = self._norms.metrics("update_to_weight", squares, self._weight_squares)
             self.metrics |= ratios
             self._board.scalars(ratios)
             self._weights = None
         if self.is_due(step):
-            self.gradient_squares, self._weight_squares = self._norms.squares(gradients, weights)
+            now_held = weights()
+            self.gradient_squares, self._weight_squares = self._norms.squares(gradients, now_held)
             self.gradient_squares = self.gradient_squares / scale**2
             self.metrics = {
                 "step": float(step),
                 **self._norms.metrics("gradient_norm", self.gradient_squares),
                 **self._norms.metrics("parameter_norm", self._weight_squares),
             }
-            self._weights = [weight.clone() for weight in weights if weight is not None]
+            self._weights = [weight.clone() for weight in now_held]
 
     def before_filter(self, step: int, what: str, signal: Signal, scale: float) -> None:
         """Measure the signal as it came (collective on monitored steps).
