@@ -140,6 +140,7 @@ class Measurement:
             for when in ("before", "after")
         )
         dashboard.record(step, before)
+        dashboard.board.lay_out()
         if not dashboard.is_due(step):
             return
         stage, communicator = self._stages[0], self._engine.communicator
@@ -176,7 +177,6 @@ class Measurement:
             ),
             graph,
         )
-        dashboard.board.lay_out(monitor.metrics)
 
     def _perturbation_by_block(
         self, weights: Signal, norms: ParameterNorms

@@ -4,6 +4,8 @@ Shares no code with the package. Nodes are the rows, columns or elements of the 
 parameter after parameter; W is dense; h(L) comes from the eigendecomposition.
 """
 
+import functools
+import hashlib
 import re
 
 import numpy as np
@@ -11,6 +13,27 @@ import scipy.linalg
 import torch
 
 KEYS = [("q_proj", "k_proj"), ("gate_proj", "up_proj")]
+
+
+def remembered(function):
+    """Keeps results by the content of the arguments: many tests begin with the same weights."""
+    results = {}
+
+    def content(value):
+        if isinstance(value, dict):
+            return tuple((name, content(each)) for name, each in value.items())
+        if isinstance(value, np.ndarray):
+            return value.shape, value.dtype.str, hashlib.sha256(value.tobytes()).digest()
+        return repr(value)
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        key = content(dict(enumerate(args))), content(kwargs)
+        if key not in results:
+            results[key] = function(*args, **kwargs)
+        return results[key]
+
+    return wrapper
 
 
 def as_nodes(array, kind="row"):
@@ -156,6 +179,7 @@ def node_numbers(array, kind):
     return np.repeat(np.arange(len(nodes))[:, None], nodes.shape[1], axis=1)
 
 
+@remembered
 def adjacency_of(weights, edges, seed=0, kind="row", head_width=None, mean_gradients=None):
     """W = sum over families, from the `edges` list of the configuration."""
     total = 0
@@ -189,9 +213,14 @@ def bound_of(adjacency, kind="normalized"):
     return 2.0 if kind == "normalized" else 2 * adjacency.sum(axis=1).max()
 
 
+@remembered
+def eigenvectors_of(laplacian):
+    return scipy.linalg.eigh(laplacian)
+
+
 def apply_function(laplacian, function, gradients, kind="row"):
     """f(L) X by eigendecomposition, width class by width class; `gradients` by name."""
-    values, vectors = scipy.linalg.eigh(laplacian)
+    values, vectors = eigenvectors_of(laplacian)
     matrix = (vectors * function(np.maximum(values, 0))) @ vectors.T
     return _by_width(matrix, gradients, kind)
 

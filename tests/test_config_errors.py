@@ -309,7 +309,8 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
                     "refresh_interval": 1,
                 }
             },
-            "graph.edges[].sketch_width = [8, 64]: must be the same for all edges by features gradient",
+            "graph.edges[].sketch_width = [8, 64]: must be the same for all edges by features "
+            "gradient",
         ),
         ({"graph": {"node": "element"}}, f'graph.node = "element": {IN_ONE_NUMBER}'),
         ({"graphs": [{"node": "element"}]}, f'graphs[0].node = "element": {IN_ONE_NUMBER}'),

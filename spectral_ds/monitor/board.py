@@ -1,6 +1,6 @@
 """Board: where scalars, histograms and figures go, and how TensorBoard lays the charts out."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,17 @@ class Board:
         step: Callable[[], int],
         is_open: bool,
     ) -> None:
-        self.scalars = write_scalars
         self.is_open = is_open
+        self._write_scalars = write_scalars
         self._writer = writer
         self._step = step
-        self._has_layout = False
+        self._tags: set[str] = set()  # of scalars so far
+        self._charts: dict[str, Any] = {}
+
+    def scalars(self, metrics: Mapping[str, float]) -> None:
+        """Write numbers by name."""
+        self._tags |= metrics.keys()
+        self._write_scalars(metrics)
 
     def figure(self, name: str, make: Callable[[], Any]) -> None:
         """Draw a figure, where there is a writer."""
@@ -58,13 +64,12 @@ class Board:
             global_step=self._step(),
         )
 
-    def lay_out(self, tags: Iterable[str]) -> None:
-        """Put the charts that belong together side by side, once."""
-        if self._writer is None or self._has_layout:
+    def lay_out(self) -> None:
+        """Put the charts that belong together side by side, again when there are new ones."""
+        if self._writer is None:
             return
-        self._has_layout = True
         charts: dict[str, Any] = {}
-        known = sorted(tags)
+        known = sorted(self._tags)
         for title, starts in {
             "norm before and after the filter": ("gradient_norm/", "update_norm/"),
             "energy by frequency, before": ("band_energy_before/",),
@@ -77,7 +82,9 @@ class Board:
             held = [f"{PREFIX}/{tag}" for tag in known if tag.startswith(starts)]
             if held:
                 charts[title] = ["Multiline", held]
-        self._writer.add_custom_scalars({PREFIX: charts})
+        if charts != self._charts:
+            self._charts = charts
+            self._writer.add_custom_scalars({PREFIX: charts})
 
     def flush(self) -> None:
         """Make what was written visible to readers."""

@@ -108,7 +108,7 @@ class Dashboard:
                 self._draw_table(title, label, table)
         moved = step.perturbation
         if moved is not None and moved.size:
-            draw("perturbation", lambda: figures.perturbation_figure(self.blocks, moved))
+            draw("perturbation_by_block", lambda: figures.perturbation_figure(self.blocks, moved))
         self.board.flush()
 
     def _draw_table(self, title: str, label: str, table: Values) -> None:

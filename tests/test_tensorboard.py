@@ -1,0 +1,296 @@
+"""TensorBoard: what a run wrote, and what a browser shows of it.
+
+With SPECTRAL_DS_SCREENSHOT=.github/figures/tensorboard.png a picture of the page is left there.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+STEPS, BANDS, FIGURES_INTERVAL = 5, 4, 2
+SECTION = {
+    "graph": {"edges": [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]},
+    "filter": {"response": "wiener", "bands": BANDS},
+    "regularizer": {"strength": 0.1},
+    "statistics": {"interval": 1},
+    "monitor": {"interval": 1, "figures_interval": FIGURES_INTERVAL, "bands": BANDS},
+}
+BLOCKS = ["000", "001", "002"]
+FIGURES = {
+    "density_of_states",
+    "energy",
+    "energy_over_time",
+    "signal_to_noise",
+    "gains",
+    "gradient_norm_by_block_and_role",
+    "roughness_of_the_gradient_by_block_and_role",
+    "perturbation_by_block",
+}
+HISTOGRAMS = {"node_degree", "edge_weight"}
+CHARTS = {
+    "norm before and after the filter": {f"gradient_norm/{x}" for x in ("before", "after", "all")},
+    "energy by frequency, before": {f"band_energy_before/{b}" for b in range(BANDS)},
+    "energy by frequency, after": {f"band_energy_after/{b}" for b in range(BANDS)},
+    "signal to noise by frequency": {
+        f"signal_to_noise/{b}" for b in (*range(BANDS), "total", "kept_over_total")
+    },
+    "update to weight by block": {f"update_to_weight_by_block/{b}" for b in BLOCKS},
+    "gradient norm by block": {f"gradient_norm_by_block/{b}" for b in BLOCKS},
+    "regularizer": {"regularizer", "perturbation", "joint_loss"},
+}
+
+
+def train(folder):
+    board = {"enabled": True, "output_path": folder, "job_name": "tiny"}
+    config = tiny.deepspeed_config(2, tensorboard=board, spectral_ds=SECTION)
+    engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
+    tiny.train(engine, STEPS)
+    engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, tmp_path_factory):
+    """The folder of one run on two ranks."""
+    folder = tmp_path_factory.mktemp("tensorboard") / "runs"
+    ranks(2).run(train, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def events(runs):
+    [file] = runs.rglob("events.out.tfevents.*")  # one file, DeepSpeed's own scalars in it
+    events = EventAccumulator(str(file.parent), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def ours(events, kind):
+    """The plugin's tags of a kind, less its prefix."""
+    tags = [tag.partition("/") for tag in events.Tags()[kind]]
+    return {name for prefix, _, name in tags if prefix == "spectral_ds"}
+
+
+def scalar(events, name):
+    return [event.value for event in events.Scalars(f"spectral_ds/{name}")]
+
+
+def steps(found):
+    return [event.step // tiny.GLOBAL_BATCH - 1 for event in found]
+
+
+def promised_scalars():
+    """Number of values by tag."""
+    trained = [name for name, p in tiny.TinyLlama().named_parameters() if p.requires_grad]
+    roles = {re.sub(r"\.\d+\.", ".*.", name, count=1) for name in trained}
+    found = {}
+    for what, count in (("gradient_norm", 0), ("parameter_norm", 0), ("update_to_weight", 1)):
+        tags = {f"{what}/all", *(f"{what}_by_block/{b}" for b in BLOCKS)}
+        tags |= {f"{what}_by_role/{role}" for role in roles}
+        found |= dict.fromkeys(tags, STEPS - count)
+    for title, tags in CHARTS.items():
+        late = title.startswith(("signal", "update"))  # known from the second step on
+        found |= dict.fromkeys(tags, STEPS - late)
+    others = ("filter_seconds", "boundary_bytes", "strength", "skipped_steps", "nodes", "edges")
+    return found | dict.fromkeys(others, STEPS)
+
+
+def test_every_promised_scalar_is_written_and_finite(events):
+    promised = promised_scalars()
+    assert ours(events, "scalars") - {"gradient_noise_scale"} == promised.keys()
+    for name, count in promised.items():
+        values = scalar(events, name)
+        assert len(values) == count, name
+        assert all(map(math.isfinite, values)), name
+    assert "Train/Samples/lr" in events.Tags()["scalars"]
+    assert steps(events.Scalars("spectral_ds/nodes")) == list(range(STEPS))
+    totals = [total for total in scalar(events, "signal_to_noise/total") if total > 0]
+    known = scalar(events, "gradient_noise_scale") if totals else []
+    assert known == pytest.approx([tiny.GLOBAL_BATCH / total for total in totals], rel=1e-5)
+
+
+def test_every_promised_figure_is_a_picture_at_every_interval(events):
+    assert ours(events, "images") == FIGURES
+    drawn = list(range(0, STEPS, FIGURES_INTERVAL))
+    for name in FIGURES:
+        images = events.Images(f"spectral_ds/{name}")
+        # Signal and noise are known from the second sample on.
+        assert steps(images) == (drawn[1:] if name == "signal_to_noise" else drawn), name
+        for image in images:
+            with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
+                assert (picture.format, picture.width) == ("PNG", 800)
+                assert picture.height == image.height
+            assert len(image.encoded_image_string) < 80_000
+
+
+def test_histograms_count_all_nodes_and_edges(events):
+    assert ours(events, "histograms") == HISTOGRAMS
+    for name, of in (("node_degree", "nodes"), ("edge_weight", "edges")):
+        [event] = events.Histograms(f"spectral_ds/{name}")
+        values = event.histogram_value
+        assert values.num == sum(values.bucket) == scalar(events, of)[0]
+        assert 0 <= values.min <= values.sum / values.num <= values.max
+
+
+def test_a_tag_is_of_one_kind(events):
+    """TensorBoard shows only the first kind that it finds under a tag."""
+    scalars, images, histograms = (ours(events, k) for k in ("scalars", "images", "histograms"))
+    assert not scalars & images
+    assert not histograms & (scalars | images)
+
+
+def test_the_layout_holds_every_chart_and_only_scalars_that_exist(events):
+    [event] = events.Tensors("custom_scalars__config__")[-1:]
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    [category] = layout.category
+    assert category.title == "spectral_ds"
+    found = {chart.title: set(chart.multiline.tag) for chart in category.chart}
+    assert found == {t: {f"spectral_ds/{tag}" for tag in tags} for t, tags in CHARTS.items()}
+
+
+def wait_for(condition, what, seconds=40):
+    """The first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.1)
+    return found
+
+
+@contextmanager
+def tensorboard(runs):
+    """The address of a server that has read everything."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", runs.name, "--port", "0"]
+    command += ["--host", "127.0.0.1", "--load_fast", "false", "--reload_interval", "0"]
+    log = runs.parent / "server.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, cwd=runs.parent, stdout=output, stderr=output)
+    try:
+        [address] = wait_for(lambda: re.findall(r"http://[\d.:]+", log.read_text()), log.read_text)
+
+        def images():
+            with urllib.request.urlopen(f"{address}/data/plugin/images/tags", timeout=10) as reply:
+                return json.load(reply).get("tiny", {}).keys()
+
+        wait_for(lambda: len(images()) == len(FIGURES), images)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@contextmanager
+def chromium(folder):
+    """A browser of its own, driven by WebDriver."""
+    paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        pytest.skip(f"not on PATH: {' and '.join(missing)} (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths["chromium"]
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "disable-quic",
+        "no-first-run",
+        "no-proxy-server",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={folder}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(paths["chromedriver"]))
+    try:
+        view = {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+        yield driver
+    finally:
+        driver.quit()
+
+
+# Name of each card of a dashboard and how much is drawn on it; the page is made of shadow roots.
+CARDS = """
+const [card, mark] = arguments;
+const inside = root => [...root.querySelectorAll("*")].flatMap(e => e.shadowRoot ?? []);
+const find = (root, selector) => [
+    ...root.querySelectorAll(selector), ...inside(root).flatMap(each => find(each, selector)),
+];
+const isDrawn = e => e.localName == "img" ? e.complete && e.naturalWidth : e.getAttribute("d");
+return find(document, card).map(e => [
+    find(e.shadowRoot, ".heading-label.name")[0]?.textContent.trim() ?? "",
+    find(e.shadowRoot, mark).filter(isDrawn).length,
+]);
+"""
+# Dashboard as its address has it: the element of a card, that of a mark, and marks a card.
+DASHBOARDS = {
+    "scalars&tagFilter=%5Espectral_ds%2Fgradient_norm%2F": (
+        "tf-scalar-card",
+        "path.line",
+        dict.fromkeys((f"spectral_ds/gradient_norm/{x}" for x in ("after", "all", "before")), 1),
+    ),
+    "custom_scalars": (
+        "tf-custom-scalar-multi-line-chart-card",
+        "path.line",
+        {title: len(tags) for title, tags in CHARTS.items()},
+    ),
+    "histograms": (
+        "tf-histogram-loader",
+        "path.outline",
+        dict.fromkeys((f"spectral_ds/{name}" for name in HISTOGRAMS), 1),
+    ),
+    "images": (
+        "tf-image-loader",
+        "img",
+        dict.fromkeys((f"spectral_ds/{name}" for name in FIGURES), 1),
+    ),
+}
+
+
+def test_a_browser_shows_it_without_an_error(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    with chromium(tmp_path / "profile") as browser, tensorboard(runs) as address:
+        for place, (card, mark, expected) in DASHBOARDS.items():
+            browser.get(f"{address}/#{place}")
+
+            def is_shown(card=card, mark=mark, expected=expected):
+                found = dict(browser.execute_script(CARDS, card, mark))
+                return all(found.get(name, 0) >= count for name, count in expected.items())
+
+            def what(place=place, card=card, mark=mark):
+                return place, browser.execute_script(CARDS, card, mark), console(browser)
+
+            wait_for(is_shown, what)
+        errors = console(browser)
+        assert errors == []
+        if path := os.environ.get("SPECTRAL_DS_SCREENSHOT"):
+            picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            assert picture.size == (1280, 800)
+            picture.save(path, optimize=True)
+            assert Path(path).stat().st_size < 200_000
+
+
+def console(browser):
+    """Errors that the page has reported since the last call."""
+    return [each for each in browser.get_log("browser") if each["level"] == "SEVERE"]
