@@ -32,9 +32,32 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         UnsupportedEngineError: the engine that the config makes is not supported; on all ranks.
     """
     import deepspeed
+
+    check_section(deepspeed.initialize, args, kwargs)
+    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
+    # Under `spectral_ds.run`, the call above has attached it.
+    if results[0].config.get(SECTION) is not None and plugin_of(results[0]) is None:
+        attach(results[0])
+    return results
+
+
+def check_section(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Check the section of the config that `deepspeed.initialize` is about to read (collective).
+
+    Args:
+        function: `deepspeed.initialize`.
+        args: its arguments.
+        kwargs: likewise.
+
+    Raises:
+        SpectralConfigError: it is wrong, or differs between ranks; on all ranks.
+    """
+    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
     deepspeed.init_distributed(
         dist_backend=get_accelerator().communication_backend_name(),
         dist_init_required=given.get("dist_init_required"),
@@ -42,10 +65,6 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     )
     world = Communicator(None, torch.device(get_accelerator().current_device_name()))
     agree_on_config(lambda: _section(given), world)
-    results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
-    if results[0].config.get(SECTION) is not None:
-        attach(results[0])
-    return results
 
 
 def attach(

@@ -1,0 +1,221 @@
+"""SpectralCallback: the plugin in the Trainer of transformers, by one more callback.
+
+In: a `Trainer` with the callback. Out: its training filtered, before it clips, whatever engine it
+trains with; the plugin's metrics in its logs; the plugin's state in its checkpoints.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from spectral_ds.attach import plugin_of
+from spectral_ds.config import SpectralConfig, load_config
+from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.engines.ddp import TorchEngine
+from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.live import live
+from spectral_ds.plugin import SpectralPlugin
+from spectral_ds.runner import VARIABLE, Runner, config_of_environment, say
+
+PREFIX = "spectral_ds/"
+# In a checkpoint of the Trainer: the plugin's state, where the engine has no checkpoints.
+FOLDER = "spectral_ds"
+
+
+class SpectralCallback(TrainerCallback):
+    """Attaches a plugin when training begins and detaches it when training ends.
+
+    `Trainer(..., callbacks=[SpectralCallback({"preset": "retain"})])` trains as before, in one
+    process, with DDP, FSDP2 or DeepSpeed.
+
+    Args:
+        config: see `load_config`; by default what the environment variable SPECTRAL_DS_CONFIG
+            names, or else the section of the Trainer's DeepSpeed config.
+
+    Raises:
+        SpectralConfigError: the configuration is wrong; when training begins, there is none.
+        UnsupportedEngineError: when training begins, the Trainer's engine is not supported.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any] | str | os.PathLike[str] | SpectralConfig | None = None
+    ) -> None:
+        given = isinstance(config, SpectralConfig) or config is None
+        self._config: SpectralConfig | None = config if given else load_config(config)  # type: ignore[arg-type, assignment]
+        self._runner: Runner | None = None
+        self._handles: list[Any] = []
+        self._plugin: weakref.ref[SpectralPlugin] | None = None
+        self._logged_step = -1.0
+        self._resumed_from: str | None = None  # the folder from which training resumes, if named
+
+    @property
+    def plugin(self) -> SpectralPlugin | None:
+        """What is attached; None outside of training."""
+        plugin = None if self._plugin is None else self._plugin()
+        return plugin if plugin is not None and plugin.attached else None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # Events tell neither from which checkpoint training resumes nor that it was interrupted.
+        WrappedMethod(self._trainer(), "train", self._train)
+
+    def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("resume_from_checkpoint")
+        self._resumed_from = given if isinstance(given, str) else None
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._close()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        trainer = self._trainer()
+        model = trainer.model_wrapped
+        self._close()  # an attempt that was cut off
+        plugin = plugin_of(model)  # by `spectral_ds.run`, or by hand
+        if plugin is None:
+            plugin = self._attach(trainer, model)
+        if plugin is None:
+            return
+        self._plugin = weakref.ref(plugin)
+        self._logged_step = -1.0
+        self._join_logs(trainer.callback_handler.callbacks)
+        if self._runner is not None and state.global_step > 0:
+            self._resume(plugin, args, state.global_step)
+
+    def _attach(self, trainer: Any, model: Any) -> SpectralPlugin | None:
+        config = self._config or config_of_environment()
+        if config is None and not trainer.is_deepspeed_enabled:
+            raise SpectralConfigError(
+                f"SpectralCallback: no config was given, and {VARIABLE} is not set"
+            )
+        optimizer = None if trainer.is_deepspeed_enabled else _innermost(trainer.optimizer)
+        self._runner = Runner(config)
+        plugin = self._runner.attach(model, optimizer)
+        self._runner.watch_clipping()
+        return plugin
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = {} if self.plugin is None else self.plugin.metrics()
+        if logs is None or "loss" not in logs or metrics.get("step", -1.0) == self._logged_step:
+            return
+        self._logged_step = metrics["step"]
+        named = {PREFIX + name: value for name, value in metrics.items()}
+        logs |= named
+        if state.log_history:
+            state.log_history[-1] |= named
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        plugin = self.plugin
+        if plugin is None or not plugin.config.checkpoint.enabled:
+            return
+        if isinstance(plugin.engine, TorchEngine):  # DeepSpeed's own, in the same folder, carry it
+            plugin.save(_checkpoint(args, state.global_step) / FOLDER)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Detach, and restore what was wrapped."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._runner is not None:
+            self._runner.stop()
+        self._runner = self._plugin = None
+
+    def _trainer(self) -> Any:
+        """The Trainer, which callbacks are not given."""
+        for trainer in live(Trainer):
+            handler = getattr(trainer, "callback_handler", None)
+            if any(each is self for each in getattr(handler, "callbacks", ())):
+                return trainer
+        raise RuntimeError("SpectralCallback: no Trainer that is alive has this callback")
+
+    def _join_logs(self, callbacks: list[Any]) -> None:
+        """Come first in every event, so that all others are given the metrics; not the console."""
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+
+        def on_log(
+            original: Callable[..., Any],
+            args: Any,
+            state: Any,
+            control: Any,
+            logs: dict[str, Any] | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            shown = {k: v for k, v in (logs or {}).items() if not k.startswith(PREFIX)}
+            return original(args, state, control, logs=shown, **kwargs)
+
+        self._handles += [
+            WrappedMethod(callback, "on_log", on_log)
+            for callback in callbacks
+            if isinstance(callback, PrinterCallback | ProgressCallback)
+        ]
+
+    def _resume(self, plugin: SpectralPlugin, args: TrainingArguments, step: int) -> None:
+        """Go on from the state in the checkpoint that the Trainer has resumed from (collective)."""
+        checkpoint = Path(self._resumed_from or _checkpoint(args, step))
+        by_engine = sorted(checkpoint.glob(f"global_step*/{FOLDER}"))
+        folder = by_engine[-1] if by_engine else checkpoint / FOLDER
+        is_there = plugin.engine.everyone.maximum(float(folder.is_dir())) > 0
+        if plugin.config.checkpoint.enabled and is_there:
+            plugin.load(folder)
+            return
+        plugin.engine.restore_step(step)
+        say(f"{checkpoint} has no state of the plugin; graph and reference are made of its weights")
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir), f"checkpoint-{step}")
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that steps, inside Accelerate's wrappers."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    found: torch.optim.Optimizer = optimizer
+    return found

@@ -1,0 +1,71 @@
+"""The command line: `spectral-ds COMMAND`, one file a command.
+
+Each command's module has `add_parser(commands)`, which says what it takes and sets `run`, the
+function of the parsed arguments that does it. What takes long to import is imported there.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from spectral_ds import __version__
+from spectral_ds.cli.add import add_parser as add_add
+from spectral_ds.cli.env import add_parser as add_env
+from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.inspect import add_parser as add_inspect
+from spectral_ds.cli.plan import add_parser as add_plan
+from spectral_ds.config_sources import SpectralConfigError
+
+COMMANDS = (add_inspect, add_plan, add_add, add_env)
+EXAMPLES = """examples:
+  spectral-ds env                                    what works here, and how to get the rest
+  spectral-ds inspect ./model                        graph and spectrum of a model's parameters
+  spectral-ds inspect ./model --data reviews.tsv     which graph separates signal from noise
+  spectral-ds plan --model llama-3-8b --engine zero3 --world-size 64    what each rank would take
+"""
+# Exit status for wrong input, as argparse has it.
+WRONG_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="spectral-ds",
+        description="Spectral graph filtering of sharded gradients: looks at models and machines.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"spectral-ds {__version__}")
+    commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for add in COMMANDS:
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: its words; by default those of the process.
+
+    Returns:
+        The exit status: 2 for wrong input, which is reported in one line on stderr.
+    """
+    try:
+        arguments = make_parser().parse_args(argv)
+    except SystemExit as stop:  # after --help, --version and wrong arguments
+        return int(stop.code or 0)
+    try:
+        status: int = arguments.run(arguments)
+    except (UserError, SpectralConfigError) as error:
+        print(f"spectral-ds: {'; '.join(str(error).splitlines())}", file=sys.stderr)
+        return WRONG_INPUT
+    return status

@@ -1,0 +1,157 @@
+"""Everything that `spectral-ds inspect` measures, in the order in which it is needed.
+
+Half of the gradients make the graphs that follow gradients, the other half judges all graphs: on
+the gradients it was made from, a graph of similar gradients looks smooth even where all is noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spectral_ds.cli.candidates import Candidate, Verdict, candidates, judged, not_judged, ranked
+from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.gradients import Gradients, MeanGradient, gradients_of, statistics_on
+from spectral_ds.cli.inspection import Facts, Inspection
+from spectral_ds.cli.subject import Subject
+from spectral_ds.cli.summary import GraphSummary
+from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
+from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
+from spectral_ds.laplacian import ParameterGraph
+from spectral_ds.laplacian.features import no_features
+
+BANDS = 8
+BINS = 32
+
+
+class Findings:
+    """Measures one model.
+
+    Args:
+        config: whose graphs are looked at.
+        eigenvalues: how many of the lowest are wanted.
+
+    Raises:
+        SpectralConfigError: the patterns of a graph choose no parameter, or match none.
+        UserError: a graph has too many nodes.
+    """
+
+    def __init__(self, subject: Subject, config: SpectralConfig, eigenvalues: int) -> None:
+        self._subject, self._config, self._eigenvalues = subject, config, eigenvalues
+        keys = [f"graphs[{index}]" for index in range(len(config.graphs))] or ["graph"]
+        self._graphs = dict(zip(keys, config.stack, strict=True))
+        for key, graph in self._graphs.items():  # before anything that takes time
+            subject.nodes(graph, key)
+        self.candidates: list[Candidate] = candidates(config.stack)
+        self._means: dict[GraphConfig, MeanGradient] = {}
+        self._judging = torch.empty(0)
+
+    def take_means(self, batches: torch.Tensor) -> None:
+        """Take the mean gradient of the first half of the batches; the rest is to judge by.
+
+        Args:
+            batches: (batches, batch size, sequence length), int64.
+        """
+        half = len(batches) // 2
+        self._judging = batches[half:]
+        by_key: dict[object, MeanGradient] = {}
+        for graph in (*self._graphs.values(), *(each.graph for each in self.candidates)):
+            widths = [edge.sketch_width for edge in graph.edges if edge.features == "gradient"]
+            if widths:
+                key = graph.node, graph.include, graph.exclude, widths[0]
+                if key not in by_key:
+                    by_key[key] = MeanGradient(self._subject, self._subject.nodes(graph), widths[0])
+                self._means[graph] = by_key[key]
+        torch.manual_seed(self._config.seed)  # of dropout
+        for gradients in self._gradients(batches[:half], "gradients that make graphs"):
+            for mean in by_key.values():
+                mean.observe(gradients)
+
+    def graphs(self) -> list[GraphSummary]:
+        """The configured graphs.
+
+        Raises:
+            UserError: family pair needs the width of a head and does not find it.
+        """
+        summaries = []
+        for key, graph in self._graphs.items():
+            try:
+                inspection = self._inspected(graph, graph)
+                whole = inspection.whole()
+                families = {"edges[0]: " + _words(graph.edges[0]): whole}
+                if len(graph.edges) > 1:
+                    families = {
+                        f"edges[{index}]: {_words(edge)}": self._inspected(
+                            replace(graph, edges=(edge,)), graph
+                        ).whole()
+                        for index, edge in enumerate(graph.edges)
+                    }
+            except UnknownHeadWidthError as error:
+                raise UserError(f"spectral_ds.{key}.edges: {error}") from error
+            roles: dict[str, Facts] = {
+                role: inspection.of_role(role) for role in sorted(inspection.roles)
+            }
+            summaries.append(GraphSummary(key, graph.node, graph.laplacian, whole, families, roles))
+        return summaries
+
+    def verdicts(self) -> list[Verdict]:
+        """Signal and noise on each candidate graph, the best graph first."""
+        verdicts, running = [], {}
+        for candidate in self.candidates:
+            try:
+                graph = self._built(candidate.graph, candidate.graph)
+            except UnknownHeadWidthError as error:
+                verdicts.append(not_judged(candidate.name, str(error)))
+                continue
+            statistics = statistics_on(self._subject, graph, BANDS)
+            if statistics is None:
+                verdicts.append(not_judged(candidate.name, "joins nothing on this model"))
+            else:
+                running[candidate.name] = graph, statistics
+        for gradients in self._gradients(self._judging, "gradients that judge graphs"):
+            for _, statistics in running.values():
+                statistics.observe(gradients, 1.0)
+        for name, (graph, statistics) in running.items():
+            found = statistics.signal_to_noise()
+            verdicts.append(judged(name, graph.num_edges, found, graph.lambda_max))
+        return ranked(verdicts)
+
+    def _inspected(self, graph: GraphConfig, whole: GraphConfig) -> Inspection:
+        built = self._built(graph, whole)
+        with _bar(built.parameters, "spectrum") as bar:
+            return Inspection(
+                built,
+                self._subject.weights(),
+                self._subject.layout.own,
+                eigenvalues=self._eigenvalues,
+                bins=BINS,
+                seed=self._config.seed,
+                progress=bar.update,
+            )
+
+    def _built(self, graph: GraphConfig, whole: GraphConfig) -> ParameterGraph:
+        """A graph that compares gradients as the whole one does that it is a part of."""
+        parameters, gradient = self._subject.nodes(graph), self._means.get(whole, no_features)
+        with _bar(parameters, "building the parameter graph") as bar:
+            return self._subject.build(graph, parameters, bar.update, gradient)
+
+    def _gradients(self, batches: torch.Tensor, what: str) -> Iterator[Gradients]:
+        yield from tqdm(
+            gradients_of(self._subject, batches),
+            total=len(batches),
+            desc=f"spectral_ds: {what}",
+            unit="batch",
+            mininterval=1,
+        )
+
+
+def _bar(parameters: Sequence[ParameterNodes], what: str) -> "tqdm[Any]":
+    return tqdm(total=len(parameters), desc=f"spectral_ds: {what}", unit="parameter", mininterval=1)
+
+
+def _words(edge: EdgeConfig) -> str:
+    if edge.family != "similarity":
+        return edge.family
+    return f"similarity of {edge.features}, {edge.neighbours} neighbours within the {edge.scope}"

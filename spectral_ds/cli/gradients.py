@@ -1,0 +1,90 @@
+"""Gradients of a model on batches of tokens, and what is kept of them: means and statistics."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from spectral_ds.cli.subject import Subject
+from spectral_ds.graph import ParameterNodes
+from spectral_ds.laplacian import ParameterGraph, Workspace, make_plan
+from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.spectrum import GradientStatistics
+from spectral_ds.stage import bucket_elements
+
+# Powers are sums over many nodes: fewer projections of each do than a comparison of two takes.
+JUDGING_SKETCH_WIDTH = 32
+# Nothing is forgotten: all samples weigh alike.
+NO_DECAY = 1 - 1e-9
+
+Gradients = Sequence[torch.Tensor | None]
+
+
+def gradients_of(subject: Subject, batches: Iterable[torch.Tensor]) -> Iterator[Gradients]:
+    """The gradient of the mean loss over each batch; valid until the next is asked for.
+
+    Args:
+        batches: (batch size, sequence length), int64.
+    """
+    subject.model.train()
+    for tokens in batches:
+        subject.model.zero_grad()
+        subject.model(input_ids=tokens, labels=tokens).loss.backward()
+        yield subject.gradients()
+    subject.model.zero_grad()
+
+
+class MeanGradient:
+    """The mean of a gradient's sketches: features for similarity of gradients.
+
+    Args:
+        parameters: the nodes that are sketched.
+        sketch_width: of the projections, as the edge family has it.
+    """
+
+    def __init__(
+        self, subject: Subject, parameters: Sequence[ParameterNodes], sketch_width: int
+    ) -> None:
+        self._sketches = Sketches(
+            parameters, subject.layout, sketch_width, subject.seed, subject.communicator
+        )
+        self._current, self._mean = self._sketches.empty(), self._sketches.empty()
+        self._samples = 0
+
+    def observe(self, gradients: Gradients) -> None:
+        """Take one sample."""
+        self._samples += 1
+        self._sketches.take(gradients, self._current)
+        self._mean += (self._current - self._mean) / self._samples
+
+    def __call__(self, parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
+        """Features of all nodes of some parameters; (nodes, sketch), float64."""
+        return self._sketches.features(self._mean, parameters)
+
+
+def statistics_on(subject: Subject, graph: ParameterGraph, bands: int) -> GradientStatistics | None:
+    """Statistics of the gradient on the joined part of a graph; None if nothing is joined.
+
+    Parameters without any edge are left out: all they have is λ = 0, so that they would count as
+    smooth on every graph. The projections are not those by which similarity has chosen neighbours,
+    in which these would look more alike than they are.
+    """
+    joined = [group for group in graph.groups if len(group.edges) > 0]
+    if not joined:
+        return None
+    part, communicator = graph.of_groups(joined), subject.communicator
+    seed = (subject.seed + 1) % 2**63
+    sketches = Sketches(part.parameters, subject.layout, JUDGING_SKETCH_WIDTH, seed, communicator)
+    plan = make_plan(
+        part.of_node_signals(sketches.columns, sketches.layout),
+        sketches.layout,
+        communicator,
+        communicator,
+        hops=1,
+        exchange="boundary",
+        kernel="torch_csr",
+        bucket_elements=bucket_elements(communicator.device),
+    )
+    workspace = Workspace(plan.operators, communicator.device)
+    return GradientStatistics(
+        sketches, plan.operators, workspace, communicator, bands=bands, decay=NO_DECAY
+    )

@@ -1,0 +1,97 @@
+"""Models from a local folder, from the hub or from a .gguf file."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_ds.cli.errors import UserError
+
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies.
+
+    Attributes:
+        given: as the user wrote it.
+        name: folder or name on the hub.
+        options: further arguments of `from_pretrained`.
+    """
+
+    given: str
+    name: str
+    options: dict[str, str]
+
+    @classmethod
+    def of(cls, given: str) -> "Source":
+        """A folder, a .gguf file, or else a name on the hub.
+
+        Raises:
+            UserError: it looks like a path, and there is nothing.
+        """
+        path = Path(given)
+        is_gguf = given.endswith(".gguf")
+        looks_like_path = path.is_absolute() or given.startswith(".") or given.count("/") > 1
+        if not path.exists() and (is_gguf or looks_like_path):
+            raise UserError(f"{given}: no such file or folder")
+        if path.is_file() and not is_gguf:
+            raise UserError(f"{given}: is neither a model's folder nor a .gguf file")
+        if is_gguf:
+            return cls(given, str(path.parent), {"gguf_file": path.name})
+        return cls(given, given, {})
+
+    def load(self, kind: Any, **settings: Any) -> Any:
+        """`kind.from_pretrained` of it.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # announces each retry
+        try:
+            return kind.from_pretrained(self.name, **self.options, **settings)
+        except Exception as error:  # there is no end to what a broken file raises
+            is_offline = not Path(self.name).exists() and os.environ.get("HF_HUB_OFFLINE")
+            offline = " (HF_HUB_OFFLINE is set)" if is_offline else ""
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.given}: cannot be loaded{offline}: {reason}") from error
+
+
+def load_model(source: Source) -> tuple[torch.nn.Module, bool]:
+    """The model in float32, and whether it is a causal language model.
+
+    It has the head that it was saved with, so that its parameters have the names they have in
+    training.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import transformers
+
+    settings = source.load(transformers.AutoConfig)
+    architecture = (settings.architectures or [f"Unnamed{CAUSAL[0]}"])[0]
+    if architecture.endswith(CAUSAL):
+        kind: Any = transformers.AutoModelForCausalLM
+    else:
+        kind = getattr(transformers, architecture, transformers.AutoModel)
+    model: torch.nn.Module = source.load(kind, dtype=torch.float32)
+    return model, architecture.endswith(CAUSAL)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    import transformers
+
+    return source.load(transformers.AutoTokenizer)

@@ -1,0 +1,105 @@
+"""The model that is looked at: its parameters as one process holds them whole, and their graphs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from spectral_ds.cli.errors import UserError
+from spectral_ds.config import GraphConfig
+from spectral_ds.engines import Engine
+from spectral_ds.graph import ParameterNodes
+from spectral_ds.laplacian import FeatureSource, ParameterGraph, WeightFeatures
+from spectral_ds.laplacian.features import no_features
+from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.stage import choose_parameters, edge_families
+
+# Edges are kept as 24 bytes each: beyond so many nodes a graph does not fit into usual memory.
+MAX_NODES = 2**24
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model without an engine.
+
+    Args:
+        model: float32, on the CPU.
+        seed: of the random projections.
+    """
+
+    model: torch.nn.Module
+    seed: int
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def communicator(self) -> Communicator:
+        return Communicator.alone(torch.device("cpu"))
+
+    @property
+    def layout(self) -> ShardLayout:
+        """One fragment a parameter, all of this process."""
+        own = [Fragment(name, 0, p.numel()) for name, p in self.trainable.items()]
+        return ShardLayout((tuple(own),), 0)
+
+    @property
+    def holders(self) -> list[torch.nn.Module]:
+        """Where `edge_families` finds the model's own config."""
+        return [self.model]
+
+    def weights(self) -> list[torch.Tensor]:
+        """Flat, in the order of the layout."""
+        return [p.detach().reshape(-1) for p in self.trainable.values()]
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Flat, in the order of the layout; None for a parameter without a gradient."""
+        gradients = [p.grad for p in self.trainable.values()]
+        return [None if gradient is None else gradient.reshape(-1) for gradient in gradients]
+
+    def nodes(self, config: GraphConfig, key: str = "graph") -> list[ParameterNodes]:
+        """The nodes of the parameters that a graph covers.
+
+        Raises:
+            SpectralConfigError: its patterns choose none, or one matches nothing.
+            UserError: they are too many to look at.
+        """
+        shapes = {name: tuple(p.shape) for name, p in self.trainable.items()}
+        chosen = choose_parameters(shapes, config, key)
+        count = sum(parameter.nodes for parameter in chosen)
+        if count > MAX_NODES:
+            raise UserError(
+                f"spectral_ds.{key}: {count:,} nodes are more than the {MAX_NODES:,} that inspect "
+                "looks at; include fewer parameters, or take rows for nodes"
+            )
+        return chosen
+
+    def build(
+        self,
+        config: GraphConfig,
+        parameters: Sequence[ParameterNodes],
+        progress: Callable[[int], object],
+        gradient: FeatureSource = no_features,
+    ) -> ParameterGraph:
+        """The graph of a configuration.
+
+        Args:
+            gradient: the features by which similarity of gradients compares.
+
+        Raises:
+            UnknownHeadWidthError: family pair meets grouped queries and does not know their heads.
+        """
+        communicator, layout = self.communicator, self.layout
+        weights = WeightFeatures(layout.own, self.weights(), self.seed, communicator)
+        return ParameterGraph.build(
+            parameters,
+            # Of an engine, only its holders are asked for.
+            edge_families(config, cast(Engine, self)),
+            layout,
+            {"weights": weights, "gradient": gradient},
+            communicator,
+            normalized=config.laplacian == "normalized",
+            progress=progress,
+        )

@@ -1,0 +1,67 @@
+"""What `spectral-ds inspect` has found, as it is shown, drawn and written."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spectral_ds.cli.candidates import Recommendation, Verdict
+from spectral_ds.cli.inspection import Facts
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    """One graph of the configuration.
+
+    Attributes:
+        name: its key in the configuration.
+        node, laplacian: as configured.
+        whole: of all of it.
+        families: of the graph that each edge family makes alone.
+        roles: of the nodes of each role.
+    """
+
+    name: str
+    node: str
+    laplacian: str
+    whole: Facts
+    families: dict[str, Facts]
+    roles: dict[str, Facts]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that was found.
+
+    Attributes:
+        model: as the user named it.
+        parameters, elements: trainable ones, and their elements.
+        config: the whole configuration in use.
+        graphs: those that the configuration stacks.
+        candidates: best first; None without data.
+        recommendation: None without data.
+        seconds: that it took.
+    """
+
+    model: str
+    parameters: int
+    elements: int
+    config: dict[str, Any]
+    graphs: list[GraphSummary]
+    candidates: list[Verdict] | None
+    recommendation: Recommendation | None
+    seconds: float
+
+    def plain(self) -> dict[str, Any]:
+        """Dicts, lists, strings and finite numbers; None stands for what is not a number."""
+        found: dict[str, Any] = _finite(asdict(self))
+        if self.recommendation is not None:
+            found["recommendation"]["yaml"] = self.recommendation.yaml
+        return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

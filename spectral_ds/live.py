@@ -1,0 +1,82 @@
+"""What a script trains, found among the live objects of the process.
+
+In: an optimizer. Out: the module that it trains, and whether a DeepSpeed engine steps it.
+"""
+
+import gc
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def live(kind: type[T]) -> list[T]:
+    """All live objects of a class and its subclasses."""
+    # Not isinstance(), which runs code of proxies and of modules that load lazily.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What it trains at present, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
+    """The module that holds the optimizer's parameters; None if none is alive.
+
+    Of those that hold the most of them: one in DistributedDataParallel or sharded by
+    `fully_shard`, the outermost; else a module inside no other, the one with the fewest
+    parameters.
+    """
+    trained = {id(parameter) for parameter in parameters_of(optimizer)}
+    modules = [module for module in live(torch.nn.Module) if "_modules" in vars(module)]
+    inner = {id(child) for module in modules for child in module.children()}
+    wrapped = _wrapped(modules)
+    best, found = (0, False, 0), None
+    for module in [*wrapped, *(m for m in modules if id(m) not in inner)]:
+        held = [id(parameter) for parameter in module.parameters()]
+        covered = len(trained.intersection(held))
+        rank = (covered, any(module is each for each in wrapped), -len(held))
+        if covered > 0 and rank > best:
+            best, found = rank, module
+    return found
+
+
+def _wrapped(modules: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Those in DistributedDataParallel, and the outermost ones of `fully_shard`."""
+    if not dist.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    nested = {id(part) for module in sharded for part in module.modules() if part is not module}
+    replicated = [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
+    return replicated + [module for module in sharded if id(module) not in nested]
+
+
+def deepspeed_engine_of(optimizer: torch.optim.Optimizer) -> Any:
+    """The DeepSpeed engine that steps a torch optimizer; None if none does."""
+    deepspeed = sys.modules.get("deepspeed")
+    if not hasattr(deepspeed, "DeepSpeedEngine"):
+        return None
+    for engine in live(deepspeed.DeepSpeedEngine):  # type: ignore[union-attr]
+        chain = [getattr(engine, "basic_optimizer", None), getattr(engine, "optimizer", None)]
+        chain.append(getattr(chain[-1], "optimizer", None))
+        if any(each is optimizer for each in chain):
+            return engine
+    return None
+
+
+def name_of(module: torch.nn.Module) -> str:
+    """The classes of a module and of what it wraps, for people."""
+    names = [type(module).__name__]
+    while isinstance(
+        inner := getattr(module, "module", getattr(module, "_orig_mod", None)), torch.nn.Module
+    ):
+        module = inner
+        names.append(type(module).__name__)
+    return " of ".join(names)

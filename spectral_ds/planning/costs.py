@@ -1,0 +1,123 @@
+"""What a filter costs: arithmetic, memory traffic, time.
+
+Products are bound by memory: time is traffic over bandwidth, plus what is sent over the bandwidth
+of the link it takes, plus a latency a collective.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.packs import Pack
+
+FLOAT = 4  # bytes of a float32, in which all arithmetic is done
+INDEX = 4  # bytes of a column index
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank's hardware gives, and what a step is besides the filter.
+
+    Attributes:
+        intra, inter: bytes a second that a rank sends within its machine, and across.
+        memory: bytes a second that a rank reads and writes.
+        latency: seconds of a collective, however little it sends.
+    """
+
+    intra: float = 300e9
+    inter: float = 40e9
+    memory: float = 2.5e12
+    latency: float = 30e-6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step; (world size,) each.
+
+    Attributes:
+        flow: elements that travel, in float32.
+        flops: additions and multiplications.
+        traffic: bytes read and written.
+        collectives: how many.
+    """
+
+    flow: Flow
+    flops: Floats
+    traffic: Floats
+    collectives: int
+
+    @classmethod
+    def of_elements(cls, elements: Floats, bytes_each: float, cluster: Cluster) -> "Cost":
+        """Of a pass over elements that sends nothing, an operation each."""
+        return cls(Flow.none(cluster), elements, bytes_each * elements, 0)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flow + other.flow,
+            self.flops + other.flops,
+            self.traffic + other.traffic,
+            self.collectives + other.collectives,
+        )
+
+    def computing(self, machine: Machine) -> Floats:
+        """Seconds that each rank's memory is busy."""
+        return self.traffic / machine.memory
+
+    def communicating(self, machine: Machine) -> Floats:
+        """Seconds that each rank's links are busy."""
+        near, far = self.flow.near * FLOAT, self.flow.far * FLOAT
+        return near / machine.intra + far / machine.inter + self.collectives * machine.latency
+
+
+def function_cost(packs: Sequence[Pack], hops: int, moves: int, cluster: Cluster) -> Cost:
+    """Of one function of L.
+
+    Args:
+        hops: products with L.
+        moves: signals that come into scratch memory or leave it.
+    """
+    zeros = np.zeros(cluster.world_size)
+    total = Cost(Flow.none(cluster), zeros, zeros, 0)
+    for pack in packs:
+        if pack.is_dense:
+            elements = pack.rows * pack.columns
+            flops, traffic = 2 * pack.rows * elements, 2 * FLOAT * elements
+            hop = Cost(Flow.none(cluster), flops, traffic, 0)
+        else:
+            hop = _times(_product(pack), hops)
+        total = total + hop + _times(_move(pack, cluster), moves)
+    return total
+
+
+def _product(pack: Pack) -> Cost:
+    """T ← 2 L̃ T' − T'', out ← out + c T, and the boundary before it."""
+    elements = pack.rows * pack.columns
+    gathered = pack.links * pack.columns
+    hop = pack.hop
+    return Cost(
+        hop,
+        2 * gathered + 2 * elements,
+        # A read for each nonzero number, and T'', T, T again, out.
+        FLOAT * (gathered + 5 * elements)
+        + (FLOAT + INDEX) * pack.links
+        + 2 * FLOAT * (hop.sent + hop.received),
+        pack.slices if hop.total > 0 else 0,
+    )
+
+
+def _move(pack: Pack, cluster: Cluster) -> Cost:
+    """Own elements to scratch memory or back, by way of other ranks' where transposed."""
+    own = sum((group.elements for group in pack.groups), np.zeros(cluster.world_size))
+    passing = pack.move.sent + pack.move.received
+    is_sent = pack.move.total > 0
+    return Cost(
+        pack.move, np.zeros_like(own), 2 * FLOAT * (own + passing), pack.slices if is_sent else 0
+    )
+
+
+def _times(cost: Cost, count: int) -> Cost:
+    return Cost(
+        cost.flow * count, cost.flops * count, cost.traffic * count, cost.collectives * count
+    )

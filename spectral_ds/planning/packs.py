@@ -1,0 +1,177 @@
+"""Packs: groups that the filter works on together, and what that takes of each rank.
+
+The rules are those of `laplacian.plan`, `laplacian.workspace` and `laplacian.kernels`, worked out
+for all ranks at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.laplacian.transpose import column_slices
+from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.groups import PlannedGroup
+from spectral_ds.planning.layouts import Ints
+from spectral_ds.planning.parts import Parts, joined
+
+# Slices of columns are multiples of this.
+SLICE = 16
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Elements that a rank stores at once, the largest of any bucket; (world size,) each.
+
+    Attributes:
+        stored: of a signal with boundary rows; there are two.
+        own: of one without.
+        sent, received: of the buffers of exchanges.
+    """
+
+    stored: Floats
+    own: Floats
+    sent: Floats
+    received: Floats
+
+    @classmethod
+    def none(cls, cluster: Cluster) -> "Scratch":
+        zeros = np.zeros(cluster.world_size)
+        return cls(zeros, zeros, zeros, zeros)
+
+    def __or__(self, other: "Scratch") -> "Scratch":
+        return Scratch(
+            np.maximum(self.stored, other.stored),
+            np.maximum(self.own, other.own),
+            np.maximum(self.sent, other.sent),
+            np.maximum(self.received, other.received),
+        )
+
+    @property
+    def elements(self) -> Floats:
+        return 2 * self.stored + self.own + self.sent + self.received
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Groups of equal width that meet alike; (world size,) where it says by rank.
+
+    Attributes:
+        meeting: how.
+        groups: which.
+        is_dense: whether products are dense, by the eigenbasis of depth paths.
+        slices: of columns, one product each.
+        hop: what travels before a product; nothing if it is transposed.
+        move: what travels to transpose, and again to come back.
+        rows, columns: nodes that a rank multiplies, and columns of them; by rank.
+        links: nonzero numbers of its block; by rank.
+        scratch: what it takes.
+    """
+
+    meeting: Meeting
+    groups: tuple[PlannedGroup, ...]
+    is_dense: bool
+    slices: int
+    hop: Flow
+    move: Flow
+    rows: Floats
+    columns: Floats
+    links: Floats
+    scratch: Scratch
+
+    @property
+    def kernel_bytes(self) -> Floats:
+        """Of torch's CSR block (32-bit indices, float32), or of a dense one and its eigenbasis."""
+        if self.is_dense:
+            # Block and function in float32, eigenvectors in float64.
+            return self.rows * self.rows * (4 + 4 + 8) * (self.columns > 0)
+        return (8 * self.links + 4 * (self.rows + 1)) * (self.rows > 0)
+
+
+def packed(
+    groups: Sequence[PlannedGroup],
+    meetings: Sequence[Meeting],
+    cluster: Cluster,
+    bucket_elements: int,
+) -> list[Pack]:
+    """Groups of equal width that meet alike, together while they fit; groups of paths alone."""
+    found: list[tuple[Meeting, list[PlannedGroup]]] = []
+    still_open: dict[object, tuple[list[PlannedGroup], Ints]] = {}
+    for index, (group, meeting) in enumerate(zip(groups, meetings, strict=True)):
+        width = group.parts.width
+        slices = column_slices(group.elements, width) if meeting == "transpose" else None
+        key = index if group.is_path else (width, meeting, slices)
+        held, filled = still_open.get(key, ([], np.zeros_like(group.elements)))
+        if not held or (filled + group.elements).max() > bucket_elements:
+            held, filled = [], np.zeros_like(group.elements)
+            found.append((meeting, held))
+        held.append(group)
+        still_open[key] = held, filled + group.elements
+    return [_pack(meeting, held, cluster, bucket_elements) for meeting, held in found]
+
+
+def _pack(
+    meeting: Meeting, groups: Sequence[PlannedGroup], cluster: Cluster, bucket_elements: int
+) -> Pack:
+    parts = joined([group.parts for group in groups])
+    is_dense = groups[0].is_path and meeting != "boundary"
+    if meeting == "transpose":
+        return _transposed(groups, parts, is_dense, cluster, bucket_elements)
+    rows = cluster.by_rank(parts.rank, parts.touched)
+    columns = parts.columns(cluster).astype(np.float64)
+    boundary = sum((group.boundary.rows for group in groups), np.zeros(cluster.world_size))
+    hop = sum((group.boundary.hop for group in groups), Flow.none(cluster))
+    if is_dense:  # each rank slices what it owns
+        at_once = max(SLICE, bucket_elements // parts.all_nodes // SLICE * SLICE)
+        slices = -(-int(columns.max()) // at_once)
+    else:
+        at_once = _columns_at_once(parts, cluster, bucket_elements)
+        slices = -(-parts.width // at_once)
+    here, share = np.minimum(columns, at_once), min(1.0, at_once / parts.width)
+    links = sum((group.links for group in groups), np.zeros(cluster.world_size)) + rows
+    scratch = Scratch((rows + boundary) * here, rows * here, hop.sent * share, hop.received * share)
+    none = Flow.none(cluster)
+    return Pack(meeting, tuple(groups), is_dense, slices, hop, none, rows, columns, links, scratch)
+
+
+def _transposed(
+    groups: Sequence[PlannedGroup],
+    parts: Parts,
+    is_dense: bool,
+    cluster: Cluster,
+    bucket_elements: int,
+) -> Pack:
+    """Every slice of columns is divided among the ranks by what they own of it."""
+    at_once = _columns_at_once(parts, cluster, bucket_elements)
+    move, scratch = Flow.none(cluster), Scratch.none(cluster)
+    columns = np.zeros(cluster.world_size)
+    starts = range(0, parts.width, at_once)
+    for low in starts:
+        high = min(low + at_once, parts.width)
+        elements = cluster.by_rank(parts.rank, parts.count(low, high)).astype(np.int64)
+        slices = low + np.array(column_slices(elements, high - low))
+        own = np.diff(slices).astype(np.float64)
+        stored = parts.all_nodes * own
+        moved = parts.moved(slices, cluster)
+        scratch |= Scratch(stored, stored, moved.sent, moved.received)
+        move, columns = move + moved, columns + own
+    has_any = (columns > 0).astype(np.float64)
+    return Pack(
+        "transpose",
+        tuple(groups),
+        is_dense,
+        len(starts),
+        Flow.none(cluster),
+        move,
+        parts.all_nodes * has_any,
+        columns,
+        (sum(group.all_links for group in groups) + parts.all_nodes) * has_any,
+        scratch,
+    )
+
+
+def _columns_at_once(parts: Parts, cluster: Cluster, bucket_elements: int) -> int:
+    """Columns of a slice, equal on all ranks."""
+    largest = max(int(parts.elements(cluster).max()), 1)
+    return max(SLICE, bucket_elements * parts.numel // largest // parts.all_nodes // SLICE * SLICE)

@@ -1,0 +1,192 @@
+"""The whole plan: what a configuration takes of each rank, from shapes alone.
+
+In: a model's shapes, a configuration, an engine and the ranks. Out: a `Plan`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+
+from spectral_ds.config import SpectralConfig
+from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.engines import Engine
+from spectral_ds.graph import UnknownHeadWidthError
+from spectral_ds.planning.costs import FLOAT, Cost, Machine
+from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.layouts import EngineName, cut_parameters
+from spectral_ds.planning.stages import PlannedStage, plan_stage
+from spectral_ds.stage import choose_parameters, edge_families
+
+# What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
+# statistics are taken, a span of nodes with its rectangles.
+RUN_BYTES = 170
+RUN_OF_SKETCHES_BYTES = 760
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan knows of a model.
+
+    Attributes:
+        name: as the user wrote it.
+        shapes: of its trainable parameters, in model order.
+        elements: of all parameters.
+        holders: modules that know the width of an attention head.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    elements: int
+    holders: Sequence[Any] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one configuration takes; (world size,) where it says by rank.
+
+    Attributes:
+        model, config, engine, cluster, machine, bucket_elements: what it was made for.
+        stages: the graphs that filter one after another.
+        elements: filtered, by rank.
+        device_memory, host_memory: bytes by what for; by rank.
+        cost: of one step in which the filter acts.
+    """
+
+    model: Model
+    config: SpectralConfig
+    engine: EngineName
+    cluster: Cluster
+    machine: Machine
+    bucket_elements: int
+    stages: tuple[PlannedStage, ...]
+    elements: Floats
+    device_memory: dict[str, Floats]
+    host_memory: dict[str, Floats]
+    cost: Cost
+
+    @property
+    def bytes_sent(self) -> int:
+        """That all ranks send in a step."""
+        return FLOAT * self.cost.flow.total
+
+    @cached_property
+    def seconds(self) -> Floats:
+        """Of a step, what the filter and the regularizer add; by rank."""
+        return self.cost.computing(self.machine) + self.cost.communicating(self.machine)
+
+    def instead(
+        self, engine: EngineName | None = None, config: SpectralConfig | None = None
+    ) -> "Plan":
+        """The same under another engine or configuration, parameters in one group."""
+        return make_plan(
+            self.model,
+            config or self.config,
+            engine or self.engine,
+            self.cluster,
+            self.machine,
+            self.bucket_elements,
+        )
+
+
+def make_plan(
+    model: Model,
+    config: SpectralConfig,
+    engine: EngineName,
+    cluster: Cluster,
+    machine: Machine,
+    bucket_elements: int,
+    groups: Sequence[Sequence[str]] | None = None,
+) -> Plan:
+    """Plan a configuration.
+
+    Args:
+        bucket_elements: see `spectral_ds.stage.bucket_elements`.
+        groups: the optimizer's parameter groups, see `cut_parameters`.
+
+    Raises:
+        SpectralConfigError: it cannot be used with the model.
+    """
+    cuts = cut_parameters(engine, model.shapes, cluster.world_size, groups)
+    stages = []
+    for index, settings in enumerate(config.stack):
+        key = f"graphs[{index}]" if config.graphs else "graph"
+        chosen = choose_parameters(model.shapes, settings, key)
+        try:
+            # Of an engine, only its holders are asked for.
+            families = edge_families(settings, cast(Engine, model))
+            stage = plan_stage(chosen, families, settings, config, cuts, cluster, bucket_elements)
+        except UnknownHeadWidthError as error:
+            raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
+        stages.append(stage)
+    filtered = {p.name for stage in stages for group in stage.groups for p in group.parameters}
+    elements = sum(
+        (cluster.by_rank(cuts[n].rank, np.diff(cuts[n].bounds)) for n in sorted(filtered)),
+        np.zeros(cluster.world_size),
+    )
+    device, host = _memory(stages, config, elements)
+    runs = sum(len(cut.rank) for cut in cuts.values())
+    measured = RUN_OF_SKETCHES_BYTES if device["statistics"].any() else 0
+    host["layout"] = np.full_like(elements, float(runs * (RUN_BYTES + measured)))
+    return Plan(
+        model,
+        config,
+        engine,
+        cluster,
+        machine,
+        bucket_elements,
+        tuple(stages),
+        elements,
+        device,
+        host,
+        _cost(stages, config, elements, cluster),
+    )
+
+
+def _memory(
+    stages: Sequence[PlannedStage], config: SpectralConfig, elements: Floats
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """On the device, and on its host."""
+    shard, none = FLOAT * elements, np.zeros_like(elements)
+    regularizer = config.regularizer
+    has_reference = regularizer.strength > 0 and regularizer.reference == "pretrained"
+
+    def of_stages(kind: str) -> Floats:
+        return sum((stage.memory[kind] for stage in stages), none)
+
+    device = {kind: of_stages(kind) for kind in ("kernels", "scratch", "statistics")}
+    host = {"edges": of_stages("edges")}
+    if has_reference:
+        (host if regularizer.reference_device == "cpu" else device)["reference"] = shard
+    if config.filter.apply_to == "update":
+        device["weights before the step"] = shard
+    if config.filter.temporal is not None:
+        device["running mean"] = shard
+    return device, host
+
+
+def _cost(
+    stages: Sequence[PlannedStage], config: SpectralConfig, elements: Floats, cluster: Cluster
+) -> Cost:
+    """Of one step. Passes over all elements are counted by what they read and write."""
+    cost = Cost(Flow.none(cluster), np.zeros_like(elements), np.zeros_like(elements), 0)
+
+    def passes(numbers_each: int) -> Cost:
+        return Cost.of_elements(elements, FLOAT * numbers_each, cluster)
+
+    acts = any(stage.filter is not None for stage in stages)
+    for stage in stages:
+        if stage.filter is not None:
+            cost = cost + stage.filter
+        if stage.penalty is not None:
+            # θ − θ_ref; added to the target.
+            cost = cost + stage.penalty + passes(3) + passes(3)
+    if acts and config.filter.apply_to == "update":
+        cost = cost + passes(2) + passes(3) + passes(3)  # copy, subtract, add
+    if acts and config.filter.rescale == "norm":
+        cost = cost + passes(1) + passes(1) + passes(2)
+    if config.filter.temporal is not None:
+        cost = cost + passes(5)
+    return cost

@@ -1,0 +1,217 @@
+"""One graph of the configuration: how its groups meet, what it sends, stores and computes."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectral_ds.config import ADAPTIVE, GraphConfig, SpectralConfig
+from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.filters import NO_SERIES
+from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
+from spectral_ds.graph.projection import sketch_size
+from spectral_ds.laplacian import ExchangeName
+from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.planning.chance import reached
+from spectral_ds.planning.costs import FLOAT, Cost, function_cost
+from spectral_ds.planning.flows import Cluster, Floats
+from spectral_ds.planning.groups import PlannedGroup, plan_groups
+from spectral_ds.planning.layouts import Cuts
+from spectral_ds.planning.packs import Pack, Scratch, packed
+from spectral_ds.planning.parts import Parts
+from spectral_ds.planning.responses import Hops, Spectrum, hops_of
+from spectral_ds.stage import SKETCH_WIDTH
+
+# An edge: two node numbers and a weight, 64 bits each.
+EDGE_BYTES = 24
+# A run in `RowOwners`: start, end and rank, 64 bits each.
+RUN_BYTES = 24
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedStage:
+    """One graph, and what a step takes of each rank; (world size,) where it says by rank.
+
+    Attributes:
+        lambda_max: the bound of its eigenvalues; of similarity, combinatorial, an estimate.
+        hops: products with L.
+        groups, meetings: sets of joined parameters, and how the nodes of each meet.
+        packs: what the filter works on.
+        nodes: of which a rank owns a part; by rank.
+        edges_held: directed edges from them, about; by rank.
+        memory: bytes by what for; by rank.
+        filter, penalty: what they cost at a step where they act; None if they never do.
+    """
+
+    lambda_max: float
+    hops: Hops
+    groups: tuple[PlannedGroup, ...]
+    meetings: tuple[Meeting, ...]
+    packs: tuple[Pack, ...]
+    nodes: Floats
+    edges_held: Floats
+    memory: dict[str, Floats]
+    filter: Cost | None
+    penalty: Cost | None
+
+    @property
+    def bytes_per_hop(self) -> int:
+        """That all ranks send for a product with L."""
+        return FLOAT * sum(pack.hop.total for pack in self.packs)
+
+    @property
+    def bytes_per_move(self) -> int:
+        """That all ranks send to transpose what is transposed, or to return it."""
+        return FLOAT * sum(pack.move.total for pack in self.packs)
+
+    @property
+    def all_nodes(self) -> int:
+        return sum(p.nodes for group in self.groups for p in group.parameters)
+
+    @property
+    def edges(self) -> tuple[float, float, float]:
+        """Undirected: expected, and the least and the most possible."""
+        expected, least, most = np.sum([group.edges for group in self.groups], axis=0).tolist()
+        return expected, least, most
+
+    @property
+    def meetings_counted(self) -> dict[Meeting, int]:
+        """How many groups meet in which way."""
+        counted = Counter(self.meetings)
+        return {"local": counted["local"], "boundary": counted["boundary"],
+                "transpose": counted["transpose"]}  # fmt: skip
+
+
+def plan_stage(
+    parameters: Sequence[ParameterNodes],
+    families: Sequence[EdgeFamily],
+    settings: GraphConfig,
+    config: SpectralConfig,
+    cuts: Mapping[str, Cuts],
+    cluster: Cluster,
+    bucket_elements: int,
+) -> PlannedStage:
+    """Plan one graph.
+
+    Args:
+        settings: the graph's part of the configuration.
+        bucket_elements: no rank stores more of one bucket, unless a single column is larger.
+
+    Raises:
+        SpectralConfigError: the response cannot be evaluated on it.
+    """
+    groups = plan_groups(parameters, families, cuts, cluster)
+    max_degree = max(group.max_degree for group in groups)
+    lambda_max = 2.0 if settings.laplacian == "normalized" else 2 * max_degree or 1.0
+    only_paths = all(group.is_path for group in groups)
+    hops = hops_of(config, Spectrum(lambda_max, only_paths))
+    exchange: ExchangeName = config.operator.exchange  # type: ignore[assignment]
+    meetings = [group.meeting(hops.all, exchange) for group in groups]
+    if hops.all >= NO_SERIES and "boundary" in meetings:
+        raise SpectralConfigError(
+            "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
+            f"{config.filter.response} is close enough to its exact values on depth paths; use "
+            "auto or transpose"
+        )
+    packs = packed(groups, meetings, cluster, bucket_elements)
+    own = {p.name: Parts.of([p], [cuts[p.name]]) for p in parameters}
+    nodes, edges_held = _held(groups, own, cluster)
+    scratch = Scratch.none(cluster)
+    for pack in packs:
+        scratch |= pack.scratch
+    memory = {
+        "edges": sum((_edge_bytes(group) for group in groups), np.zeros(cluster.world_size)),
+        "kernels": sum((pack.kernel_bytes for pack in packs), np.zeros(cluster.world_size)),
+        "scratch": FLOAT * scratch.elements,
+        "statistics": _statistics(
+            groups, own, families, settings, config, cluster, bucket_elements
+        ),
+    }
+    acts = not hops.is_identity and config.filter.strength > 0
+    moves = 3 if config.regularizer.reference == "pretrained" else 2
+    return PlannedStage(
+        lambda_max,
+        hops,
+        tuple(groups),
+        tuple(meetings),
+        tuple(packs),
+        nodes,
+        edges_held,
+        memory,
+        function_cost(packs, hops.filter, 2, cluster) if acts else None,
+        None if hops.penalty is None else function_cost(packs, hops.penalty, moves, cluster),
+    )
+
+
+def _held(
+    groups: Sequence[PlannedGroup], own: Mapping[str, Parts], cluster: Cluster
+) -> tuple[Floats, Floats]:
+    """Nodes of which each rank owns a part, and directed edges from them."""
+    nodes, edges = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
+    for group in groups:
+        runs = [own[parameter.name] for parameter in group.parameters]
+        held = sum((cluster.by_rank(r.rank, r.touched) for r in runs), np.zeros_like(nodes))
+        nodes += held
+        edges += held * 2 * group.edges[0] / sum(r.all_nodes for r in runs)
+    return nodes, edges
+
+
+def _edge_bytes(group: PlannedGroup) -> Floats:
+    """Edges, degrees and owners, as a group holds them on each rank."""
+    edges = np.full_like(group.links, group.all_links) if group.is_path else group.links
+    fixed = 8 * group.parts.all_nodes + RUN_BYTES * len(group.parts.rank)
+    return EDGE_BYTES * edges + fixed
+
+
+def _statistics(
+    groups: Sequence[PlannedGroup],
+    own: Mapping[str, Parts],
+    families: Sequence[EdgeFamily],
+    settings: GraphConfig,
+    config: SpectralConfig,
+    cluster: Cluster,
+    bucket_elements: int,
+) -> Floats:
+    """Two sketches of each node that a rank owns a part of, and what measures them, about."""
+    responses = {config.filter.response, config.regularizer.response}
+    needed = bool(responses & set(ADAPTIVE)) or _compares_gradients(families)
+    zeros = np.zeros(cluster.world_size)
+    if not needed and not (config.monitor.enabled and settings.node != "element"):
+        return zeros
+    widths = [e.sketch_width for e in settings.edges if e.features == "gradient"]
+    sketch = widths[0] if widths else SKETCH_WIDTH
+    partial, complete, boundary, links = zeros, zeros, zeros, zeros
+    for group in groups:
+        columns = sketch_size(group.parameters[0].width, sketch)
+        for parameter in group.parameters:
+            parts = own[parameter.name]
+            partial = partial + columns * cluster.by_rank(parts.rank, parts.touched)
+        all_nodes = sum(parameter.nodes for parameter in group.parameters)
+        nodes = all_nodes * group.elements / group.parts.numel
+        complete = complete + columns * nodes
+        boundary = boundary + columns * _boundary_nodes(group, families, nodes, all_nodes)
+        links = links + nodes * (group.all_links / group.parts.all_nodes + 1)
+    at_once = np.minimum(complete, bucket_elements)
+    share = at_once / np.maximum(complete, 1)
+    workspace = 3 * at_once + 4 * boundary * share
+    wide = {p.width for group in groups for p in group.parameters}
+    projections = sum(sketch * w for w in wide if sketch_size(w, sketch) < w)
+    return FLOAT * (2 * partial + workspace + projections) + 8 * links
+
+
+def _compares_gradients(families: Sequence[EdgeFamily]) -> bool:
+    return any(isinstance(f, Similarity) and f.features == "gradient" for f in families)
+
+
+def _boundary_nodes(
+    group: PlannedGroup, families: Sequence[EdgeFamily], nodes: Floats, all_nodes: int
+) -> Floats:
+    """Nodes of others that a rank needs when each node has one rank."""
+    similar = [family for family in families if isinstance(family, Similarity)]
+    if similar and group.parts.by_column:
+        scopes = len(similar[0].scopes(group.parameters))
+        mine = (nodes / scopes).round().astype(np.int64)
+        others = all_nodes // scopes - mine
+        return scopes * others * reached(mine, all_nodes // scopes, similar[0].neighbours)
+    return group.boundary.hop.received / group.parameters[0].width

@@ -1,0 +1,150 @@
+"""A plan as plain numbers: what `spectral-ds plan --json` prints.
+
+By rank there is the mean and the worst rank. Bytes are those that a rank sends.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from spectral_ds.planning.advice import advice
+from spectral_ds.planning.costs import FLOAT
+from spectral_ds.planning.flows import Floats, Flow
+from spectral_ds.planning.layouts import EngineName
+from spectral_ds.planning.planner import Plan
+from spectral_ds.planning.stages import PlannedStage
+
+# The forward and backward pass of one token takes so many operations a parameter.
+FLOPS_PER_PARAMETER = 6
+
+
+def summary(
+    plan: Plan, others: Mapping[EngineName, Plan], tokens: int | None, flops: float
+) -> dict[str, Any]:
+    """All of a plan.
+
+    Args:
+        others: the same under other engines.
+        tokens: of a rank in one step; None if not known.
+        flops: that a rank does in a second.
+    """
+    step = None
+    if tokens is not None:
+        step = FLOPS_PER_PARAMETER * plan.model.elements * tokens / flops
+    worst = float(plan.seconds.max())
+    return {
+        "model": plan.model.name,
+        "parameters": plan.model.elements,
+        "engine": plan.engine,
+        "world_size": plan.cluster.world_size,
+        "nodes": plan.cluster.machines,
+        "graphs": [_graph(plan, stage) for stage in plan.stages],
+        "bytes_per_step": plan.bytes_sent,
+        "collectives_per_step": plan.cost.collectives,
+        "per_rank": _per_rank(plan),
+        "step": None
+        if step is None
+        else {"tokens": tokens, "flops": flops, "seconds": step, "added": worst / step},
+        "other_engines": {
+            name: {
+                "bytes_per_step": other.bytes_sent,
+                "seconds": float(other.seconds.max()),
+            }
+            for name, other in others.items()
+        },
+        "assumed": {
+            **asdict(plan.machine),
+            "bucket_elements": plan.bucket_elements,
+            "kernel": "torch_csr",
+        },
+        "advice": advice(plan, others, step),
+    }
+
+
+def _graph(plan: Plan, stage: PlannedStage) -> dict[str, Any]:
+    expected, least, most = map(round, stage.edges)
+    return {
+        "nodes": stage.all_nodes,
+        "edges": {"expected": expected, "least": least, "most": most},
+        "lambda_max": stage.lambda_max,
+        "hops": {"filter": stage.hops.filter, "regularizer": stage.hops.penalty},
+        "meetings": stage.meetings_counted,
+        "bytes_per_hop": stage.bytes_per_hop,
+        "bytes_per_move": stage.bytes_per_move,
+        "groups": _groups(plan, stage),
+    }
+
+
+def _groups(plan: Plan, stage: PlannedStage) -> list[dict[str, Any]]:
+    """Groups of equal roles that meet alike, together."""
+    moves = 0 if stage.filter is None else 2
+    hops = 0 if stage.filter is None else stage.hops.filter
+    if stage.hops.penalty is not None:
+        hops += stage.hops.penalty
+        moves += 3 if plan.config.regularizer.reference == "pretrained" else 2
+    count: dict[Any, int] = defaultdict(int)
+    sent: dict[Any, int] = defaultdict(int)
+    for group, meeting in zip(stage.groups, stage.meetings, strict=True):
+        key = group.roles, meeting
+        count[key] += 1
+        if meeting == "boundary":
+            sent[key] += FLOAT * hops * group.boundary.hop.total
+        elif meeting == "transpose":
+            sent[key] += FLOAT * moves * group.move.total
+    return [
+        {"roles": list(roles), "meets": meeting, "count": number,
+         "bytes_per_step": sent[roles, meeting]}
+        for (roles, meeting), number in count.items()
+    ]  # fmt: skip
+
+
+def _per_rank(plan: Plan) -> dict[str, Any]:
+    none = Flow.none(plan.cluster)
+    hop = sum((pack.hop for stage in plan.stages for pack in stage.packs), none)
+    move = sum((pack.move for stage in plan.stages for pack in stage.packs), none)
+    computing = plan.cost.computing(plan.machine)
+    communicating = plan.cost.communicating(plan.machine)
+    return {
+        "elements": _figures(plan.elements),
+        "nodes": _figures(sum((s.nodes for s in plan.stages), np.zeros_like(plan.elements))),
+        "edges": _figures(sum((s.edges_held for s in plan.stages), np.zeros_like(plan.elements))),
+        "device_bytes": _memory(plan.device_memory),
+        "host_bytes": _memory(plan.host_memory),
+        "boundary_bytes_per_hop": _bytes(hop),
+        "transposed_bytes_per_move": _bytes(move),
+        "bytes_per_step": _bytes(plan.cost.flow),
+        "flops_per_step": _figures(plan.cost.flops),
+        "traffic_bytes_per_step": _figures(plan.cost.traffic),
+        "seconds": {
+            "computing": _figures(computing, digits=6),
+            "communicating": _figures(communicating, digits=6),
+            "total": _figures(plan.seconds, digits=6),
+        },
+    }
+
+
+def _memory(by_kind: Mapping[str, Floats]) -> dict[str, Any]:
+    total = np.sum(list(by_kind.values()), axis=0)
+    return {
+        **{kind.replace(" ", "_"): _figures(each) for kind, each in by_kind.items()},
+        "total": _figures(total),
+    }
+
+
+def _bytes(flow: Flow) -> dict[str, Any]:
+    return {
+        "within_node": _figures(FLOAT * flow.sent_near),
+        "across_nodes": _figures(FLOAT * (flow.sent - flow.sent_near)),
+        "total": _figures(FLOAT * flow.sent),
+    }
+
+
+def _figures(by_rank: Floats, digits: int | None = None) -> dict[str, float]:
+    """Mean and worst rank; whole numbers unless digits are asked for."""
+    return {
+        "mean": round(float(by_rank.mean()), digits),
+        "worst": round(float(by_rank.max()), digits),
+    }

@@ -1,0 +1,271 @@
+"""Runner: attaches plugins to whatever a program trains, and lets go of all of it at the end.
+
+In: a configuration, or None to go by the sections of DeepSpeed configs. While it watches,
+`deepspeed.initialize` attaches to its engine; torch optimizers are attached at their first clipping
+or step, whichever comes first, to the module that they train. Gradients are filtered before torch's
+functions clip them. What is not attached is said on rank 0, with the reason.
+"""
+
+import os
+import sys
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from spectral_ds.after_import import AfterImport
+from spectral_ds.attach import attach, check_section, plugin_of
+from spectral_ds.clipping import FilterBeforeClipping, Training
+from spectral_ds.config import SpectralConfig, load_config
+from spectral_ds.config_sources import SECTION
+from spectral_ds.engines import UnsupportedEngineError
+from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
+from spectral_ds.plugin import SpectralPlugin
+
+# Names the file with the section, where no DeepSpeed config has it.
+VARIABLE = "SPECTRAL_DS_CONFIG"
+
+
+class Runner:
+    """Attaches to what is trained; holds nothing of it alive.
+
+    Args:
+        config: for all that is attached; None: that of the DeepSpeed engine.
+    """
+
+    def __init__(self, config: SpectralConfig | None) -> None:
+        self._config = config
+        self._plugins: list[weakref.ref[SpectralPlugin]] = []
+        self._trainings: list[Training] = []
+        # In the order in which they were built, which is the same on all ranks.
+        self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._settled: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._stepping: list[int] = []  # ids of optimizers, inner ones last
+        self._is_found = False  # whether anything has a plugin, by this runner or by the program
+        self._has_reported = False
+        self._refusals: list[str] = []
+        self._handles: list[Any] = []
+
+    def watch(self) -> None:
+        """Attach to all that is trained from now on."""
+        self._handles += [
+            WrappedMethod(torch.optim.Optimizer, "__init__", self._build),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+            AfterImport("deepspeed", self._watch_deepspeed),
+        ]
+        self.watch_clipping()
+
+    def watch_clipping(self) -> None:
+        """Filter before clipping, for the optimizers that are attached."""
+        self._handles.append(FilterBeforeClipping(self._clipped))
+
+    def attach(
+        self, model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None
+    ) -> SpectralPlugin | None:
+        """`spectral_ds.attach` by the configuration (collective); detached by `stop`."""
+        plugin = attach(model_or_engine, optimizer, self._config)
+        if plugin is not None:
+            self._is_found = True
+            self._plugins.append(weakref.ref(plugin))
+            if optimizer is not None:
+                self._trainings = [each for each in self._trainings if each.plugin is not None]
+                self._trainings.append(Training(optimizer, plugin, len(self._optimizers)))
+        return plugin
+
+    def stop(self) -> None:
+        """Restore everything that was replaced, and detach."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for reference in self._plugins:
+            plugin = reference()
+            if plugin is not None and plugin.attached:
+                plugin.detach()
+
+    def report(self) -> None:
+        """Say, once, that nothing is attached, if so, and why."""
+        if self._has_reported:
+            return
+        self._has_reported = True
+        if self._is_found:
+            for refusal in self._refusals:
+                say(f"not attached to {refusal}")
+            return
+        reasons = self._refusals or ["no torch optimizer and no DeepSpeed engine took a step"]
+        say("\n  ".join(["NOTHING IS ATTACHED; gradients are not filtered:", *reasons]))
+
+    def _refuse(self, what: str, reason: str) -> None:
+        self._refusals.append(f"{what}: {reason}")
+        if self._has_reported:
+            say(f"not attached to {self._refusals[-1]}")
+
+    def _try(self, what: str, target: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Attach, or note why not; a wrong configuration is an error."""
+        try:
+            plugin = self.attach(target, optimizer)
+        except UnsupportedEngineError as error:
+            self._refuse(what, str(error))
+            return
+        if plugin is None:
+            self._refuse(what, "the configuration says enabled: false")
+        else:
+            say(f"attached to {what}")
+
+    # DeepSpeed
+
+    def _watch_deepspeed(self, deepspeed: ModuleType) -> None:
+        self._handles.append(WrappedMethod(deepspeed, "initialize", self._initialize))
+
+    def _initialize(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._config is None:
+            check_section(original, args, kwargs)
+        results = original(*args, **kwargs)
+        engine = results[0]
+        stage = engine.zero_optimization_stage()
+        what = f"the DeepSpeed engine of {name_of(engine.module)} (ZeRO stage {stage})"
+        if getattr(engine, "basic_optimizer", None) is None:
+            self._refuse(what, "it has no optimizer")
+        elif self._config is None and engine.config.get(SECTION) is None:
+            self._refuse(what, f'its config has no section "{SECTION}", and {VARIABLE} is not set')
+        else:
+            self._try(what, engine)
+        return results
+
+    # Torch optimizers
+
+    def _build(
+        self,
+        original: Callable[..., Any],
+        optimizer: torch.optim.Optimizer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(optimizer, *args, **kwargs)
+        self._optimizers.append(weakref.ref(optimizer))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if id(optimizer) in self._stepping:  # an earlier step of it raised
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        self._stepping.append(id(optimizer))
+        if len(self._stepping) == 1 and optimizer not in self._settled:
+            self._settle(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if id(optimizer) in self._stepping:
+            del self._stepping[self._stepping.index(id(optimizer)) :]
+        if not self._stepping:
+            self.report()
+
+    def _clipped(self, tensors: set[int]) -> list[Training]:
+        """Those that train some of what is clipped, attached now if they were not yet."""
+        for optimizer in self._alive():
+            if optimizer in self._settled:
+                continue
+            own = {id(p) for p in parameters_of(optimizer)}
+            own |= {id(p.grad) for p in parameters_of(optimizer) if p.grad is not None}
+            # One that wraps another, or was built for another phase, waits for a step of its own.
+            rivals = [each for each in self._trainings if each.trains(own)]
+            if own & tensors and all(self._is_younger(optimizer, rival) for rival in rivals):
+                self._settle(optimizer)
+        return [training for training in self._trainings if training.trains(tensors)]
+
+    def _settle(self, optimizer: torch.optim.Optimizer) -> None:
+        """Attach to an optimizer that begins to train, or note why not; once for each."""
+        self._settled.add(optimizer)
+        own = parameters_of(optimizer)
+        what = f"{type(optimizer).__name__} of {len(own)} parameters"
+        if (engine := deepspeed_engine_of(optimizer)) is not None:
+            if plugin_of(engine) is not None:
+                self._is_found = True
+            elif not self._refusals:
+                self._refuse(what, "its DeepSpeed engine was not made by deepspeed.initialize")
+            return
+        if plugin_of(optimizer) is not None:  # by the program itself
+            self._is_found = True
+            return
+        if self._config is None:
+            self._refuse(what, f"no configuration: {VARIABLE} is not set to the name of a file")
+            return
+        module = module_trained_by(optimizer)
+        if module is None:
+            self._refuse(what, "no torch module that is alive holds its parameters")
+            return
+        held = {id(p) for p in module.parameters()}
+        what = f"{type(optimizer).__name__} of {name_of(module)}"
+        if (missing := sum(id(p) not in held for p in own)) > 0:
+            what += f" (but not {missing} of its {len(own)} parameters, which are elsewhere)"
+        if self._takes_over(optimizer, module, what):
+            self._try(what, module, optimizer)
+
+    def _takes_over(
+        self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, what: str
+    ) -> bool:
+        """Whether to attach to it, next to or in place of others that train the same module."""
+        own = {id(p) for p in parameters_of(optimizer)}
+        for training in self._trainings:
+            plugin, other = training.plugin, training.optimizer
+            overlaps = training.trains(own)
+            if plugin is None or not (overlaps or plugin_of(module) is plugin):
+                continue
+            if not overlaps and not self._is_younger(optimizer, training):
+                self._refuse(what, f"its module has the plugin for {type(other).__name__}")
+                return False
+            plugin.detach()
+            say(f"{type(other).__name__} is detached: {what} trains the same module")
+            if overlaps and training.is_filtered:  # these gradients; the next are this optimizer's
+                self._settled.discard(optimizer)
+                return False
+        held = {id(p) for p in module.parameters()} - own
+        for other in self._alive():
+            parts = parameters_of(other)
+            elements = sum(p.numel() for p in parts if id(p) in held)
+            if (
+                elements > sum(p.numel() for p in parameters_of(optimizer))
+                and not own & {id(p) for p in parts}
+                and deepspeed_engine_of(other) is None
+            ):
+                if other not in self._settled:
+                    self._settle(other)
+                self._refuse(what, f"a module has one plugin, here for {type(other).__name__}")
+                return False
+        return True
+
+    def _is_younger(self, optimizer: torch.optim.Optimizer, training: Training) -> bool:
+        """Whether the optimizer was built after the training was attached."""
+        built = [index for index, each in enumerate(self._optimizers) if each() is optimizer]
+        return bool(built) and built[0] >= training.since
+
+    def _alive(self) -> list[torch.optim.Optimizer]:
+        return [each for reference in self._optimizers if (each := reference()) is not None]
+
+
+def config_of_environment() -> SpectralConfig | None:
+    """What SPECTRAL_DS_CONFIG names; None if it is not set.
+
+    Raises:
+        SpectralConfigError: it cannot be read, or is wrong.
+    """
+    path = os.environ.get(VARIABLE)
+    return load_config(path) if path else None
+
+
+def rank() -> int:
+    """This process's, also before the process group is made and after it is destroyed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(message: str) -> None:
+    """Tell the user, on rank 0."""
+    if rank() == 0:
+        print(f"spectral_ds: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,454 @@
+"""What a plan predicts from shapes is what ranks then send, and hold."""
+
+import json
+from dataclasses import replace
+
+import cells
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import spectral_ds
+from spectral_ds import planning
+from spectral_ds.cli import main
+from spectral_ds.config import load_config
+from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, make_plan
+from spectral_ds.laplacian.block import LocalBlock
+from spectral_ds.laplacian.buckets import Bucket, linked_parameters
+from spectral_ds.laplacian.owners import RowOwners
+from spectral_ds.laplacian.transpose import Transposition, column_slices
+from spectral_ds.planning.groups import plan_groups
+from spectral_ds.planning.models import PRESETS
+from spectral_ds.sharding import Communicator, ShardLayout, intervals
+from spectral_ds.stage import bucket_elements
+
+ROWS = {"graph": {"edges": [{"family": "ring"}, {"family": "pair"}]}}
+SECTIONS = {
+    "depth": {"preset": "gradient_smoothing"},
+    "depth, many hops": {"graph": {"edges": [{"family": "depth"}]}, "filter": {"tau": 5.0}},
+    "ring and pair": ROWS,
+    "ring and depth": {
+        "graph": {"edges": [{"family": "ring"}, {"family": "depth"}], "laplacian": "combinatorial"}
+    },
+    "columns": {"graph": {**ROWS["graph"], "node": "column"}},
+    "elements": {"graph": {**ROWS["graph"], "node": "element"}},
+    "penalty": {**ROWS, "regularizer": {"strength": 1e-3, "coupling": "decoupled"}},
+}
+# Ways to meet, and how many elements of a bucket a rank may hold: few make slices of columns.
+USUAL = "auto", bucket_elements(torch.device("cpu"))
+PLANS = [USUAL, ("boundary", 700), ("transpose", 700), ("transpose", USUAL[1])]
+
+
+def measured(engine_name):
+    """By section what this rank holds and sends, by every plan."""
+    training = cells.Training(cells.CELLS[engine_name], None)
+    is_deepspeed = training.cell.engine == "deepspeed"
+    holder = training.engine if is_deepspeed else training.module
+    optimizer = None if is_deepspeed else training.optimizer
+    found = {}
+    for label, section in SECTIONS.items():
+        section = {**section, "monitor": {"enabled": False}, "operator": {"kernel": "torch_csr"}}
+        plugin = spectral_ds.attach(holder, optimizer, section)
+        found[label] = facts_of(plugin.stages[0], plugin.engine)
+        plugin.detach()
+    found["fragments"] = [
+        (f.parameter, f.start, f.length) for f in plugin.engine.fragments if f.length > 0
+    ]
+    training.close()
+    return found
+
+
+def facts_of(stage, engine):
+    facts = {
+        "graph": (stage.graph.num_nodes, stage.graph.num_edges, stage.graph.lambda_max),
+        "step": stage.bytes_sent(False),
+        "scratch": stage.workspace.bytes,
+        "edges": sum(24 * len(g.edges) + 8 * len(g.degree) for g in stage.graph.groups),
+        "kernels": sum(kernel_bytes(stage.plan).values()),
+    }
+    layout = ShardLayout.gather(engine.fragments, engine.communicator)
+    for way, elements in PLANS:
+        plan = stage.plan
+        if (way, elements) != USUAL:
+            plan = make_plan(
+                stage.graph,
+                layout,
+                engine.communicator,
+                engine.everyone,
+                hops=stage.plan.hops,
+                exchange=way,
+                kernel="torch_csr",
+                bucket_elements=elements,
+            )
+        facts[way, elements] = {
+            "hops": plan.hops,
+            "bytes": (plan.bytes_per_hop, plan.bytes_per_move, plan.bytes_sent),
+            "meetings": plan.meetings,
+            "exchanges": sum(op.exchange is not None for op in plan.operators),
+            "transpositions": sum(op.transposition is not None for op in plan.operators),
+        }
+    return facts
+
+
+def kernel_bytes(plan):
+    """Of each kernel, by its id."""
+    found = {}
+    for operator in plan.operators:
+        if operator.kernel is None:
+            continue
+        matrix = operator.kernel.matrix
+        if matrix.layout == torch.sparse_csr:
+            parts = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+        else:  # and the function of it, of the same size
+            parts = matrix, matrix, operator.eigenbasis.vectors
+        found[id(operator.kernel)] = sum(p.numel() * p.element_size() for p in parts)
+    return found
+
+
+def tiny_model():
+    """The tiny model's shapes, and its optimizer's parameter groups."""
+    model = tiny.TinyLlama()
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    name_of = {id(p): name for name, p in trainable.items()}
+    groups = [[name_of[id(p)] for p in g["params"]] for g in tiny.parameter_groups(model)]
+    shapes = {name: tuple(p.shape) for name, p in trainable.items()}
+    elements = sum(p.numel() for p in model.parameters())
+    return planning.Model("tiny", shapes, elements, [model.llama]), groups
+
+
+def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1]):
+    model, groups = tiny_model()
+    section = {**section, "monitor": {"enabled": False}, "operator": {"exchange": way}}
+    cluster = planning.Cluster(world_size, 2)
+    config = load_config(section)
+    return planning.make_plan(model, config, engine, cluster, planning.Machine(), elements, groups)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(engine, size) for size in (2, 4) for engine in planning.ENGINES],
+    ids=lambda cell: f"{cell[0]}-{cell[1]}-ranks",
+)
+def cell(request, ranks):
+    """(engine, world size, facts of each rank)."""
+    engine, world_size = request.param
+    return engine, world_size, ranks(world_size).run(measured, engine)
+
+
+def test_shards_are_the_engines_own(cell):
+    engine, world_size, by_rank = cell
+    model, groups = tiny_model()
+    cuts = planning.cut_parameters(engine, model.shapes, world_size, groups)
+    layout = planning.shard_layout(cuts, world_size)
+    for facts, ours in zip(by_rank, layout.fragments, strict=True):
+        assert sorted(facts["fragments"]) == sorted((f.parameter, f.start, f.length) for f in ours)
+
+
+@pytest.mark.parametrize("label", SECTIONS)
+def test_bytes_of_known_edges_are_exact(cell, label):
+    engine, world_size, by_rank = cell
+    for way, elements in PLANS:
+        plan = planned(SECTIONS[label], engine, world_size, way, elements)
+        [stage] = plan.stages
+        expected, least, most = stage.edges
+        assert (stage.all_nodes, expected, stage.lambda_max) == by_rank[0][label]["graph"]
+        assert least == expected == most
+        facts = by_rank[0][label][way, elements]
+        hops = stage.hops.all
+        sent = hops * stage.bytes_per_hop + 2 * stage.bytes_per_move
+        assert facts["bytes"] == (stage.bytes_per_hop, stage.bytes_per_move, sent)
+        assert facts["hops"] == hops
+        assert facts["meetings"] == stage.meetings_counted
+        slices = dict.fromkeys(("local", "boundary", "transpose"), 0)
+        for pack in stage.packs:
+            slices[pack.meeting] += pack.slices
+        assert facts["transpositions"] == slices["transpose"]
+        # A slice of which no rank needs anything has no exchange.
+        assert facts["exchanges"] <= slices["boundary"]
+    assert planned(SECTIONS[label], engine, world_size).bytes_sent == by_rank[0][label]["step"]
+
+
+@pytest.mark.parametrize("label", SECTIONS)
+def test_each_rank_holds_what_is_planned(cell, label):
+    engine, world_size, by_rank = cell
+    [stage] = planned(SECTIONS[label], engine, world_size).stages
+    for kind in ("scratch", "kernels"):
+        assert stage.memory[kind].tolist() == [facts[label][kind] for facts in by_rank]
+    edges = np.array([facts[label]["edges"] for facts in by_rank])
+    runs = sum(len(group.parts.rank) for group in stage.groups)
+    assert (edges <= stage.memory["edges"]).all()
+    assert (stage.memory["edges"] <= edges + 24 * runs).all()  # owners are merged where they touch
+
+
+LINEAR = {f"layers.{block}.linear.weight": (400, 64) for block in range(3)}
+
+
+def similar(engine, scope):
+    """What ranks send for similarity of random weights, and how many edges there are."""
+    communicator = Communicator(None, torch.device("cpu"))
+    world_size, rank = communicator.world_size, communicator.rank
+    cuts = planning.cut_parameters(engine, LINEAR, world_size)
+    layout = planning.shard_layout(cuts, world_size, rank)
+    generator = torch.Generator().manual_seed(1)
+    whole = {n: torch.randn(shape, generator=generator).view(-1) for n, shape in LINEAR.items()}
+    weights = [whole[f.parameter][f.start : f.end] for f in layout.own]
+    features = WeightFeatures(layout.own, weights, 0, communicator)
+    found = {}
+    for node in ("row", "column"):
+        graph = ParameterGraph.build(
+            [ParameterNodes(name, shape, node) for name, shape in LINEAR.items()],
+            [Similarity(scope=scope)],
+            layout,
+            {"weights": features},
+            communicator,
+            normalized=True,
+            progress=lambda done: None,
+        )
+        plan = make_plan(
+            graph,
+            layout,
+            communicator,
+            communicator,
+            hops=4,
+            exchange="boundary",
+            kernel="torch_csr",
+            bucket_elements=2**19,
+        )
+        found[node] = graph.num_edges, plan.bytes_per_hop
+    return found
+
+
+@pytest.mark.parametrize("scope", ["parameter", "role"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_of_similar_rows_are_close(ranks, engine, scope, world_size):
+    found = ranks(world_size).run(similar, engine, scope)[0]
+    for node, (edges, sent) in found.items():
+        plan = planned_linear(LINEAR, engine, world_size, scope=scope, node=node)
+        [stage] = plan.stages
+        expected, least, most = stage.edges
+        assert least <= edges <= most
+        assert expected == pytest.approx(edges, rel=0.05)
+        assert stage.bytes_per_hop == pytest.approx(sent, rel=0.05)
+
+
+def planned_linear(shapes, engine, world_size, machines=1, node="row", others=(), **edge):
+    graph = {"node": node, "edges": [{"family": "similarity", **edge}, *others]}
+    config = load_config({"graph": graph, "operator": {"exchange": "boundary"}})
+    return planning.make_plan(
+        planning.Model("linear", shapes, 0),
+        config,
+        engine,
+        planning.Cluster(world_size, machines),
+        planning.Machine(),
+        2**26,
+    )
+
+
+# Below, one process works out what every rank of many would own, store and send.
+
+BLOCKS = 3
+SHAPES = {
+    f"model.layers.{block}.{name}": shape
+    for block in range(BLOCKS)
+    for name, shape in {
+        "self_attn.q_proj.weight": (24, 10),
+        "self_attn.k_proj.weight": (12, 10),
+        "mlp.gate_proj.weight": (17, 10),
+        "mlp.up_proj.weight": (17, 10),
+        "norm.weight": (10,),
+    }.items()
+}
+FAMILIES = {
+    "depth": [Depth()],
+    "ring": [Ring()],
+    "pair": [Pair(head_width=3)],
+    "all": [Depth(), Ring(), Pair(head_width=3)],
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 6, 45])
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "fsdp2"])
+def test_every_rank_sends_and_receives_what_is_planned(engine, world_size):
+    cluster = planning.Cluster(world_size, max(1, world_size // 3))
+    cuts = planning.cut_parameters(engine, SHAPES, world_size)
+    layout = planning.shard_layout(cuts, world_size)
+    for node in ("row", "column", "element"):
+        # Grouped queries have no pairs of columns.
+        parameters = [ParameterNodes(name, shape, node) for name, shape in SHAPES.items()]
+        for families in FAMILIES.values():
+            for group in plan_groups(parameters, families, cuts, cluster):
+                members = group.parameters
+                if group.is_path:
+                    members = [replace(each, kind="parameter") for each in members]
+                bucket = Bucket.of(members)
+                needed = needed_by_brute_force(bucket, families, layout)
+                same_flow(group.boundary.hop, needed, cluster)
+                same_flow(group.move, moved_by_brute_force(bucket, layout), cluster)
+
+
+def needed_by_brute_force(bucket, families, layout):
+    """(target, source): elements that one rank needs of another, by the operators' own blocks."""
+    nodes = np.arange(bucket.nodes)
+    one_way = [f.edges(bucket.parameters, bucket.first_node, nodes) for f in families]
+    edges = Edges.concatenate(one_way + [each.reversed() for each in one_way]).combined(np.add)
+    owners = RowOwners.of(bucket, layout.fragments)
+    needed = np.zeros((layout.world_size, layout.world_size))
+    for rank, fragments in enumerate(layout.fragments):
+        block = LocalBlock.of(bucket.width, bucket.rectangles(fragments), edges)
+        pieces = intervals.cut(block.needed, owners.start)
+        source = owners.of_address(pieces[:, 0])
+        np.add.at(needed[rank], source, pieces[:, 1] - pieces[:, 0])
+    return needed
+
+
+def moved_by_brute_force(bucket, layout):
+    """(target, source): elements that one rank gets of another when the bucket is transposed."""
+    size = layout.world_size
+    elements = RowOwners.of(bucket, layout.fragments).elements(size)
+    slices = column_slices(elements, bucket.width)
+    rectangles = [bucket.rectangles(own) for own in layout.fragments]
+    moved = np.zeros((size, size))
+    for rank in range(size):
+        communicator = Communicator.alone(torch.device("cpu"))
+        communicator.rank, communicator.world_size = rank, size
+        plan = Transposition.plan(bucket.nodes, rectangles, slices, communicator)
+        moved[rank] = plan.receive_splits
+    return moved
+
+
+def same_flow(flow, pairs, cluster):
+    machine = np.arange(cluster.world_size) // cluster.ranks_per_machine
+    near = pairs * (machine[:, None] == machine)
+    np.testing.assert_array_equal(flow.received, pairs.sum(axis=1))
+    np.testing.assert_array_equal(flow.sent, pairs.sum(axis=0))
+    np.testing.assert_array_equal(flow.received_near, near.sum(axis=1))
+    np.testing.assert_array_equal(flow.sent_near, near.sum(axis=0))
+
+
+@pytest.mark.parametrize("others", [[], [{"family": "ring"}]], ids=["alone", "and ring"])
+@pytest.mark.parametrize("world_size", [8, 48])
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_similar_rows_are_as_near_as_by_chance(engine, world_size, others):
+    """Pairs that are similar independently of each other, as the plan takes them to be."""
+    shapes, nodes, neighbours = {"layers.0.a": (480, 7), "layers.1.a": (480, 7)}, 960, 8
+    cuts = planning.cut_parameters(engine, shapes, world_size)
+    layout = planning.shard_layout(cuts, world_size)
+    bucket = Bucket.of([ParameterNodes(name, shape) for name, shape in shapes.items()])
+    similarity = np.random.default_rng(0).random((nodes, nodes))
+    similarity = np.maximum(similarity, similarity.T)
+    np.fill_diagonal(similarity, -1)
+    nearest = np.argsort(-similarity, axis=1)[:, :neighbours].reshape(-1)
+    one_way = Edges(np.repeat(np.arange(nodes), neighbours), nearest, np.ones(len(nearest)))
+    families = [Fixed(one_way), *(Ring() for _ in others)]
+    pairs = needed_by_brute_force(bucket, families, layout)
+    plan = planned_linear(shapes, engine, world_size, 2, others=others, scope="role")
+    [stage] = plan.stages
+    both = Edges.concatenate([one_way, one_way.reversed()]).combined(np.maximum)
+    ring = nodes * len(others)
+    assert stage.edges[0] == pytest.approx(len(both) / 2 + ring, rel=0.02)
+    [group] = stage.groups
+    machine = np.arange(world_size) // (world_size // 2)
+    near = pairs * (machine[:, None] == machine)
+    hop = group.boundary.hop
+    assert hop.sent.sum() == pytest.approx(pairs.sum(), rel=0.02)
+    assert hop.received_near.sum() == pytest.approx(near.sum(), rel=0.05)
+    np.testing.assert_allclose(hop.received, pairs.sum(axis=1), rtol=0.25)
+    np.testing.assert_allclose(hop.sent, pairs.sum(axis=0), rtol=0.25)
+
+
+class Fixed:
+    """Edges that are given."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def edges(self, parameters, first_node, sources):
+        return self.given
+
+
+def plan_by_command(capsys, *words):
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_largest_model_on_a_thousand_ranks(capsys):
+    words = ["--model", "llama-3-70b", "--world-size", "1024", "--tokens", "8192"]
+    found = plan_by_command(capsys, *words, "--engine", "zero3")
+    assert found["parameters"] == 70_553_706_496
+    assert found["nodes"] == 128
+    shard = found["per_rank"]["elements"]["mean"] * 4
+    # All weight matrices are transposed and sent back.
+    assert found["per_rank"]["bytes_per_step"]["total"]["mean"] == pytest.approx(
+        2 * shard, rel=0.01
+    )
+    assert found["step"]["seconds"] == pytest.approx(6 * found["parameters"] * 8192 / 400e12)
+    assert "node: column" in found["advice"]
+    depth = plan_by_command(capsys, *words, "--engine", "zero1", "--config", "gradient_smoothing")
+    assert depth["bytes_per_step"] > 0
+    assert depth["other_engines"]["zero3"]["bytes_per_step"] == 0
+    assert "Under zero3 the same graph sends nothing" in depth["advice"]
+
+
+def test_presets_have_their_published_sizes():
+    from spectral_ds.planning.models import model_of
+
+    sizes = {"llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+    for name, elements in sizes.items():
+        assert model_of(name).elements == elements
+    assert set(PRESETS) == {*sizes, "llama-3-70b"}
+
+
+def test_a_folder_is_planned_like_the_model_in_it(tmp_path, capsys):
+    tiny.llama_config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--engine", "fsdp2", "--world-size", "4"]
+    found = plan_by_command(capsys, *words, "--nodes", "2", "--device", "cpu")
+    assert found["parameters"] == sum(p.numel() for p in tiny.LlamaForCausalLM(
+        tiny.llama_config()).parameters())  # fmt: skip
+    within, across = (
+        found["per_rank"]["bytes_per_step"][where]["mean"]
+        for where in ("within_node", "across_nodes")
+    )
+    assert 0 < within < across
+
+
+def test_wrong_input_is_one_line(tmp_path, capsys):
+    words = ["--model", "llama-3-8b", "--engine", "zero3", "--world-size", "12"]
+    config = tmp_path / "wrong.yaml"
+    config.write_text("graph: {exclude: ['*nothing*']}")
+    for more, reason in {
+        ("--nodes", "5"): "does not divide among 5 nodes",
+        ("--tokens", "0"): "'0' is not a whole number from 1 on",
+        ("--flops", "nan"): "'nan' is not a number above 0",
+        ("--config", str(config)): "pattern '*nothing*' matches no trainable parameter",
+    }.items():
+        assert main(["plan", *words, *more]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+
+
+def test_only_the_first_of_several_processes_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "8"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_people_read_a_table(capsys):
+    words = ["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "16"]
+    assert main([*words, "--config", "retain", "--tokens", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight" in out
+    assert "boundary" in out
+    assert out.count("sent a step") >= 2
+
+
+def test_linked_parameters_are_planned_together():
+    parameters = [ParameterNodes(name, shape) for name, shape in SHAPES.items()]
+    cluster = planning.Cluster(4, 1)
+    cuts = planning.cut_parameters("zero3", SHAPES, 4)
+    for families in FAMILIES.values():
+        groups = plan_groups(parameters, families, cuts, cluster)
+        assert [g.parameters for g in groups] == linked_parameters(parameters, families)

@@ -1,0 +1,321 @@
+"""Unchanged scripts under `spectral_ds.run`: one filtered step equals the oracle, clipped after."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from launching import SCRIPTS, forked, free_port, launched
+from test_oracle import METHODS, expected_update, relative_error
+from torch.optim import optimizer as torch_optimizer
+from transformers import LlamaForCausalLM
+
+from spectral_ds import run
+
+SECTION = METHODS["similarity-heat"]
+RATE = 16.0  # in the scripts
+LIMIT = 0.25  # of the gradient's norm
+TRAINER = ("--max_steps 1 --per_device_train_batch_size 3 --gradient_accumulation_steps 2 "
+           f"--optim sgd --learning_rate {RATE} --lr_scheduler_type constant "
+           f"--max_grad_norm {LIMIT} --logging_steps 1 --report_to none --save_strategy no "
+           "--use_cpu True --disable_tqdm True").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its data and configurations that differ by the section alone."""
+    path = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny.llama_config(num_key_value_heads=2)).save_pretrained(path / "model")
+    generator = torch.Generator().manual_seed(1)
+    torch.save(torch.randint(0, 53, (12, 9), generator=generator), path / "tokens.pt")
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": LIMIT,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    for name, section in {
+        "without": {},
+        "with": {"spectral_ds": SECTION},
+        "misspelt": {"spectral_ds": {"filter": {"tua": 1}}},
+    }.items():
+        (path / f"{name}.json").write_text(json.dumps({**config, **section}))
+    (path / "section.yaml").write_text(json.dumps({"spectral_ds": SECTION}))
+    (path / "no-match.yaml").write_text(json.dumps({"graph": {"include": ["*.nothing.*"]}}))
+    return path
+
+
+def dumped(path):
+    """Weights before the step, the gradient that was clipped, and its norm as the script saw it."""
+    found = torch.load(path)
+    before = {name: weight.numpy() for name, weight in found["before"].items()}
+    clipped = {name: (before[name] - w.numpy()) / RATE for name, w in found["after"].items()}
+    factor = (found["norm"] + 1e-6) / LIMIT  # as torch and DeepSpeed clip
+    assert factor > 1.5
+    return before, {name: value.astype(np.float64) * factor for name, value in clipped.items()}, (
+        found["norm"]
+    )  # fmt: skip
+
+
+def assert_filtered_then_clipped(without, with_plugin):
+    """The step of the second dump is that of the first, filtered by the oracle, then clipped."""
+    weights, gradients, norm = dumped(without)
+    _, _, expected = expected_update(SECTION, {"weights": weights, "gradients": gradients})
+    expected_norm = np.sqrt(sum((value**2).sum() for value in expected.values()))
+    _, filtered, filtered_norm = dumped(with_plugin)
+    assert expected_norm < 0.97 * norm
+    assert filtered_norm == pytest.approx(expected_norm, rel=1e-5)
+    assert relative_error(filtered, expected) <= 1e-5
+
+
+def commands(folder, tmp_path):
+    """Each script's words, without and with what configures the plugin."""
+    loop = ["--folder", folder, "--deepspeed", "--deepspeed_config"]
+    trainer = ["--folder", folder, *TRAINER, "--output_dir", tmp_path, "--deepspeed"]
+    return {
+        "deepspeed_loop": lambda name, out: [*loop, folder / f"{name}.json", "--output", out],
+        "trainer": lambda name, out: [*trainer, folder / f"{name}.json", "--output", out],
+        "accelerate_loop": lambda name, out: [folder, out, LIMIT],
+        "fsdp2_loop": lambda name, out: [folder, out, LIMIT],
+    }
+
+
+def by_deepspeed(script, *words):
+    return launched(
+        *("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--log_level", "error"),
+        *("--module", "spectral_ds.run", script, *words),
+    )
+
+
+def by_torchrun(script, *words, **environment):
+    return launched(
+        *("torchrun", "--nproc_per_node", 2, "--master_port", free_port()),
+        *("-m", "spectral_ds.run", script, *words),
+        **environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "attached_to"),
+    [
+        ("deepspeed_loop", by_deepspeed, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
+        ("trainer", forked, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
+        ("accelerate_loop", forked, "SGD of DistributedDataParallel of LlamaForCausalLM"),
+        ("fsdp2_loop", by_torchrun, "SGD of FSDPLlamaForCausalLM"),
+    ],
+)
+def test_an_unchanged_script_is_filtered_before_it_clips(
+    folder, tmp_path, name, launch, attached_to
+):
+    script, words = SCRIPTS / f"{name}.py", commands(folder, tmp_path)[name]
+    without, filtered = tmp_path / "without.pt", tmp_path / "with.pt"
+    done = forked(2, script, *words("without", without), runner=False)
+    assert done.code == 0, done.stderr
+    world = (2,) if launch is forked else ()
+    is_deepspeed = name in ("deepspeed_loop", "trainer")
+    environment = {} if is_deepspeed else {"SPECTRAL_DS_CONFIG": str(folder / "section.yaml")}
+    done = launch(*world, script, *words("with", filtered), **environment)
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("spectral_ds: attached to") == 1
+    assert attached_to in done.stderr
+    assert "NOTHING" not in done.stderr
+    assert_filtered_then_clipped(without, filtered)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "environment", "words"),
+    [
+        ("deepspeed_loop", "without", "", ["LlamaForCausalLM", "no section", "SPECTRAL_DS_CONFIG"]),
+        ("fsdp2_loop", "without", "", ["SGD", "SPECTRAL_DS_CONFIG is not set"]),
+        ("accelerate_loop", "without", "enabled: false", ["SGD", "enabled: false"]),
+        ("nothing", "without", "{}", ["no torch optimizer", "took a step"]),
+    ],
+)
+def test_rank_0_says_once_that_nothing_is_attached(
+    folder, tmp_path, name, config, environment, words
+):
+    script, given = SCRIPTS / f"{name}.py", commands(folder, tmp_path)
+    if name == "nothing":
+        script, given = tmp_path / "nothing.py", {"nothing": lambda *_: []}
+        script.write_text("import torch\n")
+    section = tmp_path / "section.yaml"
+    section.write_text(environment)
+    variables = {"SPECTRAL_DS_CONFIG": str(section)} if environment else {}
+    done = forked(2, script, *given[name](config, tmp_path / "out.pt"), **variables)
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("NOTHING IS ATTACHED") == 1
+    [reason] = done.stderr.partition("NOTHING IS ATTACHED")[2].split("\n")[1:2]
+    for word in words:
+        assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "environment", "words"),
+    [
+        ("deepspeed_loop", "misspelt", "", ["spectral_ds.filter.tua", "spectral_ds.filter.tau"]),
+        ("fsdp2_loop", "with", "misspelt.json", ["spectral_ds.filter.tua"]),
+        ("fsdp2_loop", "with", "none.yaml", ["none.yaml", "cannot be read"]),
+        ("fsdp2_loop", "with", "no-match.yaml", ["*.nothing.*", "matches no trainable parameter"]),
+    ],
+)
+def test_a_wrong_configuration_stops_all_ranks_with_one_message(
+    folder, tmp_path, name, config, environment, words
+):
+    out = tmp_path / "out.pt"
+    variables = {"SPECTRAL_DS_CONFIG": str(folder / environment)} if environment else {}
+    given = commands(folder, tmp_path)[name](config, out)
+    done = forked(2, SCRIPTS / f"{name}.py", *given, **variables)
+    assert done.code == run.WRONG_INPUT
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("spectral_ds.run: ")]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in line
+    assert not out.exists()
+
+
+FSDP1 = """
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+torch.distributed.init_process_group("gloo")
+model = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(2):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+"""
+
+
+def test_an_engine_that_is_not_supported_is_named_and_trains_on(folder, script):
+    done = forked(1, script(FSDP1), SPECTRAL_DS_CONFIG=str(folder / "section.yaml"))
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("NOTHING IS ATTACHED") == 1
+    for word in ("SGD of FullyShardedDataParallel", "FSDP1", "fully_shard"):
+        assert word in done.stderr
+
+
+# What the runner does with words, paths, exit codes and what it replaces; in this process.
+
+WRITES_ARGV = """
+import json, sys
+from pathlib import Path
+import helper
+Path(sys.argv[-1]).write_text(json.dumps([__name__, __file__, sys.argv, sys.path[0]]))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Writes a script, with a module beside it that it can import."""
+    (tmp_path / "helper.py").write_text("")
+
+    def write(text):
+        path = tmp_path / "train.py"
+        path.write_text(text)
+        return str(path)
+
+    yield write
+    sys.modules.pop("helper", None)
+
+
+@pytest.mark.parametrize("from_launcher", [[], ["--local_rank=1"], ["--local-rank=1"]])
+def test_a_script_sees_what_it_would_see_if_started_directly(script, tmp_path, from_launcher):
+    path, out = script(WRITES_ARGV), str(tmp_path / "out.json")
+    before = list(sys.argv), list(sys.path)
+    run.main([*from_launcher, path, "--local_rank=7", "-x", out])
+    assert json.loads(Path(out).read_text()) == [
+        "__main__",
+        path,
+        [path, *from_launcher, "--local_rank=7", "-x", out],
+        str(tmp_path),
+    ]
+    assert (sys.argv, sys.path) == before
+
+
+def test_a_module_can_be_run_like_a_script(script, tmp_path, monkeypatch):
+    path, out = script(WRITES_ARGV), str(tmp_path / "out.json")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run.main(["--local_rank=1", "-m", "train", out])
+    name, file, argv, _ = json.loads(Path(out).read_text())
+    assert (name, file, argv) == ("__main__", path, [path, "--local_rank=1", out])
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "word"),
+    [
+        ("import sys; sys.exit(3)", 3, ""),
+        ("raise ValueError('the loss is gone')", 1, "ValueError: the loss is gone"),
+        ("raise SystemExit('no data')", 1, "no data"),
+        ("import sys; sys.exit()", 0, "NOTHING IS ATTACHED"),
+    ],
+)
+def test_what_a_script_raises_is_its_exit_code(script, text, code, word):
+    done = forked(1, script(text))
+    assert done.code == code
+    assert word in done.stderr
+    assert ("NOTHING" in done.stderr) == (code == 0)
+
+
+def test_wrong_words_are_one_message(tmp_path, capsys):
+    for words, word in ([str(tmp_path / "no.py")], "no.py: no such file"), ([], "usage:"):
+        with pytest.raises(SystemExit) as end:
+            run.main(words)
+        assert end.value.code == run.WRONG_INPUT
+        assert word in capsys.readouterr().err
+    run.main(["--help"])
+    assert "usage:" in capsys.readouterr().out
+
+
+TRAINS = """
+import torch
+from torch.nn.utils import clip_grad_norm_
+import deepspeed
+model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.ones(2, 4)).sum().backward()
+clip_grad_norm_(model.parameters(), 1.0)
+optimizer.step()
+{}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError('stop')"])
+def test_all_that_was_replaced_is_restored(script, monkeypatch, tmp_path, end, capsys):
+    import deepspeed
+
+    (tmp_path / "section.yaml").write_text("monitor: {enabled: false}")
+    monkeypatch.setenv("SPECTRAL_DS_CONFIG", str(tmp_path / "section.yaml"))
+    clipping = torch.nn.utils, torch.nn.utils.clip_grad
+
+    def state():
+        return (
+            [dict(vars(module)) for module in clipping],
+            torch.optim.Optimizer.__init__,
+            deepspeed.initialize,
+            list(torch_optimizer._global_optimizer_pre_hooks),
+            list(torch_optimizer._global_optimizer_post_hooks),
+            list(sys.meta_path),
+            list(sys.path),
+            list(sys.argv),
+        )
+
+    before = state()
+    if end:
+        with pytest.raises(ValueError, match="stop"):
+            run.main([script(TRAINS.format(end))])
+    else:
+        run.main([script(TRAINS.format(end))])
+    assert state() == before
+    assert "attached to SGD of Sequential" in capsys.readouterr().err
+
+
+def test_importing_the_package_imports_neither_deepspeed_nor_transformers():
+    check = "import spectral_ds, sys; assert not {'deepspeed', 'transformers'} & set(sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", check], check=True, env=environment)

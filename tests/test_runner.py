@@ -1,0 +1,400 @@
+"""What the runner attaches to, when, and that every step's gradient is filtered exactly once."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import spectral_ds
+from spectral_ds.runner import Runner
+
+SECTION = {
+    "graph": {"edges": [{"family": "ring"}]},
+    "filter": {"response": "tikhonov", "tau": 2.0, "strength": 1.0, "tolerance": 1e-7},
+    "monitor": {"enabled": False},
+}
+LIMIT = 0.5
+INPUTS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4))
+
+
+def loss_of(model):
+    return model(INPUTS).square().sum()
+
+
+def smoothed(gradient):
+    """(I + 2 L)⁻¹ G, L of the ring of the rows, normalized; a vector is one node and stays."""
+    matrix = gradient.double().numpy()
+    if matrix.ndim == 1:
+        return matrix
+    ahead = np.roll(np.eye(len(matrix)), 1, axis=0)
+    laplacian = np.eye(len(matrix)) - (ahead + ahead.T) / 2
+    return np.linalg.solve(np.eye(len(matrix)) + 2 * laplacian, matrix)
+
+
+def expected(model, limit=LIMIT):
+    """The next step of SGD with learning rate 1: filtered, then clipped."""
+    steps = [smoothed(g) for g in torch.autograd.grad(loss_of(model), list(model.parameters()))]
+    norm = np.sqrt(sum((step**2).sum() for step in steps))
+    factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+    return [factor * step for step in steps]
+
+
+def step_of(model, take):
+    """What a step subtracted from the weights."""
+    before = [p.detach().clone() for p in model.parameters()]
+    take()
+    return [(b - p.detach()).numpy() for b, p in zip(before, model.parameters(), strict=True)]
+
+
+def assert_is(step, wanted):
+    for got, value in zip(step, wanted, strict=True):
+        np.testing.assert_allclose(got, value, atol=1e-5 * max(np.abs(v).max() for v in wanted))
+
+
+def backward(model):
+    model.zero_grad()
+    loss_of(model).backward()
+
+
+@pytest.fixture
+def runner():
+    """A runner that watches."""
+    watching = Runner(spectral_ds.load_config(SECTION))
+    watching.watch()
+    yield watching
+    watching.stop()
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+# Loops. Each takes three steps; every one must be filtered once and then clipped.
+
+
+def clips_twice(model, optimizer):
+    backward(model)
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1e6)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+    optimizer.step()
+
+
+def clips_by_the_inner_module(model, optimizer):
+    backward(model)
+    torch.nn.utils.clip_grad.clip_grad_norm_(max_norm=LIMIT, parameters=iter(model.parameters()))
+    optimizer.step()
+
+
+def clips_in_two_calls(model, optimizer):
+    backward(model)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), LIMIT, norm)
+    optimizer.step()
+
+
+def keeps_gradient_tensors(model, optimizer):
+    model.zero_grad(set_to_none=False)
+    loss_of(model).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+    optimizer.step()
+
+
+def leaves_out_a_step(model, optimizer):
+    """As loops do where the loss was not finite."""
+    backward(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+    clips_twice(model, optimizer)
+
+
+def accumulates(model, optimizer):
+    model.zero_grad()
+    for _ in range(3):
+        (loss_of(model) / 3).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        clips_twice,
+        clips_by_the_inner_module,
+        clips_in_two_calls,
+        keeps_gradient_tensors,
+        leaves_out_a_step,
+        accumulates,
+    ],
+)
+def test_every_step_is_filtered_once_and_then_clipped(runner, loop):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    for _ in range(3):
+        wanted = expected(model)
+        assert_is(step_of(model, lambda: loop(model, optimizer)), wanted)
+
+
+def test_a_loop_that_does_not_clip_is_filtered_in_the_step(runner, capsys):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    for _ in range(2):
+        backward(model)
+        wanted = expected(model, limit=None)
+        assert_is(step_of(model, optimizer.step), wanted)
+    assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
+
+
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_a_loss_scale_is_gone_before_the_filter(runner, overflows):
+    model = make_model()
+    optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def take(factor=1.0):
+        model.zero_grad()
+        scaler.scale(factor * loss_of(model)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+        scaler.step(optimizer)
+        scaler.update()
+
+    for _ in range(overflows):
+        step = step_of(model, lambda: take(float("inf")))
+        assert not any(part.any() for part in step)
+    wanted = expected(model)
+    assert_is(step_of(model, take), wanted)
+
+
+def test_accelerate_that_accumulates_is_not_filtered_yet(runner, monkeypatch):
+    from accelerate.state import GradientState
+
+    model = make_model()
+    sgd(model.parameters())
+    backward(model)
+    gradient = model[0].weight.grad.clone()
+    monkeypatch.setitem(GradientState._shared_state, "sync_gradients", False)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+    torch.testing.assert_close(model[0].weight.grad, gradient)
+
+
+# What is attached.
+
+
+class Criterion(torch.nn.Module):
+    """Holds a model, as losses and trainers that are modules do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+def step(model, optimizer):
+    backward(model)
+    optimizer.step()
+
+
+def test_several_models_are_attached_each_once(runner, capsys):
+    models = [make_model(seed) for seed in range(2)]
+    optimizers = [sgd(model.parameters()) for model in models]
+    for _ in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            wanted = expected(model, limit=None)
+            assert_is(step_of(model, lambda m=model, o=optimizer: step(m, o)), wanted)
+    assert capsys.readouterr().err.count("attached to SGD of Sequential") == 2
+
+
+@pytest.mark.parametrize("larger_first", [True, False])
+def test_of_two_optimizers_of_a_module_the_larger_is_attached(runner, capsys, larger_first):
+    model = make_model()
+    larger, smaller = sgd(model[0].parameters()), torch.optim.Adam(model[2].parameters())
+    backward(model)
+    for optimizer in (larger, smaller) if larger_first else (smaller, larger):
+        optimizer.step()
+    printed = capsys.readouterr().err
+    assert spectral_ds.plugin_of(larger) is not None
+    assert spectral_ds.plugin_of(smaller) is None
+    assert "attached to SGD of Sequential" in printed
+    assert "not attached to Adam of Sequential: " in printed
+    assert "NOTHING" not in printed
+
+
+def test_the_optimizer_of_a_second_phase_takes_over(runner, capsys):
+    model = make_model()
+    head = sgd(model[2].parameters())
+    backward(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+    head.step()
+    everything = sgd(model.parameters())
+    for _ in range(2):
+        wanted = expected(model)
+        assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
+    assert spectral_ds.plugin_of(head) is None
+    assert "SGD is detached" in capsys.readouterr().err
+
+
+def test_optimizers_of_phases_may_all_be_built_before(runner):
+    model = make_model()
+    head, everything = sgd(model[2].parameters()), sgd(model.parameters())
+    backward(model)
+    torch.nn.utils.clip_grad_norm_(model[2].parameters(), LIMIT)
+    head.step()
+    clips_twice(model, everything)  # the head's gradient was filtered for the other one
+    wanted = expected(model)
+    assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
+
+
+def test_an_optimizer_inside_another_is_not_attached_too(runner, capsys):
+    class Outer(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=1.0)
+            self.inner = sgd(self.param_groups[0]["params"])
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    model = make_model()
+    optimizer = Outer(model.parameters())
+    for _ in range(2):
+        wanted = expected(model)
+        assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
+    assert capsys.readouterr().err == "spectral_ds: attached to Outer of Sequential\n"
+
+
+def test_a_module_that_holds_the_model_is_attached_whole(runner, capsys):
+    criterion = Criterion(make_model())
+    optimizer = sgd(criterion.model.parameters())
+    step(criterion.model, optimizer)
+    assert "attached to SGD of Criterion" in capsys.readouterr().err
+    assert "model.0.weight" in spectral_ds.plugin_of(criterion).engine.shapes
+
+
+def test_parameters_outside_of_the_module_are_counted(runner, capsys):
+    model, temperature = make_model(), torch.nn.Parameter(torch.ones(()))
+    optimizer = sgd([*model.parameters(), temperature])
+    step(model, optimizer)
+    assert "(but not 1 of its 5 parameters" in capsys.readouterr().err
+
+
+def test_parameters_of_no_module_are_a_reason(runner, capsys):
+    tensor = torch.nn.Parameter(torch.ones(3))
+    tensor.grad = torch.ones(3)
+    sgd([tensor]).step()
+    printed = capsys.readouterr().err
+    assert "NOTHING IS ATTACHED" in printed
+    assert "no torch module" in printed
+
+
+def test_what_the_program_attaches_itself_is_left_to_it(runner, capsys):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    plugin = spectral_ds.attach(model, optimizer, SECTION)
+    wanted = expected(model)
+
+    def take():
+        backward(model)
+        plugin.filter_gradients()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+        optimizer.step()
+
+    assert_is(step_of(model, take), wanted)
+    assert spectral_ds.plugin_of(model) is plugin
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_kept_alive(runner):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    clips_twice(model, optimizer)
+    references = [weakref.ref(thing) for thing in (model, optimizer)]
+    references.append(weakref.ref(spectral_ds.plugin_of(model)))
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_after_the_end_gradients_are_those_of_torch():
+    runner = Runner(spectral_ds.load_config(SECTION))
+    runner.watch()
+    clip, model = torch.nn.utils.clip_grad_norm_, make_model()
+    optimizer = sgd(model.parameters())
+    clips_twice(model, optimizer)
+    runner.stop()
+    gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
+
+    def take():
+        backward(model)
+        clip(model.parameters(), 1e9)  # the replacement, that somebody kept
+        optimizer.step()
+
+    assert_is(step_of(model, take), [gradient.numpy() for gradient in gradients])
+    assert spectral_ds.plugin_of(model) is None
+
+
+# DeepSpeed engines.
+
+
+def watch_deepspeed(config, section, initialize_of, with_optimizer=True):
+    """What is attached to an engine made while a runner watches, and what was said."""
+    import contextlib
+    import io
+
+    import deepspeed
+
+    runner = Runner(None if config is None else spectral_ds.load_config(config))
+    runner.watch()
+    settings = tiny.deepspeed_config(2 if with_optimizer else 0)
+    if section is not None:
+        settings["spectral_ds"] = section
+    module = spectral_ds if initialize_of == "spectral_ds" else deepspeed
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if with_optimizer:
+                engine = tiny.make_engine(settings, initialize=module.initialize)
+            else:
+                engine, *_ = module.initialize(model=tiny.TinyLlama(), config=settings)
+            plugin = spectral_ds.plugin_of(engine)
+            response = None if plugin is None else plugin.config.filter.response
+            if with_optimizer:
+                tiny.train(engine)
+            runner.report()
+    finally:
+        runner.stop()
+    detached = spectral_ds.plugin_of(engine) is None
+    engine.destroy()
+    return response, detached, said.getvalue()
+
+
+HEAT, TIKHONOV = {"filter": {"response": "heat"}}, {"filter": {"response": "tikhonov"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "section", "initialize_of", "response", "word"),
+    [
+        (None, HEAT, "deepspeed", "heat", "attached to the DeepSpeed engine of TinyLlama"),
+        (None, HEAT, "spectral_ds", "heat", "attached to the DeepSpeed engine of TinyLlama"),
+        (TIKHONOV, HEAT, "deepspeed", "tikhonov", "attached to"),
+        (TIKHONOV, None, "deepspeed", "tikhonov", "attached to"),
+        (None, None, "deepspeed", None, 'its config has no section "spectral_ds"'),
+        (None, {"enabled": False}, "spectral_ds", None, "enabled: false"),
+    ],
+)
+def test_a_deepspeed_engine_is_attached_once(ranks, config, section, initialize_of, response, word):
+    for rank, (found, detached, said) in enumerate(
+        ranks(2).run(watch_deepspeed, config, section, initialize_of)
+    ):
+        assert (found, detached) == (response, True)
+        assert (word in said) == (rank == 0)
+        assert said.count("spectral_ds: ") == (rank == 0)
+
+
+def test_an_engine_that_only_evaluates_is_left_alone(ranks):
+    [(found, _, said)] = ranks(1).run(watch_deepspeed, HEAT, None, "deepspeed", False)
+    assert found is None
+    assert "it has no optimizer" in said
