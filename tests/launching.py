@@ -4,7 +4,6 @@ In: a script's name in tests/scripts and its arguments. Out: exit codes and what
 stderr.
 """
 
-import multiprocessing as mp
 import os
 import runpy
 import socket
@@ -14,8 +13,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import ranks  # noqa: F401 - sets the environment, and what the fork server has imported
+import ranks
 
+# What forks need and would each import again; before the first of them is started.
+ranks._context.set_forkserver_preload(
+    ["torch", "deepspeed", "transformers.trainer", "peft", "torch.distributed.fsdp", "torch_sparse"]
+)
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_SECONDS = 180
 
@@ -53,7 +56,6 @@ def forked(
     world_size: int, script: object, *words: object, runner: bool = True, **environment: str
 ) -> Ended:
     """By processes that have imported torch already, in the environment that torchrun makes."""
-    context = mp.get_context("forkserver")
     environment.update(
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
@@ -65,7 +67,7 @@ def forked(
         for rank in range(world_size):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             arguments = [str(script), *map(str, words)], runner, own, f"{logs}/{rank}"
-            processes.append(context.Process(target=_child, args=arguments, daemon=True))
+            processes.append(ranks._context.Process(target=_child, args=arguments, daemon=True))
             processes[-1].start()
         for process in processes:
             process.join(TIMEOUT_SECONDS)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import spectral_ds
-from spectral_ds.cli import candidates, env, findings, inspection, main, subject
+from spectral_ds.cli import candidates, env, findings, main, spectra, subject
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.findings import Findings
 from spectral_ds.cli.inspection import Inspection
@@ -229,7 +229,7 @@ def inspection_of(model, edge, laplacian="normalized"):
 
 def test_large_groups_are_measured_without_dense_matrices():
     facts, graph = inspection_of(linear_subject(1500, 24), EdgeConfig(neighbours=6))
-    assert graph.num_nodes > inspection.DENSE_NODES
+    assert graph.num_nodes > spectra.DENSE_NODES
     values = np.linalg.eigvalsh(graph.laplacian().toarray())
     assert facts.lambda_max == pytest.approx(values[-1], rel=1e-5)
     above = distinct(values[facts.components :])

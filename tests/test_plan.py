@@ -1,6 +1,5 @@
 """What a plan predicts from shapes is what ranks then send, and hold."""
 
-import json
 from dataclasses import replace
 
 import cells
@@ -11,16 +10,14 @@ import torch
 
 import spectral_ds
 from spectral_ds import planning
-from spectral_ds.cli import main
 from spectral_ds.config import load_config
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
 from spectral_ds.laplacian.block import LocalBlock
 from spectral_ds.laplacian.buckets import Bucket, linked_parameters
 from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
-from spectral_ds.planning.models import PRESETS
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
 from spectral_ds.stage import bucket_elements
 
@@ -36,6 +33,7 @@ SECTIONS = {
     "elements": {"graph": {**ROWS["graph"], "node": "element"}},
     "penalty": {**ROWS, "regularizer": {"strength": 1e-3, "coupling": "decoupled"}},
 }
+MONITORED = {"preset": "paper", "operator": {"kernel": "torch_csr"}}
 # Ways to meet, and how many elements of a bucket a rank may hold: few make slices of columns.
 USUAL = "auto", bucket_elements(torch.device("cpu"))
 PLANS = [USUAL, ("boundary", 700), ("transpose", 700), ("transpose", USUAL[1])]
@@ -53,11 +51,21 @@ def measured(engine_name):
         plugin = spectral_ds.attach(holder, optimizer, section)
         found[label] = facts_of(plugin.stages[0], plugin.engine)
         plugin.detach()
+    plugin = spectral_ds.attach(holder, optimizer, MONITORED)
+    found["statistics"] = statistics_bytes(plugin.stages[0].statistics)
+    plugin.detach()
     found["fragments"] = [
         (f.parameter, f.start, f.length) for f in plugin.engine.fragments if f.length > 0
     ]
     training.close()
     return found
+
+
+def statistics_bytes(statistics):
+    """Of two sketches of the gradient, and of what measures their spectra."""
+    sketches, operators = 2 * 4 * statistics.sketches.empty().numel(), statistics._operators
+    kernels = sum(kernel_bytes(operators).values())
+    return sketches + kernels + statistics._workspace.bytes
 
 
 def facts_of(stage, engine):
@@ -66,7 +74,7 @@ def facts_of(stage, engine):
         "step": stage.bytes_sent(False),
         "scratch": stage.workspace.bytes,
         "edges": sum(24 * len(g.edges) + 8 * len(g.degree) for g in stage.graph.groups),
-        "kernels": sum(kernel_bytes(stage.plan).values()),
+        "kernels": sum(kernel_bytes(stage.plan.operators).values()),
     }
     layout = ShardLayout.gather(engine.fragments, engine.communicator)
     for way, elements in PLANS:
@@ -84,6 +92,7 @@ def facts_of(stage, engine):
             )
         facts[way, elements] = {
             "hops": plan.hops,
+            "scratch": Workspace([*plan.operators, *plan.sampled], torch.device("cpu")).bytes,
             "bytes": (plan.bytes_per_hop, plan.bytes_per_move, plan.bytes_sent),
             "meetings": plan.meetings,
             "exchanges": sum(op.exchange is not None for op in plan.operators),
@@ -92,10 +101,10 @@ def facts_of(stage, engine):
     return facts
 
 
-def kernel_bytes(plan):
+def kernel_bytes(operators):
     """Of each kernel, by its id."""
     found = {}
-    for operator in plan.operators:
+    for operator in operators:
         if operator.kernel is None:
             continue
         matrix = operator.kernel.matrix
@@ -118,9 +127,9 @@ def tiny_model():
     return planning.Model("tiny", shapes, elements, [model.llama]), groups
 
 
-def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1]):
+def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monitored=False):
     model, groups = tiny_model()
-    section = {**section, "monitor": {"enabled": False}, "operator": {"exchange": way}}
+    section = {**section, "monitor": {"enabled": monitored}, "operator": {"exchange": way}}
     cluster = planning.Cluster(world_size, 2)
     config = load_config(section)
     return planning.make_plan(model, config, engine, cluster, planning.Machine(), elements, groups)
@@ -173,6 +182,11 @@ def test_bytes_of_known_edges_are_exact(cell, label):
 @pytest.mark.parametrize("label", SECTIONS)
 def test_each_rank_holds_what_is_planned(cell, label):
     engine, world_size, by_rank = cell
+    for way in PLANS:
+        [stage] = planned(SECTIONS[label], engine, world_size, *way).stages
+        held = [facts[label][way]["scratch"] for facts in by_rank]
+        # Slices of columns are taken to be alike on each rank.
+        assert stage.memory["scratch"].max() == pytest.approx(max(held), rel=0.1)
     [stage] = planned(SECTIONS[label], engine, world_size).stages
     for kind in ("scratch", "kernels"):
         assert stage.memory[kind].tolist() == [facts[label][kind] for facts in by_rank]
@@ -180,6 +194,13 @@ def test_each_rank_holds_what_is_planned(cell, label):
     runs = sum(len(group.parts.rank) for group in stage.groups)
     assert (edges <= stage.memory["edges"]).all()
     assert (stage.memory["edges"] <= edges + 24 * runs).all()  # owners are merged where they touch
+
+
+def test_statistics_take_about_what_is_planned(cell):
+    engine, world_size, by_rank = cell
+    [stage] = planned(MONITORED, engine, world_size, monitored=True).stages
+    held = [facts["statistics"] for facts in by_rank]
+    np.testing.assert_allclose(stage.memory["statistics"], held, rtol=0.3)
 
 
 LINEAR = {f"layers.{block}.linear.weight": (400, 64) for block in range(3)}
@@ -367,82 +388,6 @@ class Fixed:
 
     def edges(self, parameters, first_node, sources):
         return self.given
-
-
-def plan_by_command(capsys, *words):
-    assert main(["plan", *words, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_the_largest_model_on_a_thousand_ranks(capsys):
-    words = ["--model", "llama-3-70b", "--world-size", "1024", "--tokens", "8192"]
-    found = plan_by_command(capsys, *words, "--engine", "zero3")
-    assert found["parameters"] == 70_553_706_496
-    assert found["nodes"] == 128
-    shard = found["per_rank"]["elements"]["mean"] * 4
-    # All weight matrices are transposed and sent back.
-    assert found["per_rank"]["bytes_per_step"]["total"]["mean"] == pytest.approx(
-        2 * shard, rel=0.01
-    )
-    assert found["step"]["seconds"] == pytest.approx(6 * found["parameters"] * 8192 / 400e12)
-    assert "node: column" in found["advice"]
-    depth = plan_by_command(capsys, *words, "--engine", "zero1", "--config", "gradient_smoothing")
-    assert depth["bytes_per_step"] > 0
-    assert depth["other_engines"]["zero3"]["bytes_per_step"] == 0
-    assert "Under zero3 the same graph sends nothing" in depth["advice"]
-
-
-def test_presets_have_their_published_sizes():
-    from spectral_ds.planning.models import model_of
-
-    sizes = {"llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
-    for name, elements in sizes.items():
-        assert model_of(name).elements == elements
-    assert set(PRESETS) == {*sizes, "llama-3-70b"}
-
-
-def test_a_folder_is_planned_like_the_model_in_it(tmp_path, capsys):
-    tiny.llama_config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    words = ["--model", str(tmp_path), "--engine", "fsdp2", "--world-size", "4"]
-    found = plan_by_command(capsys, *words, "--nodes", "2", "--device", "cpu")
-    assert found["parameters"] == sum(p.numel() for p in tiny.LlamaForCausalLM(
-        tiny.llama_config()).parameters())  # fmt: skip
-    within, across = (
-        found["per_rank"]["bytes_per_step"][where]["mean"]
-        for where in ("within_node", "across_nodes")
-    )
-    assert 0 < within < across
-
-
-def test_wrong_input_is_one_line(tmp_path, capsys):
-    words = ["--model", "llama-3-8b", "--engine", "zero3", "--world-size", "12"]
-    config = tmp_path / "wrong.yaml"
-    config.write_text("graph: {exclude: ['*nothing*']}")
-    for more, reason in {
-        ("--nodes", "5"): "does not divide among 5 nodes",
-        ("--tokens", "0"): "'0' is not a whole number from 1 on",
-        ("--flops", "nan"): "'nan' is not a number above 0",
-        ("--config", str(config)): "pattern '*nothing*' matches no trainable parameter",
-    }.items():
-        assert main(["plan", *words, *more]) == 2
-        error = capsys.readouterr().err
-        assert reason in error
-        assert error.count("\n") == 1
-
-
-def test_only_the_first_of_several_processes_prints(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert main(["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "8"]) == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_people_read_a_table(capsys):
-    words = ["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "16"]
-    assert main([*words, "--config", "retain", "--tokens", "512"]) == 0
-    out = capsys.readouterr().out
-    assert "model.layers.*.self_attn.q_proj.weight" in out
-    assert "boundary" in out
-    assert out.count("sent a step") >= 2
 
 
 def test_linked_parameters_are_planned_together():

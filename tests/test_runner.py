@@ -175,12 +175,15 @@ def test_accelerate_that_accumulates_is_not_filtered_yet(runner, monkeypatch):
     from accelerate.state import GradientState
 
     model = make_model()
-    sgd(model.parameters())
+    optimizer = sgd(model.parameters())
     backward(model)
     gradient = model[0].weight.grad.clone()
     monkeypatch.setitem(GradientState._shared_state, "sync_gradients", False)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
     torch.testing.assert_close(model[0].weight.grad, gradient)
+    monkeypatch.setitem(GradientState._shared_state, "sync_gradients", True)
+    wanted = expected(model)
+    assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
 
 
 # What is attached.
@@ -244,7 +247,12 @@ def test_optimizers_of_phases_may_all_be_built_before(runner):
     backward(model)
     torch.nn.utils.clip_grad_norm_(model[2].parameters(), LIMIT)
     head.step()
-    clips_twice(model, everything)  # the head's gradient was filtered for the other one
+    # The head's gradient is filtered for the first optimizer, when nobody knows of the next step.
+    gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
+    wanted = [g.numpy() for g in gradients[:2]] + [smoothed(g) for g in gradients[2:]]
+    norm = np.sqrt(sum((part**2).sum() for part in wanted))
+    wanted = [part * LIMIT / norm for part in wanted]
+    assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
     wanted = expected(model)
     assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
 

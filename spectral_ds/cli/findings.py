@@ -46,6 +46,7 @@ class Findings:
             subject.nodes(graph, key)
         self.candidates: list[Candidate] = candidates(config.stack)
         self._means: dict[GraphConfig, MeanGradient] = {}
+        self._made: dict[tuple[GraphConfig, GraphConfig], ParameterGraph] = {}
         self._judging = torch.empty(0)
 
     def take_means(self, batches: torch.Tensor) -> None:
@@ -133,9 +134,12 @@ class Findings:
 
     def _built(self, graph: GraphConfig, whole: GraphConfig) -> ParameterGraph:
         """A graph that compares gradients as the whole one does that it is a part of."""
-        parameters, gradient = self._subject.nodes(graph), self._means.get(whole, no_features)
-        with _bar(parameters, "building the parameter graph") as bar:
-            return self._subject.build(graph, parameters, bar.update, gradient)
+        if (graph, whole) not in self._made:
+            parameters, gradient = self._subject.nodes(graph), self._means.get(whole, no_features)
+            with _bar(parameters, "building the parameter graph") as bar:
+                built = self._subject.build(graph, parameters, bar.update, gradient)
+            self._made[graph, whole] = built
+        return self._made[graph, whole]
 
     def _gradients(self, batches: torch.Tensor, what: str) -> Iterator[Gradients]:
         yield from tqdm(

@@ -5,32 +5,20 @@ In: a graph that one process holds whole, and the weights. Out: `Facts` of any p
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
+from spectral_ds.cli.spectra import Spectrum, distinct, laplacian_of, spectrum_of
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian import Group, ParameterGraph
-from spectral_ds.laplacian.operator import laplacian_rows
-from spectral_ds.sharding import Communicator, Fragment
-from spectral_ds.spectrum import density_of_states, equal_edges
+from spectral_ds.sharding import Fragment
 
 Values = npt.NDArray[np.float64]
 
-# Up to so many nodes, a dense eigendecomposition gives all eigenvalues of a group.
-DENSE_NODES = 1024
-# Up to so many, sparse LU factors fit into memory whatever the graph.
-FACTORIZED_NODES = 8192
-# Restarts of Lanczos until another solver is tried.
-MAX_RESTARTS = 100
-# Eigenvalues closer than this share of λ_max count as one.
-SAME = 1e-7
 # Elements of a block of columns in float64 (128 MiB).
 BLOCK_ELEMENTS = 2**24
 DEGREE_BINS = 32
@@ -103,20 +91,6 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class _Spectrum:
-    """Of one group: of its copies, if it has some.
-
-    Attributes:
-        lowest: the lowest above 0, equal ones once; None if the solver has not converged.
-        counts: (bins,): number of eigenvalues in each bin, all copies.
-    """
-
-    lowest: Values | None
-    largest: float
-    counts: Values
-
-
-@dataclass(frozen=True)
 class _Group:
     """What was measured of one group of joined parameters.
 
@@ -138,7 +112,7 @@ class _Group:
     variation: Values
     random_variation: Values
     energy: Values
-    spectrum: _Spectrum
+    spectrum: Spectrum
 
 
 class Inspection:
@@ -174,7 +148,7 @@ class Inspection:
         self._groups = []
         for group in graph.groups:
             count, label = connected_components(_adjacency(group), directed=False)
-            spectrum = _spectrum(graph, group, label, count, eigenvalues, bins, seed)
+            spectrum = spectrum_of(graph, group, label, count, eigenvalues, bins, seed)
             self._groups.append(_measured(graph, group, label, spectrum, weights, fragments))
             progress(len(group.parameters))
 
@@ -218,13 +192,13 @@ class Inspection:
             roughness=_roughness(parts),
         )
 
-    def _lowest(self, spectra: Sequence[_Spectrum]) -> list[float] | None:
+    def _lowest(self, spectra: Sequence[Spectrum]) -> list[float] | None:
         found: list[Values] = []
         for spectrum in spectra:
             if spectrum.lowest is None:
                 return None
             found.append(spectrum.lowest)
-        merged = _distinct(np.sort(np.concatenate(found)), self.lambda_max_bound)
+        merged = distinct(np.sort(np.concatenate(found)), self.lambda_max_bound)
         return [float(value) for value in merged[: self._eigenvalues]]
 
 
@@ -245,21 +219,15 @@ def _adjacency(group: Group) -> csr_array:
     return coo_array((edges.weight, (edges.source, edges.target)), shape=(nodes, nodes)).tocsr()
 
 
-def _laplacian(group: Group, normalized: bool) -> csr_array:
-    return laplacian_rows(
-        group.edges, group.degree, np.arange(group.bucket.nodes), normalized
-    ).tocsr()
-
-
 def _measured(
     graph: ParameterGraph,
     group: Group,
     label: npt.NDArray[np.int32],
-    spectrum: _Spectrum,
+    spectrum: Spectrum,
     weights: Sequence[torch.Tensor],
     fragments: Sequence[Fragment],
 ) -> _Group:
-    laplacian = _laplacian(group, graph.normalized)
+    laplacian = laplacian_of(group, graph.normalized)
     variation, energy = _quadratic_forms(laplacian, group, weights, fragments)
     count, copies = len(group.parameters), group.copies
     owner = np.repeat(np.arange(count), np.diff(group.bucket.first_node))
@@ -302,81 +270,3 @@ def _quadratic_forms(
         variation += np.einsum("ij,ij->i", x, laplacian @ x)
         energy += np.einsum("ij,ij->i", x, x)
     return variation, energy
-
-
-def _spectrum(
-    graph: ParameterGraph,
-    group: Group,
-    label: npt.NDArray[np.int32],
-    components: int,
-    wanted: int,
-    bins: int,
-    seed: int,
-) -> _Spectrum:
-    """Exact for depth paths and small groups; else by Lanczos and random probes."""
-    nodes, bound = group.bucket.nodes, graph.lambda_max
-    laplacian = _laplacian(group, graph.normalized)
-    if group.is_path or nodes <= DENSE_NODES:
-        values = torch.linalg.eigvalsh(torch.from_numpy(laplacian.toarray())).numpy()
-        # Rounding must not carry an eigenvalue out of the spectrum or over an edge of a bin.
-        values = np.clip(values.round(12), 0, bound)
-        counts = np.histogram(values, equal_edges(bins) * bound)[0] * float(group.copies)
-        lowest = _distinct(values[components:], bound)[:wanted]
-        return _Spectrum(lowest, float(values[-1]), counts)
-    alone = graph.of_groups([group])
-    communicator = Communicator.alone(torch.device("cpu"))
-    density = density_of_states(alone, bins, communicator, seed=seed, dense_nodes=DENSE_NODES)
-    ends = [
-        _ends(csr_array(laplacian[rows][:, rows]), wanted, bound, seed)
-        for rows in _members(label, components)
-    ]
-    largest = max((high for _, high in ends), default=0.0)
-    found: Values | None = None
-    if all(low is not None for low, _ in ends):
-        merged = np.concatenate([np.zeros(0), *(low for low, _ in ends if low is not None)])
-        found = _distinct(np.sort(merged), bound)[:wanted]
-    return _Spectrum(found, largest, density.share * nodes)
-
-
-def _members(label: npt.NDArray[np.int32], components: int) -> list[npt.NDArray[np.int64]]:
-    """The nodes of each component that has an edge."""
-    order = np.argsort(label, kind="stable")
-    sizes = np.bincount(label, minlength=components)
-    return [rows for rows in np.split(order, np.cumsum(sizes)[:-1]) if len(rows) > 1]
-
-
-def _ends(
-    laplacian: csr_array, wanted: int, bound: float, seed: int
-) -> tuple[Values | None, float]:
-    """The lowest eigenvalues above 0 and the largest one of a connected component."""
-    nodes = laplacian.shape[0]
-    if nodes <= max(DENSE_NODES // 2, 8 * wanted):
-        values = np.linalg.eigvalsh(laplacian.toarray())
-        return values[1:], float(values[-1])
-    count = 2 * wanted + 1  # 0 comes once; above it, some come twice (on a ring, say)
-    guess = np.random.default_rng(seed).standard_normal(nodes)
-    solve: Any = partial(eigsh, v0=guess, return_eigenvectors=False)
-    largest = float(solve(laplacian, 1, which="LA", tol=1e-6)[0])
-    try:
-        # Relative to λ_max, not to 0: turned round, the lowest are the largest.
-        turned = bound * csr_array(_identity(nodes)) - laplacian
-        found = solve(turned, count, which="LA", tol=1e-9, maxiter=MAX_RESTARTS)
-        return np.sort(bound - found)[1:], largest
-    except ArpackNoConvergence:
-        if nodes > FACTORIZED_NODES:
-            return None, largest
-    shifted = solve(laplacian.tocsc(), count, sigma=-1e-3 * bound, tol=1e-9)
-    return np.sort(shifted)[1:], largest
-
-
-def _identity(nodes: int) -> coo_array:
-    diagonal = np.arange(nodes)
-    return coo_array((np.ones(nodes), (diagonal, diagonal)), shape=(nodes, nodes))
-
-
-def _distinct(values: Values, bound: float) -> Values:
-    """Ascending values without those that are equal to the one before."""
-    if len(values) == 0:
-        return values
-    kept = np.concatenate(([True], np.diff(values) > SAME * bound))
-    return values[kept]

@@ -144,7 +144,7 @@ def _show(found: dict[str, Any]) -> None:
     console = make_console()
     console.print(
         f"{found['model']}: {found['parameters']:,} parameters; {found['engine']}, "
-        f"{found['world_size']:,} ranks on {found['nodes']:,} nodes"
+        f"{found['world_size']:,} ranks on {found['nodes']:,} machines"
     )
     for graph in found["graphs"]:
         edges, hops = graph["edges"], graph["hops"]

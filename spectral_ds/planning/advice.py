@@ -74,7 +74,7 @@ def _transposes_rows(plan: Plan) -> bool:
     return (
         all(graph.node == "row" for graph in plan.config.stack)
         and all(edge.family == "similarity" and edge.scope == "parameter" for edge in edges)
-        and FLOAT * sum(stage.moved for stage in plan.stages) > plan.elements.sum()
+        and 2 * sum(stage.bytes_per_move for stage in plan.stages) > FLOAT * plan.elements.sum()
     )
 
 

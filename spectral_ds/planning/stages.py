@@ -181,20 +181,25 @@ def _statistics(
         return zeros
     widths = [e.sketch_width for e in settings.edges if e.features == "gradient"]
     sketch = widths[0] if widths else SKETCH_WIDTH
-    partial, complete, boundary, links = zeros, zeros, zeros, zeros
-    for group in groups:
+    partial, links = zeros, zeros
+    # What is worked on together: groups of sketches of equal length, each group of paths alone.
+    signals: dict[int, tuple[Floats, Floats]] = {}
+    for index, group in enumerate(groups):
         columns = sketch_size(group.parameters[0].width, sketch)
         for parameter in group.parameters:
             parts = own[parameter.name]
             partial = partial + columns * cluster.by_rank(parts.rank, parts.touched)
         all_nodes = sum(parameter.nodes for parameter in group.parameters)
         nodes = all_nodes * group.elements / group.parts.numel
-        complete = complete + columns * nodes
-        boundary = boundary + columns * _boundary_nodes(group, families, nodes, all_nodes)
+        boundary = columns * _boundary_nodes(group, families, nodes, all_nodes)
+        key = -1 - index if group.is_path else columns
+        held, needed_there = signals.get(key, (zeros, zeros))
+        signals[key] = held + columns * nodes, needed_there + boundary
         links = links + nodes * (group.all_links / group.parts.all_nodes + 1)
-    at_once = np.minimum(complete, bucket_elements)
-    share = at_once / np.maximum(complete, 1)
-    workspace = 3 * at_once + 4 * boundary * share
+    workspace = zeros
+    for own_elements, boundary in signals.values():
+        share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
+        workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
     projections = sum(sketch * w for w in wide if sketch_size(w, sketch) < w)
     return FLOAT * (2 * partial + workspace + projections) + 8 * links

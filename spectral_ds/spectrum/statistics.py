@@ -131,12 +131,13 @@ class GradientStatistics:
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """All of its state but the mean, equal on all ranks."""
+        # Before the first sample the powers are one tensor; files hold no two of the same memory.
         return {
             "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
             "counts": torch.stack((self._taken, self._measured, self._concentration)),
             "power": self.power,
-            "signal": self.estimate.signal,
-            "noise": self.estimate.noise,
+            "signal": self.estimate.signal.clone(),
+            "noise": self.estimate.noise.clone(),
         }
 
     def restore(self, numbers: Mapping[str, torch.Tensor], mean: torch.Tensor) -> None:

@@ -1,0 +1,83 @@
+"""`spectral-ds plan` on the command line."""
+
+import json
+
+import pytest
+import tiny
+
+from spectral_ds.cli import main
+from spectral_ds.planning.models import PRESETS, model_of
+
+
+def plan_by_command(capsys, *words):
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_largest_model_on_a_thousand_ranks(capsys):
+    words = ["--model", "llama-3-70b", "--world-size", "1024", "--tokens", "8192"]
+    found = plan_by_command(capsys, *words, "--engine", "zero3")
+    assert found["parameters"] == 70_553_706_496
+    assert found["nodes"] == 128
+    shard = found["per_rank"]["elements"]["mean"] * 4
+    # All weight matrices are transposed and sent back.
+    assert found["per_rank"]["bytes_per_step"]["total"]["mean"] == pytest.approx(
+        2 * shard, rel=0.01
+    )
+    assert found["step"]["seconds"] == pytest.approx(6 * found["parameters"] * 8192 / 400e12)
+    assert "node: column" in found["advice"]
+    depth = plan_by_command(capsys, *words, "--engine", "zero1", "--config", "gradient_smoothing")
+    assert depth["bytes_per_step"] > 0
+    assert depth["other_engines"]["zero3"]["bytes_per_step"] == 0
+    assert "Under zero3 the same graph sends nothing" in depth["advice"]
+
+
+def test_presets_have_their_published_sizes():
+    sizes = {"llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
+    for name, elements in sizes.items():
+        assert model_of(name).elements == elements
+    assert set(PRESETS) == {*sizes, "llama-3-70b"}
+
+
+def test_a_folder_is_planned_like_the_model_in_it(tmp_path, capsys):
+    tiny.llama_config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--engine", "fsdp2", "--world-size", "4"]
+    found = plan_by_command(capsys, *words, "--nodes", "2", "--device", "cpu")
+    assert found["parameters"] == sum(p.numel() for p in tiny.LlamaForCausalLM(
+        tiny.llama_config()).parameters())  # fmt: skip
+    within, across = (
+        found["per_rank"]["bytes_per_step"][where]["mean"]
+        for where in ("within_node", "across_nodes")
+    )
+    assert 0 < within < across
+
+
+def test_wrong_input_is_one_line(tmp_path, capsys):
+    words = ["--model", "llama-3-8b", "--engine", "zero3", "--world-size", "12"]
+    config = tmp_path / "wrong.yaml"
+    config.write_text("graph: {exclude: ['*nothing*']}")
+    for more, reason in {
+        ("--nodes", "5"): "does not divide among 5 nodes",
+        ("--tokens", "0"): "'0' is not a whole number from 1 on",
+        ("--flops", "nan"): "'nan' is not a number above 0",
+        ("--config", str(config)): "pattern '*nothing*' matches no trainable parameter",
+    }.items():
+        assert main(["plan", *words, *more]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+
+
+def test_only_the_first_of_several_processes_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "8"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_people_read_a_table(capsys):
+    words = ["plan", "--model", "smollm2-135m", "--engine", "zero2", "--world-size", "16"]
+    assert main([*words, "--config", "retain", "--tokens", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight" in out
+    assert "boundary" in out
+    assert out.count("sent a step") >= 2
