@@ -1,4 +1,4 @@
-"""`spectral-ds add`: one more key, the rest byte for byte; and the configurations that are ready."""
+"""`spectral-ds add`: one more key, the rest byte for byte; the ready configurations load."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TEXTS = {
     "brace on the last line": ('{\n\t"a": 1 }', '{\n\t"a": 1,\n\t%s\n}'),
     "comma at the end": ('{\n  "a": 1,\n}\n', '{\n  "a": 1,\n  %s\n}\n'),
     "comments": (
-        '// head {\n{\n  # of "a"\n  "a": "}", // last\n  "b": 2 // { "c": 3,\n  /* end\n  } */\n}\n#',
+        '// head {\n{\n  # of "a"\n  "a": "}", // last\n  "b": 2 // { "c": 3,\n  /* end\n  } */\n}\n#',  # noqa: E501
         '// head {\n{\n  # of "a"\n  "a": "}", // last\n  "b": 2, // { "c": 3,\n  /* end\n  } */\n'
         "  %s\n}\n#",
     ),
