@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   spectral-ds inspect ./model                        graph and spectrum of a model's parameters
   spectral-ds inspect ./model --data reviews.tsv     which graph separates signal from noise
   spectral-ds plan --model llama-3-8b --engine zero3 --world-size 64    what each rank would take
+  spectral-ds add ds_config.json --preset retain     a DeepSpeed config with the section added
 """
 # Exit status for wrong input, as argparse has it.
 WRONG_INPUT = 2
