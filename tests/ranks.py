@@ -46,18 +46,20 @@ class RanksFailedError(AssertionError):
 
 
 class RankPool:
-    """`world_size` processes in one process group."""
+    """`world_size` processes in one process group, with `environment` beside this process's own.
 
-    def __init__(self, world_size: int) -> None:
+    All pools are forked from one server, which keeps the environment of the first pool.
+    """
+
+    def __init__(self, world_size: int, **environment: str) -> None:
         self.world_size = world_size
         self._store = Path(tempfile.mkdtemp()) / "store"
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = _context.Pipe()
-            process = _context.Process(
-                target=_serve, args=(rank, world_size, str(self._store), theirs), daemon=True
-            )
+            arguments = (rank, world_size, str(self._store), theirs, environment)
+            process = _context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -110,9 +112,11 @@ class RankPool:
         shutil.rmtree(self._store.parent, ignore_errors=True)
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, store: str, pipe: Connection, environment: dict[str, str]
+) -> None:
     """Run what comes through the pipe, until it closes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import faulthandler
 
     import deepspeed

@@ -105,10 +105,9 @@ def fresh():
     pools = []
 
     def pool(world_size):
-        pools.append(RankPool(world_size))
+        pools.append(RankPool(world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()))
         return pools[-1]
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     yield pool
     for each in pools:
         each.close()
