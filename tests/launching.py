@@ -83,8 +83,10 @@ def _child(words: list[str], runner: bool, environment: dict[str, str], log: str
         os.dup2(file.fileno(), 2)
         os.dup2(nothing.fileno(), 1)
     os.environ.update(environment)
+    import deepspeed
     import torch
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes a minute to compile
     torch.set_num_threads(1)
     if runner:
         from spectral_ds import run
@@ -92,4 +94,5 @@ def _child(words: list[str], runner: bool, environment: dict[str, str], log: str
         run.main(words)
     else:
         sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))  # as the interpreter does
         runpy.run_path(words[0], run_name="__main__")

@@ -118,6 +118,7 @@ def _serve(
     """Run what comes through the pipe, until it closes."""
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import faulthandler
+    import gc
 
     import deepspeed
     import torch
@@ -130,6 +131,7 @@ def _serve(
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
     )
+    gc.freeze()  # modules stay: collecting all of them after each engine takes half a second
     while True:
         try:
             function, args = pipe.recv()

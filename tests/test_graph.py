@@ -1,7 +1,5 @@
 """Nodes, roles, edge families, and where nodes lie in memory: pure functions."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -382,16 +380,16 @@ def test_rectangles_cover_a_fragment_whatever_a_node_is(kind, shape, cut):
 @pytest.mark.parametrize("kind", [*KINDS, "parameter"])
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize(
-    ("low", "high", "stride"),
-    [(0, 30, 1), (0, 2, 1), (2, 4, 1), (0, 30, 2), (3, 30, 3), (8, 29, 4)],
+    ("low", "high"),
+    [(0, 30), (0, 2), (2, 4), (8, 29)],
 )
-def test_sampled_rectangles_are_those_columns_renumbered(kind, cut, low, high, stride):
+def test_clipped_rectangles_are_those_columns_renumbered(kind, cut, low, high):
     start, length = cut
     fragment = Fragment("w", start, length)
     parts = rectangles_of(ParameterNodes("w", (6, 5), kind), 0, fragment, 0)
-    sampled = [part.sampled(low, high, stride) for part in parts]
-    columns = node_matrix((6, 5), kind)[:, low:high:stride]
-    assert covered([part for part in sampled if part], fragment, 0) == {
+    clipped = [part.clipped(low, high) for part in parts]
+    columns = node_matrix((6, 5), kind)[:, low:high]
+    assert covered([part for part in clipped if part], fragment, 0) == {
         place: int(flat)
         for place, flat in np.ndenumerate(columns)
         if start <= flat < start + length
@@ -431,28 +429,3 @@ def test_slices_of_a_bucket_hold_every_element_once(kind):
 def test_a_slice_has_sixteen_columns_at_least():
     bucket = Bucket.of([ParameterNodes("a", (1000, 40))])
     assert [(each.low, each.high) for each in bucket.slices(1)] == [(0, 16), (16, 32), (32, 40)]
-
-
-@pytest.mark.parametrize(
-    ("width", "stride"), [(512, 8), (520, 8), (1000, 8), (504, 1), (513, 1), (40, 1)]
-)
-def test_a_sample_takes_every_eighth_column_of_wide_signals(width, stride):
-    bucket = Bucket.of([ParameterNodes("a", (2, width))])
-    sample = bucket.sample()
-    assert (sample.stride, sample.width) == (stride, width // stride)
-    [part] = sample.rectangles([Fragment("a", 0, 2 * width)])
-    picked = part.view(torch.arange(2 * width))
-    np.testing.assert_array_equal(picked, node_matrix((2, width), "row")[:, ::stride])
-
-
-def test_samples_of_slices_are_slices_of_the_sample():
-    bucket = Bucket.of([ParameterNodes("a", (2, 520))])
-    fragment = Fragment("a", 3, 1037)
-    values = torch.arange(3, 1040)
-    picked = [
-        [part.view(values).numpy() for part in each.sample().rectangles([fragment])]
-        for each in bucket.slices(2 * 48)
-    ]
-    flat = np.concatenate([view.reshape(-1) for view in itertools.chain(*picked)])
-    expected = node_matrix((2, 520), "row")[:, ::8]
-    assert sorted(flat) == sorted(expected[expected >= 3])

@@ -3,74 +3,36 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import corpus
 import pytest
-import tiny
-import torch
+from conftest import QUICKSTART_STEPS
+from launching import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parent.parent
-WORDS = ["a", "fine", "film", "with", "no", "plot", "but", "the", "best", "cast", "this", "year"]
-TIMEOUT_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, a tokenizer, a corpus and two configurations that differ by the section alone."""
+    """A model, a corpus and configurations."""
     path = tmp_path_factory.mktemp("launch")
-    vocabulary = {word: i for i, word in enumerate(["<end>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(
-        path / "model"
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        tiny.llama_config(
-            vocab_size=len(vocabulary), max_position_embeddings=64, eos_token_id=0, bos_token_id=0
-        )
-    ).save_pretrained(path / "model")
-    generator = torch.Generator().manual_seed(0)
-    lines = [
-        f"{i}\t{i % 3 - 1}\t"
-        + " ".join(WORDS[j] for j in torch.randint(len(WORDS), (12,), generator=generator))
-        for i in range(80)
-    ]
-    (path / "reviews.tsv").write_text("\n".join(lines) + "\n")
+    corpus.write(path)
     (path / "empty.tsv").write_text("\n\n")
     config = json.loads((ROOT / "configs" / "zero2_spectral.json").read_text())
-    config["spectral_ds"]["monitor"]["interval"] = 1
     (path / "spectral.json").write_text(json.dumps(config))
     misspelt = {**config, "spectral_ds": {"filter": {"strenght": 1.0}}}
     (path / "misspelt.json").write_text(json.dumps(misspelt))
-    del config["spectral_ds"]
-    (path / "baseline.json").write_text(json.dumps(config))
     return path
 
 
 def finetune(folder, *arguments, data="reviews.tsv", config="spectral.json"):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_gpus", "2", "--master_port", str(port), "--log_level", "error"]
-    command += [ROOT / "launch" / "finetune.py", "--model", folder / "model"]
-    command += ["--data", folder / data, "--deepspeed_config", folder / config]
-    command += ["--sequence-length", "16", *arguments]
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
-    )
+    """By forks: the quickstart takes the deepspeed launcher."""
+    words = ["--model", folder / "model", "--data", folder / data]
+    words += ["--deepspeed_config", folder / config, "--sequence-length", "16", *arguments]
+    return forked(2, ROOT / "launch" / "finetune.py", *words, runner=False)
 
 
 def summary(folder, name):
@@ -81,26 +43,23 @@ COMMON_KEYS = {"final_loss", "losses", "perturbation", "step_seconds", "world_si
 SPECTRAL_KEYS = {"filter_seconds", "boundary_bytes", "nodes", "edges"}
 
 
-def test_finetune_runs_with_and_without_the_plugin_and_resumes(folder):
-    for name in ("baseline", "spectral"):
-        done = finetune(
-            folder,
-            *("--steps", 4, "--save-interval", 2, "--output", folder / name),
-            config=f"{name}.json",
-        )
-        assert done.returncode == 0, done.stderr
+def test_the_quickstart_runs_with_and_without_the_plugin(quickstart):
+    folder, stdout = quickstart
     baseline, spectral = summary(folder, "baseline"), summary(folder, "spectral")
     assert baseline.keys() >= COMMON_KEYS
     assert not baseline.keys() & SPECTRAL_KEYS
     assert spectral.keys() >= COMMON_KEYS | SPECTRAL_KEYS
     for run in (baseline, spectral):
         assert (run["world_size"], run["zero_stage"]) == (2, 2)
-        assert len(run["losses"]) == 4
+        assert len(run["losses"]) == QUICKSTART_STEPS
         assert run["final_loss"] == run["losses"][-1]
         assert run["perturbation"] > 0
     # The same weights and the same first batch, then different gradients.
     assert baseline["losses"][0] == spectral["losses"][0]
     assert baseline["losses"][-1] != spectral["losses"][-1]
+    assert summary(folder, ".") == {"baseline": baseline, "spectral": spectral}
+    for label in ("loss, held out, after", "filter time", "boundary bytes", "everything"):
+        assert label in stdout
 
     [events] = (folder / "spectral").rglob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events))
@@ -109,20 +68,32 @@ def test_finetune_runs_with_and_without_the_plugin_and_resumes(folder):
     assert "spectral_ds/gradient_norm/after" in tags
     assert "Train/Samples/train_loss" in tags
 
-    shutil.copytree(folder / "spectral" / "checkpoints", folder / "resumed" / "checkpoints")
+
+def test_finetune_resumes(folder):
+    done = finetune(folder, "--steps", 4, "--save-interval", 2, "--output", folder / "whole")
+    assert done.code == 0, done.stderr
+    shutil.copytree(folder / "whole" / "checkpoints", folder / "resumed" / "checkpoints")
     (folder / "resumed" / "checkpoints" / "latest").write_text("global_step2")
     done = finetune(folder, "--steps", 4, "--output", folder / "resumed", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert summary(folder, "resumed")["losses"] == pytest.approx(spectral["losses"], abs=1e-6)
+    assert done.code == 0, done.stderr
+    losses = summary(folder, "whole")["losses"]
+    assert summary(folder, "resumed")["losses"] == pytest.approx(losses, abs=1e-6)
 
-    comparison = subprocess.run(
-        [sys.executable, ROOT / "launch" / "compare.py", folder],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "filter time" in comparison.stdout
-    assert summary(folder, ".").keys() == {"baseline", "spectral"}
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], ["--steps", "0", "positive whole number"]),
+        (["--out"], ["--out", "value"]),
+        (["--stepz", "3"], ["--stepz", "--steps"]),
+    ],
+)
+def test_bad_arguments_of_the_quickstart_are_named(arguments, words):
+    command = ["bash", ROOT / "launch" / "quickstart.sh", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    for word in words:
+        assert word in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,7 +110,7 @@ def test_finetune_runs_with_and_without_the_plugin_and_resumes(folder):
 )
 def test_bad_input_is_one_message(folder, files, words):
     done = finetune(folder, "--output", folder / "bad", **files)
-    assert done.returncode != 0
+    assert done.code != 0
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "finetune:" in line]
     assert len(lines) == 1, done.stderr

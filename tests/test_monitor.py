@@ -1,7 +1,5 @@
 """Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
 
-import dataclasses
-
 import numpy as np
 import oracle
 import pytest
@@ -10,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import spectral_ds
-from spectral_ds.laplacian.buckets import Bucket
+from spectral_ds import stage
 from spectral_ds.spectrum import band_energies
 
 BANDS = 4
@@ -119,20 +117,17 @@ def dense_moments(laplacian, lambda_max, signal, count):
     return np.array([np.cos(order * angle) @ energy for order in range(count)])
 
 
-def sampled_run(section):
-    """The moments that a sample of every 8th column gives, where 8 divides the width."""
-    usual = Bucket.sample
-    Bucket.sample = lambda self: (
-        dataclasses.replace(self, stride=8) if self.parameters[0].width % 8 == 0 else self
-    )
+def sketched_run(section):
+    """A run in which signals of more than 20 elements are wide."""
+    usual, stage.LONGEST_WHOLE = stage.LONGEST_WHOLE, 20
     try:
         return monitored_run(2, section)
     finally:
-        Bucket.sample = usual
+        stage.LONGEST_WHOLE = usual
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_sampled_moments_are_those_of_the_sampled_columns(ranks, world_size):
+def test_wide_signals_are_measured_by_their_projections(ranks, world_size):
     edges = [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]
     section = {
         "graph": {"edges": edges},
@@ -145,13 +140,21 @@ def test_sampled_moments_are_those_of_the_sampled_columns(ranks, world_size):
         oracle.adjacency_of({n: plain["weights"][n] for n in names}, edges)
     )
     columns = {n: oracle.as_nodes(plain["gradients"][n]) for n in names}
-    sample = {n: c[:, :: 8 if c.shape[1] % 8 == 0 else 1] for n, c in columns.items()}
-    expected = dense_moments(laplacian, 2.0, sample, 4 * BANDS)
+    assert {c.shape[1] > 20 for c in columns.values()} == {True, False}
+    sketches = {n: projected(c) if c.shape[1] > 20 else c for n, c in columns.items()}
+    expected = dense_moments(laplacian, 2.0, sketches, 4 * BANDS)
     norm = np.sqrt(sum((c**2).sum() for c in columns.values()))
-    assert expected[0] < 0.5 * norm**2
-    for _, metrics, moments in ranks(world_size).run(sampled_run, section):
+    for _, metrics, moments in ranks(world_size).run(sketched_run, section):
         np.testing.assert_allclose(moments[0], expected, atol=1e-5 * expected[0])
+        assert moments[0][0] == pytest.approx(norm**2, rel=0.2)
         assert metrics["gradient_norm/before"] == pytest.approx(norm, rel=1e-5)
+
+
+def projected(rows):
+    """On 16 Gaussian vectors."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(rows.shape[1], 16, dtype=torch.float64, generator=generator)
+    return rows @ draw.numpy() / 4
 
 
 def test_scalars_join_deepspeeds_own_in_one_event_file(ranks, tmp_path):

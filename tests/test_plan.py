@@ -63,9 +63,9 @@ def measured(engine_name):
 
 def statistics_bytes(statistics):
     """Of two sketches of the gradient, and of what measures their spectra."""
-    sketches, operators = 2 * 4 * statistics.sketches.empty().numel(), statistics._operators
-    kernels = sum(kernel_bytes(operators).values())
-    return sketches + kernels + statistics._workspace.bytes
+    sketches, measures = 2 * 4 * statistics.sketches.empty().numel(), statistics._spectrometer
+    kernels = sum(kernel_bytes(measures.operators).values())
+    return sketches + kernels + measures.workspace.bytes
 
 
 def facts_of(stage, engine):
@@ -92,7 +92,7 @@ def facts_of(stage, engine):
             )
         facts[way, elements] = {
             "hops": plan.hops,
-            "scratch": Workspace([*plan.operators, *plan.sampled], torch.device("cpu")).bytes,
+            "scratch": Workspace(plan.operators, torch.device("cpu")).bytes,
             "bytes": (plan.bytes_per_hop, plan.bytes_per_move, plan.bytes_sent),
             "meetings": plan.meetings,
             "exchanges": sum(op.exchange is not None for op in plan.operators),
@@ -315,7 +315,7 @@ def needed_by_brute_force(bucket, families, layout):
     nodes = np.arange(bucket.nodes)
     one_way = [f.edges(bucket.parameters, bucket.first_node, nodes) for f in families]
     edges = Edges.concatenate(one_way + [each.reversed() for each in one_way]).combined(np.add)
-    owners = RowOwners.of(bucket, layout.fragments)
+    owners = RowOwners.of(bucket, layout)
     needed = np.zeros((layout.world_size, layout.world_size))
     for rank, fragments in enumerate(layout.fragments):
         block = LocalBlock.of(bucket.width, bucket.rectangles(fragments), edges)
@@ -328,7 +328,7 @@ def needed_by_brute_force(bucket, families, layout):
 def moved_by_brute_force(bucket, layout):
     """(target, source): elements that one rank gets of another when the bucket is transposed."""
     size = layout.world_size
-    elements = RowOwners.of(bucket, layout.fragments).elements(size)
+    elements = RowOwners.of(bucket, layout).elements(size)
     slices = column_slices(elements, bucket.width)
     rectangles = [bucket.rectangles(own) for own in layout.fragments]
     moved = np.zeros((size, size))

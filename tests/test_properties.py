@@ -200,10 +200,9 @@ def groups_cut(draw):
     layout = draw(cut(model))
     group = draw(st.sampled_from(model.graph().groups))
     width = group.bucket.width
-    stride = draw(st.integers(1, 3))
-    low = draw(st.integers(0, (width - 1) // stride)) * stride
+    low = draw(st.integers(0, width - 1))
     high = draw(st.integers(low + 1, width))
-    return group, layout.fragments, replace(group.bucket, low=low, high=high, stride=stride)
+    return group, layout.fragments, replace(group.bucket, low=low, high=high)
 
 
 def flat_indices(parameter):
@@ -224,7 +223,7 @@ def ranks_of(bucket, fragments):
                 if fragment.parameter == parameter.name:
                     rank[fragment.start : fragment.end] = number
         found.append(rank[flat_indices(parameter)])
-    return np.concatenate(found)[:, bucket.low : bucket.high : bucket.stride]
+    return np.concatenate(found)[:, bucket.low : bucket.high]
 
 
 def numbered(bucket, own):
@@ -245,7 +244,7 @@ def numbers_of(bucket):
     for parameter in bucket.parameters:
         parts.append(flat_indices(parameter) + total)
         total += parameter.numel
-    return np.concatenate(parts)[:, bucket.low : bucket.high : bucket.stride]
+    return np.concatenate(parts)[:, bucket.low : bucket.high]
 
 
 # Who owns what
@@ -257,7 +256,7 @@ def test_every_element_has_one_owner_and_every_row_one_primary(drawn):
     _, fragments, bucket = drawn
     expected = ranks_of(bucket, fragments)
     assert expected.min() >= 0
-    owners = RowOwners.of(bucket, fragments)
+    owners = RowOwners.of(bucket, ShardLayout(fragments, 0))
     found = owners.of_address(np.arange(bucket.numel)).reshape(expected.shape)
     np.testing.assert_array_equal(found, expected)
     counts = [(expected == rank).sum() for rank in range(len(fragments))]
@@ -318,7 +317,7 @@ def test_a_local_block_stores_its_own_and_needs_exactly_its_neighbours(drawn):
 def test_transposed_slices_hold_every_element_once(drawn):
     _, fragments, bucket = drawn
     world_size = len(fragments)
-    elements = RowOwners.of(bucket, fragments).elements(world_size)
+    elements = RowOwners.of(bucket, ShardLayout(fragments, 0)).elements(world_size)
     slices = column_slices(elements, bucket.width)
     assert (slices[0], slices[-1]) == (0, bucket.width)
     assert list(slices) == sorted(slices)

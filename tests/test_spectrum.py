@@ -22,6 +22,7 @@ from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import (
     GradientStatistics,
     SignalAndNoise,
+    Spectrometer,
     density_of_states,
     lowest_eigenpairs,
 )
@@ -89,14 +90,9 @@ class Sharded:
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)
         signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
         operators = self.plan(signals, sketches.layout).operators
-        return GradientStatistics(
-            sketches,
-            operators,
-            Workspace(operators, CPU),
-            self.communicator,
-            bands=bands,
-            decay=decay,
-        )
+        workspace = Workspace(operators, CPU)
+        spectrometer = Spectrometer(sketches, operators, workspace, self.communicator)
+        return GradientStatistics(sketches, spectrometer, bands=bands, decay=decay)
 
 
 def random_arrays(shapes, seed=0):
@@ -277,13 +273,12 @@ SKETCHED = random_arrays({"a": (7, 13), "b": (11, 13), "c": (13, 5), "d": (4, 3,
 def sketches_of(kind, alone=False):
     sharded = Sharded(SKETCHED, [Ring()], kind, alone=alone)
     sketches = Sketches(sharded.parameters, sharded.layout, 6, 0, sharded.communicator)
-    partial = sketches.empty().fill_(torch.nan)
-    sketches.take(sharded.local(SKETCHED), partial)
+    sketches.take([part * torch.nan for part in sharded.local(SKETCHED)])  # is forgotten
+    partial = sketches.take(sharded.local(SKETCHED))
     complete = [part.numpy() for part in sketches.complete(partial)]
     equal = sharded.parameters[: 2 if kind == "row" else 1]
     features = sketches.features(partial, equal).numpy()
-    sketches.take([None] * len(sharded.layout.own), partial)
-    assert not partial.any()
+    assert not sketches.take([None] * len(sharded.layout.own)).any()
     sizes = {p.name: p.nodes * sketches.columns[p.name] for p in sharded.parameters}
     sketches.layout.check(sizes)
     return list(zip(sketches.layout.own, complete, strict=True)), features
@@ -477,7 +472,7 @@ def test_another_graph_forgets_the_powers_by_the_old_one_but_not_the_mean():
 
     other = Sharded({"w": stream.vectors[:, :6]}, [Ring()], alone=True)
     fresh = other.statistics(0, BANDS, DECAY)
-    statistics.use_graph(fresh._operators, fresh._workspace)
+    statistics.use_graph(fresh._spectrometer)
     assert not torch.cat([*statistics.estimate, statistics.power]).any()
     torch.testing.assert_close(statistics.mean, mean)
     statistics.observe([gradient * torch.nan for gradient in samples[0]], 1.0)

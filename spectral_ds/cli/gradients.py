@@ -8,7 +8,7 @@ from spectral_ds.cli.subject import Subject
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph, Workspace, make_plan
 from spectral_ds.laplacian.sketches import Sketches
-from spectral_ds.spectrum import GradientStatistics
+from spectral_ds.spectrum import GradientStatistics, Spectrometer
 from spectral_ds.stage import bucket_elements
 
 # Powers are sums over many nodes: fewer projections of each do than a comparison of two takes.
@@ -47,14 +47,13 @@ class MeanGradient:
         self._sketches = Sketches(
             parameters, subject.layout, sketch_width, subject.seed, subject.communicator
         )
-        self._current, self._mean = self._sketches.empty(), self._sketches.empty()
+        self._mean = self._sketches.empty()
         self._samples = 0
 
     def observe(self, gradients: Gradients) -> None:
         """Take one sample."""
         self._samples += 1
-        self._sketches.take(gradients, self._current)
-        self._mean += (self._current - self._mean) / self._samples
+        self._mean += (self._sketches.take(gradients) - self._mean) / self._samples
 
     def __call__(self, parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
         """Features of all nodes of some parameters; (nodes, sketch), float64."""
@@ -85,6 +84,5 @@ def statistics_on(subject: Subject, graph: ParameterGraph, bands: int) -> Gradie
         bucket_elements=bucket_elements(communicator.device),
     )
     workspace = Workspace(plan.operators, communicator.device)
-    return GradientStatistics(
-        sketches, plan.operators, workspace, communicator, bands=bands, decay=NO_DECAY
-    )
+    spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
+    return GradientStatistics(sketches, spectrometer, bands=bands, decay=NO_DECAY)

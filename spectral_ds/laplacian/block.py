@@ -7,6 +7,7 @@ owned and the others received or unused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -47,29 +48,19 @@ class LocalBlock:
     placements: tuple[Placement, ...]
 
     @classmethod
-    def of(
-        cls,
-        width: int,
-        rectangles: Sequence[Rectangle],
-        edges: Edges,
-        rows_of: "LocalBlock | None" = None,
-    ) -> "LocalBlock":
+    def of(cls, width: int, rectangles: Sequence[Rectangle], edges: Edges) -> "LocalBlock":
         """The block that stores these rectangles and their neighbours.
 
         Args:
             width: columns of the bucket.
             rectangles: this rank's.
             edges: from its rows.
-            rows_of: a block whose rows to store, though these rectangles may touch fewer.
         """
         owned = addresses(rectangles, width)
         needed = intervals.subtract(_neighbours_of(owned, edges, width), owned)
-        if rows_of is not None:
-            own_rows, boundary_rows = rows_of.own_rows, rows_of.boundary_rows
-        else:
-            own_rows = np.unique(intervals.members(_row_spans(owned, width)))
-            touched = np.unique(intervals.members(_row_spans(needed, width)))
-            boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
+        own_rows = np.unique(intervals.members(_row_spans(owned, width)))
+        touched = np.unique(intervals.members(_row_spans(needed, width)))
+        boundary_rows = np.setdiff1d(touched, own_rows, assume_unique=True)
         columns = intervals.merge(
             np.array([(r.column, r.column + r.columns) for r in rectangles], np.int64).reshape(
                 -1, 2
@@ -113,6 +104,11 @@ class LocalBlock:
     def stored(self) -> int:
         """Number of stored rows: own and boundary."""
         return len(self.own_rows) + len(self.boundary_rows)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether this rank owns every stored element of its own rows."""
+        return sum(place.rectangle.numel for place in self.placements) == self.own * self.width
 
     def has_rows_of(self, other: "LocalBlock") -> bool:
         """Whether both store the same rows in the same order."""

@@ -1,10 +1,10 @@
 """Buckets: sets of parameters of equal node width that no edge leaves.
 
 The filter works on one bucket at a time, so that its scratch memory is that of the largest bucket.
-Columns are filtered independently, so a bucket may also be a slice of columns, or a sample.
+Columns are filtered independently, so a bucket may also be a slice of columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from spectral_ds.graph import EdgeFamily, ParameterNodes
 from spectral_ds.laplacian.rectangles import Rectangle, rectangles_of
-from spectral_ds.sharding import Fragment
+from spectral_ds.sharding import Fragment, ShardLayout
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,11 @@ class Bucket:
 
     Attributes:
         low, high: the columns of the nodes' signals that belong to the bucket.
-        stride: every how many of them; `low` is a multiple of it.
     """
 
     parameters: tuple[ParameterNodes, ...]
     low: int
     high: int
-    stride: int = 1
 
     @classmethod
     def of(cls, parameters: Sequence[ParameterNodes]) -> "Bucket":
@@ -41,7 +39,7 @@ class Bucket:
 
     @property
     def width(self) -> int:
-        return -(-(self.high - self.low) // self.stride)
+        return self.high - self.low
 
     @cached_property
     def first_node(self) -> npt.NDArray[np.int64]:
@@ -62,16 +60,25 @@ class Bucket:
 
     def rectangles(self, fragments: Sequence[Fragment]) -> list[Rectangle]:
         """The parts of a rank's fragments that lie in the bucket."""
-        found = []
-        for index, fragment in enumerate(fragments):
-            position = self._position.get(fragment.parameter)
-            if position is not None:
-                parameter, first = self.parameters[position], int(self.first_node[position])
-                for whole in rectangles_of(parameter, first, fragment, index):
-                    part = whole.sampled(self.low, self.high, self.stride)
-                    if part is not None:
-                        found.append(part)
+        numbered = enumerate(fragments)
+        return [part for index, fragment in numbered for part in self._parts(index, fragment)]
+
+    def rectangles_of_ranks(self, layout: ShardLayout) -> list[list[Rectangle]]:
+        """The same of every rank, at the cost of the bucket's own parameters alone."""
+        found: list[list[Rectangle]] = [[] for _ in layout.fragments]
+        for parameter in self.parameters:
+            for rank, index, fragment in layout.holdings.get(parameter.name, ()):
+                found[rank].extend(self._parts(index, fragment))
         return found
+
+    def _parts(self, index: int, fragment: Fragment) -> Iterator[Rectangle]:
+        position = self._position.get(fragment.parameter)
+        if position is not None:
+            parameter, first = self.parameters[position], int(self.first_node[position])
+            for whole in rectangles_of(parameter, first, fragment, index):
+                part = whole.clipped(self.low, self.high)
+                if part is not None:
+                    yield part
 
     def slices(self, max_elements: int) -> list["Bucket"]:
         """The bucket cut into slices of columns, of at most about so many elements each."""
@@ -80,15 +87,6 @@ class Bucket:
             replace(self, low=low, high=min(low + columns, self.high))
             for low in range(self.low, self.high, columns)
         ]
-
-    def sample(self) -> "Bucket":
-        """Every 8th column of wide signals, all columns of narrow ones.
-
-        Columns are filtered independently, so a sample of them has the spectrum of all, up to
-        sampling error, at an eighth of the cost.
-        """
-        full = self.parameters[0].width
-        return replace(self, stride=8) if full >= 512 and full % 8 == 0 else self
 
 
 def linked_parameters(

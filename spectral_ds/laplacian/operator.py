@@ -116,7 +116,7 @@ class LaplacianOperator:
 
     def owned_views(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Views of the elements that this rank answers for: over ranks, each element once."""
-        if self.transposition is not None:
+        if self.transposition is not None or self.block.is_whole:
             return [x[: self.block.own]]
         return self.block.owned_views(x)
 

@@ -1,6 +1,5 @@
 """RowOwners: which ranks own a part of which row of a bucket."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,7 +8,7 @@ import numpy.typing as npt
 
 from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.laplacian.rectangles import addresses
-from spectral_ds.sharding import Fragment, intervals
+from spectral_ds.sharding import ShardLayout, intervals
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,10 @@ class RowOwners:
     rank: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, bucket: Bucket, fragments: Sequence[Sequence[Fragment]]) -> "RowOwners":
+    def of(cls, bucket: Bucket, layout: ShardLayout) -> "RowOwners":
         """From the fragments of every rank."""
-        owned = [addresses(bucket.rectangles(own), bucket.width) for own in fragments]
+        parts = bucket.rectangles_of_ranks(layout)
+        owned = [addresses(own, bucket.width) for own in parts]
         runs = np.concatenate(owned)
         rank = np.repeat(np.arange(len(owned)), [len(runs) for runs in owned])
         order = np.argsort(runs[:, 0], kind="stable")

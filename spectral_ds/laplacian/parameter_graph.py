@@ -120,7 +120,7 @@ class ParameterGraph:
                 group = _path_group(joined, families, layout)
             else:
                 bucket = Bucket.of(joined)
-                owners = RowOwners.of(bucket, layout.fragments)
+                owners = RowOwners.of(bucket, layout)
                 edges = build_adjacency(bucket, families, owners, features, communicator)
                 degree = degrees(bucket, edges, owners, communicator)
                 group = Group(joined, bucket, edges, degree, owners, is_path=False)
@@ -154,7 +154,7 @@ class ParameterGraph:
                 groups.append(_path_group(joined, families, layout))
                 continue
             bucket = Bucket.of(joined)
-            owners = RowOwners.of(bucket, layout.fragments)
+            owners = RowOwners.of(bucket, layout)
             # The group's number of each of its nodes, by the number in the model; sorted by that.
             model = np.concatenate([first_node[p.name] + np.arange(p.nodes) for p in joined])
             of_group = edges.from_sources(model)
@@ -207,7 +207,7 @@ class ParameterGraph:
             bucket = Bucket.of(
                 [ParameterNodes(p.name, (p.nodes, columns[p.name]), kind) for p in group.parameters]
             )
-            owners = RowOwners.of(bucket, layout.fragments)
+            owners = RowOwners.of(bucket, layout)
             edges = group.edges if group.is_path else group.primary_edges(layout.rank)
             groups.append(replace(group, bucket=bucket, owners=owners, edges=edges))
         return self.of_groups(groups)
@@ -325,7 +325,7 @@ def _path_group(
 ) -> Group:
     """Parameters as single nodes; every rank knows all edges without communication."""
     bucket = Bucket.of([replace(parameter, kind="parameter") for parameter in parameters])
-    owners = RowOwners.of(bucket, layout.fragments)
+    owners = RowOwners.of(bucket, layout)
     parts = []
     for family in families:
         assert isinstance(family, Depth), "only paths come here"

@@ -36,7 +36,6 @@ class OperatorPlan:
 
     Attributes:
         operators: one a bucket.
-        sampled: the same for a sample of the columns, for measuring spectra.
         meetings: how many groups meet in which way.
         hops: products with L that one filter takes.
         bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
@@ -44,7 +43,6 @@ class OperatorPlan:
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
-    sampled: list[LaplacianOperator] = field(default_factory=list)
     meetings: dict[Meeting, int] = field(default_factory=dict)
     hops: int = 0
     bytes_per_hop: int = 0
@@ -96,9 +94,7 @@ def make_plan(
     plan = OperatorPlan(meetings=_counted(meetings), hops=hops)
     maker = _Maker(graph, layout, communicator, everyone, kernel, dtype)
     for meeting, members in _packed(graph.groups, meetings, layout.world_size, bucket_elements):
-        for operator, sampled in maker.operators(meeting, members, bucket_elements):
-            plan.operators.append(operator)
-            plan.sampled.append(sampled)
+        plan.operators.extend(maker.operators(meeting, members, bucket_elements))
     own = [
         sum(op.exchange.elements_sent for op in plan.operators if op.exchange is not None),
         sum(op.transposition.elements_sent for op in plan.operators if op.transposition),
@@ -122,7 +118,7 @@ def _meetings(
         rectangles = group.bucket.rectangles(layout.own)
         slices = column_slices(group.owners.elements(layout.world_size), width)
         mine = slices[layout.rank : layout.rank + 2]
-        stays = (part.sampled(*mine) for part in rectangles)
+        stays = (part.clipped(*mine) for part in rectangles)
         away = sum(part.numel for part in rectangles) - sum(p.numel for p in stays if p)
         needed = intervals.total(LocalBlock.of(width, rectangles, group.edges).needed)
         counts[index] = needed, away
@@ -176,8 +172,8 @@ class _Maker:
 
     def operators(
         self, meeting: Meeting, groups: Sequence[Group], bucket_elements: int
-    ) -> list[tuple[LaplacianOperator, LaplacianOperator]]:
-        """(on all columns, on a sample) of each slice of columns of the pack's bucket."""
+    ) -> list[LaplacianOperator]:
+        """One for each slice of columns of the pack's bucket."""
         whole = Bucket.of([p for group in groups for p in group.bucket.parameters])
         edges = self._edges(meeting, groups)
         degree = np.concatenate([group.degree for group in groups])
@@ -188,26 +184,21 @@ class _Maker:
         last: LaplacianOperator | None = None
         made = []
         for bucket in self._slices(whole, is_dense and meeting == "local", bucket_elements):
-            operator = self._arranged(bucket, meeting, edges, None)
-            sample, sampled = bucket.sample(), operator
-            if sample is not bucket:
-                sampled = self._arranged(sample, meeting, edges, operator.block)
+            operator = self._arranged(bucket, meeting, edges)
+            block, device = operator.block, self.communicator.device
             if kernel_name is None:
-                matrix = self._matrix(operator.block, edges, degree)
-                width = operator.block.width
-                kernel_name = choose_kernel(self.kernel, matrix, width, self.everyone)
-            for each in (operator, sampled):
-                if last is not None and each.block.has_rows_of(last.block):
-                    each.kernel, each.eigenbasis = last.kernel, last.eigenbasis
-                elif each.block.own > 0:
-                    matrix = self._matrix(each.block, edges, degree)
-                    device = self.communicator.device
-                    each.kernel = KERNELS[kernel_name](matrix, device, self.dtype)
-                    if is_dense:
-                        each.eigenbasis = Eigenbasis.of(matrix.toarray(), device)
-                if each.block.own > 0:
-                    last = each
-            made.append((operator, sampled))
+                matrix = self._matrix(block, edges, degree)
+                kernel_name = choose_kernel(self.kernel, matrix, block.width, self.everyone)
+            if last is not None and block.has_rows_of(last.block):
+                operator.kernel, operator.eigenbasis = last.kernel, last.eigenbasis
+            elif block.own > 0:
+                matrix = self._matrix(block, edges, degree)
+                operator.kernel = KERNELS[kernel_name](matrix, device, self.dtype)
+                if is_dense:
+                    operator.eigenbasis = Eigenbasis.of(matrix.toarray(), device)
+            if block.own > 0:
+                last = operator
+            made.append(operator)
         return made
 
     def _matrix(
@@ -240,29 +231,22 @@ class _Maker:
             low = min(part.column for part in rectangles) // 16 * 16
             high = max(part.column + part.columns for part in rectangles)
             return replace(whole, low=low, high=high).slices(bucket_elements)
-        owners = RowOwners.of(whole, self.layout.fragments)
+        owners = RowOwners.of(whole, self.layout)
         largest = int(owners.elements(self.layout.world_size).max())
         return whole.slices(bucket_elements * whole.numel // max(largest, 1))
 
-    def _arranged(
-        self,
-        bucket: Bucket,
-        meeting: Meeting,
-        edges: Edges,
-        rows_of: LocalBlock | None,
-    ) -> LaplacianOperator:
+    def _arranged(self, bucket: Bucket, meeting: Meeting, edges: Edges) -> LaplacianOperator:
         """Where the bucket's elements lie and how they come there; no kernel yet."""
-        fragments = self.layout.fragments
         if meeting == "transpose":
-            owners = RowOwners.of(bucket, fragments)
+            owners = RowOwners.of(bucket, self.layout)
             slices = column_slices(owners.elements(self.layout.world_size), bucket.width)
-            rectangles = [bucket.rectangles(own) for own in fragments]
+            rectangles = bucket.rectangles_of_ranks(self.layout)
             transposition = Transposition.plan(bucket.nodes, rectangles, slices, self.communicator)
             return LaplacianOperator(bucket, transposition.block, transposition=transposition)
         own = bucket.rectangles(self.layout.own)
-        block = LocalBlock.of(bucket.width, own, edges, rows_of)
+        block = LocalBlock.of(bucket.width, own, edges)
         exchange = None
         if meeting == "boundary":
-            owners = RowOwners.of(bucket, fragments)
+            owners = RowOwners.of(bucket, self.layout)
             exchange = BoundaryExchange.plan(block, owners, self.communicator)
         return LaplacianOperator(bucket, block, exchange=exchange)

@@ -48,22 +48,14 @@ class Rectangle:
             fragment.storage_offset() + self.offset,
         )
 
-    def sampled(self, low: int, high: int, stride: int = 1) -> "Rectangle | None":
-        """Its columns low, low + stride, ... below high, renumbered from 0; None if there are none.
-
-        `low` must be a multiple of the stride.
-        """
-        first = -(-max(self.column, low) // stride) * stride
-        count = -(-(min(self.column + self.columns, high) - first) // stride)
+    def clipped(self, low: int, high: int) -> "Rectangle | None":
+        """Its columns [low, high), renumbered from 0; None if there are none."""
+        first = max(self.column, low)
+        count = min(self.column + self.columns, high) - first
         if count <= 0:
             return None
-        return replace(
-            self,
-            offset=self.offset + (first - self.column) * self.column_step,
-            column=(first - low) // stride,
-            columns=count,
-            column_step=self.column_step * stride,
-        )
+        offset = self.offset + (first - self.column) * self.column_step
+        return replace(self, offset=offset, column=first - low, columns=count)
 
 
 def rectangles_of(

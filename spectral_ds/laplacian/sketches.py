@@ -45,6 +45,7 @@ class Sketches:
         sketch_width: of the projections; shorter signals, or all if it is 0, stay whole.
         seed: of the projections.
         communicator: the ranks that share the parameters.
+        longest_whole: signals up to this length stay whole, too.
 
     Attributes:
         columns: length of a node's sketch, by parameter.
@@ -58,19 +59,25 @@ class Sketches:
         sketch_width: int,
         seed: int,
         communicator: Communicator,
+        longest_whole: int = 0,
     ) -> None:
-        self.sketch_width = sketch_width
-        self.columns = {p.name: sketch_size(p.width, sketch_width) for p in parameters}
+        self.columns = {
+            p.name: sketch_size(p.width, sketch_width, longest_whole) for p in parameters
+        }
         self._parameters = tuple(parameters)
         self._communicator = communicator
         self._projections: dict[int, torch.Tensor | None] = {}
-        for width in {parameter.width for parameter in parameters}:
-            projection = gaussian_projection(width, sketch_width, seed)
-            device = communicator.device
-            self._projections[width] = None if projection is None else projection.float().to(device)
-        self._spans = [self._spans_of(fragments) for fragments in layout.fragments]
+        for parameter in parameters:
+            width = parameter.width
+            if width not in self._projections:
+                is_whole = self.columns[parameter.name] == width
+                projection = None if is_whole else gaussian_projection(width, sketch_width, seed)
+                if projection is not None:
+                    projection = projection.float().to(communicator.device)
+                self._projections[width] = projection
+        self._spans = self._spans_of(layout)
         buckets = [Bucket.of([parameter]) for parameter in parameters]
-        owners = [RowOwners.of(bucket, layout.fragments) for bucket in buckets]
+        owners = [RowOwners.of(bucket, layout) for bucket in buckets]
         primary = [each.primary(np.arange(each.bucket.nodes)) for each in owners]
         self.layout = self._complete_layout(primary, layout)
         # By rank: (span, first node, last node, primary rank) of each run of its spans.
@@ -83,16 +90,19 @@ class Sketches:
             for spans in self._spans
         ]
         self._incoming = self._arriving()
+        self._taken = self.empty()
 
-    def _spans_of(self, fragments: Sequence[Fragment]) -> list[_Span]:
-        spans = []
+    def _spans_of(self, layout: ShardLayout) -> list[list[_Span]]:
+        """Of every rank, parameter by parameter."""
+        spans: list[list[_Span]] = [[] for _ in layout.fragments]
         for position, parameter in enumerate(self._parameters):
-            rectangles = Bucket.of([parameter]).rectangles(fragments)
-            for _, parts in groupby(rectangles, key=lambda part: part.fragment):
-                held = tuple(parts)
-                first = min(part.node for part in held)
-                last = max(part.node + part.nodes for part in held)
-                spans.append(_Span(position, first, last, held))
+            of_ranks = Bucket.of([parameter]).rectangles_of_ranks(layout)
+            for held_by_rank, rectangles in zip(spans, of_ranks, strict=True):
+                for _, parts in groupby(rectangles, key=lambda part: part.fragment):
+                    held = tuple(parts)
+                    first = min(part.node for part in held)
+                    last = max(part.node + part.nodes for part in held)
+                    held_by_rank.append(_Span(position, first, last, held))
         return spans
 
     def _complete_layout(
@@ -117,14 +127,15 @@ class Sketches:
         """A flat buffer for this rank's partial sketches, float32, zeros."""
         return torch.zeros(sum(map(self._size, self.own_spans)), device=self._communicator.device)
 
-    def take(self, signal: Sequence[torch.Tensor | None], out: torch.Tensor) -> None:
-        """out ← this rank's partial sketches of the signal; no communication.
+    def take(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """This rank's partial sketches of a signal, in memory that the next call reuses.
+
+        No communication.
 
         Args:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
-            out: from `empty`.
         """
-        out.zero_()
+        out = self._taken.zero_()
         for span, rows in zip(self.own_spans, self._views(out), strict=True):
             projection = self._projections[self._parameters[span.parameter].width]
             for part in span.rectangles:
@@ -133,6 +144,7 @@ class Sketches:
                     values = part.view(fragment).to(out.device, torch.float32)
                     first = part.node - span.first
                     add_sketch(rows[first : first + part.nodes], values, part.column, projection)
+        return out
 
     def _views(self, partial: torch.Tensor) -> Iterator[torch.Tensor]:
         """(nodes, sketch) views of a flat buffer of partial sketches, span by span."""

@@ -67,7 +67,7 @@ class Transposition:
         rank = communicator.rank
 
         def clipped(parts: Sequence[Rectangle], owner: int) -> list[Rectangle]:
-            cut = (part.sampled(slices[owner], slices[owner + 1]) for part in parts)
+            cut = (part.clipped(slices[owner], slices[owner + 1]) for part in parts)
             return [part for part in cut if part is not None]
 
         peers = range(communicator.world_size)

@@ -79,8 +79,8 @@ class Monitor:
             scale: by which the gradients are multiplied (loss scaling).
         """
         if self._weights is not None:
-            pairs = zip(weights(), self._weights, strict=True)
-            (squares,) = self._norms.squares([now - before for now, before in pairs])
+            torch._foreach_sub_(self._weights, list(weights()))
+            (squares,) = self._norms.squares(self._weights)
             ratios = self._norms.metrics("update_to_weight", squares, self._weight_squares)
             self.metrics |= ratios
             self._board.scalars(ratios)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_ds.config import ADAPTIVE, GraphConfig, SpectralConfig
+from spectral_ds.config import GraphConfig, SpectralConfig
 from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.filters import NO_SERIES
 from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
@@ -21,7 +21,7 @@ from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, Scratch, packed
 from spectral_ds.planning.parts import Parts
 from spectral_ds.planning.responses import Hops, Spectrum, hops_of
-from spectral_ds.stage import SKETCH_WIDTH
+from spectral_ds.stage import sketch_shape
 
 # An edge: two node numbers and a weight, 64 bits each.
 EDGE_BYTES = 24
@@ -174,18 +174,16 @@ def _statistics(
     bucket_elements: int,
 ) -> Floats:
     """Two sketches of each node that a rank owns a part of, and what measures them, about."""
-    responses = {config.filter.response, config.regularizer.response}
-    needed = bool(responses & set(ADAPTIVE)) or _compares_gradients(families)
     zeros = np.zeros(cluster.world_size)
-    if not needed and not (config.monitor.enabled and settings.node != "element"):
+    shape = sketch_shape(settings, config)
+    if shape is None:
         return zeros
-    widths = [e.sketch_width for e in settings.edges if e.features == "gradient"]
-    sketch = widths[0] if widths else SKETCH_WIDTH
+    sketch = shape[0]
     partial, links = zeros, zeros
     # What is worked on together: groups of sketches of equal length, each group of paths alone.
     signals: dict[int, tuple[Floats, Floats]] = {}
     for index, group in enumerate(groups):
-        columns = sketch_size(group.parameters[0].width, sketch)
+        columns = sketch_size(group.parameters[0].width, *shape)
         for parameter in group.parameters:
             parts = own[parameter.name]
             partial = partial + columns * cluster.by_rank(parts.rank, parts.touched)
@@ -201,7 +199,7 @@ def _statistics(
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
         workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
-    projections = sum(sketch * w for w in wide if sketch_size(w, sketch) < w)
+    projections = sum(sketch * w for w in wide if sketch_size(w, *shape) < w)
     return FLOAT * (2 * partial + workspace + projections) + 8 * links
 
 

@@ -4,8 +4,10 @@ In: the fragments of this rank, as its engine reports them. Out: a `ShardLayout`
 on every rank and says for each element of each parameter which rank owns it.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from spectral_ds.sharding.collectives import Communicator
 
@@ -54,10 +56,14 @@ class ShardLayout:
     def own(self) -> tuple[Fragment, ...]:
         return self.fragments[self.rank]
 
-    @property
-    def parameters(self) -> frozenset[str]:
-        """Names of the parameters that some rank owns a part of."""
-        return frozenset(f.parameter for rank in self.fragments for f in rank)
+    @cached_property
+    def holdings(self) -> Mapping[str, Sequence[tuple[int, int, Fragment]]]:
+        """By parameter: (rank, number among that rank's fragments, fragment), rank by rank."""
+        found: dict[str, list[tuple[int, int, Fragment]]] = defaultdict(list)
+        for rank, fragments in enumerate(self.fragments):
+            for index, fragment in enumerate(fragments):
+                found[fragment.parameter].append((rank, index, fragment))
+        return dict(found)
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ShardLayoutError unless each element of each parameter has exactly one owner.
@@ -65,14 +71,10 @@ class ShardLayout:
         Args:
             sizes: number of elements by parameter name.
         """
-        runs: dict[str, list[tuple[int, int, int]]] = {name: [] for name in sizes}
-        for rank, fragments in enumerate(self.fragments):
-            for fragment in fragments:
-                if fragment.parameter in runs:
-                    runs[fragment.parameter].append((fragment.start, fragment.end, rank))
-        for name, owned in runs.items():
+        for name in sizes:
+            owned = self.holdings.get(name, ())
             position = 0
-            for start, end, rank in sorted(owned):
+            for start, end, rank in sorted((part.start, part.end, rank) for rank, _, part in owned):
                 if start != position:
                     kind = "twice" if start < position else "by no rank"
                     raise ShardLayoutError(

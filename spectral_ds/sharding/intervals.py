@@ -51,11 +51,6 @@ def subtract(intervals: Intervals, other: Intervals) -> Intervals:
     return merge(pieces[~contains(other, pieces[:, 0])])
 
 
-def every(intervals: Intervals, stride: int) -> Intervals:
-    """The multiples of the stride in the set, divided by it."""
-    return merge(-(-intervals // stride))
-
-
 def total(intervals: Intervals) -> int:
     """How many integers the set holds."""
     return int((intervals[:, 1] - intervals[:, 0]).sum())

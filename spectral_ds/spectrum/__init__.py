@@ -11,6 +11,7 @@ from spectral_ds.spectrum.eigenpairs import Eigenpairs, lowest_eigenpairs
 from spectral_ds.spectrum.moments import chebyshev_moments, squared_norm
 from spectral_ds.spectrum.roughness import roughness
 from spectral_ds.spectrum.separation import kept_over_total
+from spectral_ds.spectrum.spectrometer import Spectrometer
 from spectral_ds.spectrum.statistics import GradientStatistics, SignalAndNoise, SignalToNoise
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "GradientStatistics",
     "SignalAndNoise",
     "SignalToNoise",
+    "Spectrometer",
     "band_coefficients",
     "band_energies",
     "chebyshev_moments",

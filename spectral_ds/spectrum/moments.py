@@ -22,7 +22,7 @@ def chebyshev_moments(
     """The first `count` moments, summed over all buckets, columns and ranks (collective).
 
     Args:
-        operators: one a bucket; sampled ones measure a sample of the columns.
+        operators: one a bucket.
         signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
         count: even, >= 2; costs count/2 hops.
 

@@ -20,7 +20,7 @@ def roughness(
     """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter, from 0, smooth, to 1 (collective).
 
     Args:
-        operators: one a bucket; sampled ones measure a sample of the columns.
+        operators: one a bucket.
         signal: this rank's fragments, flat; None counts as zeros.
         names: parameters to measure, equal on all ranks.
 

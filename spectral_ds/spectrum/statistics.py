@@ -12,12 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import LaplacianOperator, Workspace
 from spectral_ds.laplacian.sketches import Sketches
-from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
-from spectral_ds.spectrum.moments import chebyshev_moments
 from spectral_ds.spectrum.separation import kept_over_total
+from spectral_ds.spectrum.spectrometer import Spectrometer
 
 
 class SignalAndNoise(NamedTuple):
@@ -70,9 +68,7 @@ class GradientStatistics:
 
     Args:
         sketches: how sketches are taken.
-        operators: of the graph on complete sketches, one a bucket.
-        workspace: scratch memory for them.
-        communicator: the ranks that share the parameters.
+        spectrometer: measures them on the graph.
         bands: number of equal bands of frequency.
         decay: of the running means, which forget older samples by this factor a sample.
 
@@ -87,9 +83,7 @@ class GradientStatistics:
     def __init__(
         self,
         sketches: Sketches,
-        operators: Sequence[LaplacianOperator],
-        workspace: Workspace,
-        communicator: Communicator,
+        spectrometer: Spectrometer,
         *,
         bands: int,
         decay: float,
@@ -97,31 +91,25 @@ class GradientStatistics:
         self.sketches = sketches
         self.samples = self.samples_on_graph = 0
         self.bands = bands
-        self._operators = operators
-        self._workspace = workspace
-        self._communicator = communicator
+        self._spectrometer = spectrometer
         self._decay = decay
-        count = COEFFICIENTS_PER_BAND * bands
-        device = communicator.device
-        coefficients = band_coefficients(equal_edges(bands), count)
-        self._band_of_moment = torch.from_numpy(coefficients).to(device)
-        self._current = sketches.empty()
         self.mean = sketches.empty()
+        device = self.mean.device
+        coefficients = band_coefficients(equal_edges(bands), COEFFICIENTS_PER_BAND * bands)
+        self._band_of_moment = torch.from_numpy(coefficients).to(device)
         scalar = torch.zeros((), dtype=torch.float64, device=device)
         self._taken, self._concentration = scalar, scalar.clone()  # samples kept, ρ
         self._measured = scalar.clone()  # samples kept since this graph is in use
         self.power = torch.zeros(bands, dtype=torch.float64, device=device)
         self.estimate = SignalAndNoise(self.power, self.power)
 
-    def use_graph(
-        self, operators: Sequence[LaplacianOperator], workspace: Workspace, is_new: bool = True
-    ) -> None:
-        """Go on with operators of the same nodes; powers by another graph are forgotten.
+    def use_graph(self, spectrometer: Spectrometer, is_new: bool = True) -> None:
+        """Go on with a graph on the same nodes; powers by another graph are forgotten.
 
         Args:
             is_new: whether the graph is another.
         """
-        self._operators, self._workspace = operators, workspace
+        self._spectrometer = spectrometer
         if not is_new:
             return
         self.samples_on_graph = 0
@@ -168,9 +156,8 @@ class GradientStatistics:
         """
         self.samples += 1
         self.samples_on_graph += 1
-        self.sketches.take(gradients, self._current)
-        self._current.div_(scale)
-        power = self._power_of(self._current)
+        current = self.sketches.take(gradients).div_(scale)
+        power = self._power_of(current)
         is_finite = power.sum().isfinite()
         self._taken = self._taken + is_finite
         self._measured = self._measured + is_finite
@@ -178,7 +165,7 @@ class GradientStatistics:
         self._concentration = (1 - weight).square() * self._concentration + weight.square()
         moved = self.power + self._weight(self._measured) * (power - self.power)
         self.power = torch.where(is_finite, moved, self.power)
-        step = self._current.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight)
+        step = current.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight)
         self.mean.add_(step)
         self.estimate = self._separated(self._power_of(self.mean))
 
@@ -200,11 +187,5 @@ class GradientStatistics:
 
     def _power_of(self, partial: torch.Tensor) -> torch.Tensor:
         """‖P_b X‖² per band of a sketched signal."""
-        moments = chebyshev_moments(
-            self._operators,
-            self._workspace,
-            self.sketches.complete(partial),
-            self._band_of_moment.shape[1],
-            self._communicator,
-        )
-        return self._band_of_moment @ moments
+        count = self._band_of_moment.shape[1]
+        return self._band_of_moment @ self._spectrometer.moments_of_sketches(partial, count)

@@ -1,0 +1,156 @@
+"""Times what the plugin adds to whole training steps, in one run, and prints its share.
+
+In:  --preset, --blocks and --tokens a rank, of a Llama in SmolLM2-135M's shapes with random
+     weights. Under torchrun the model is sharded by FSDP2.
+Out: mean seconds of a step less the plugin, of the plugin on steps with figures, on monitored and
+     on other steps, and its mean at the preset's own intervals, on the slowest rank.
+
+    python launch/overhead.py --preset observe --tokens 512
+    torchrun --nproc_per_node 2 launch/overhead.py --preset paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spectral_ds
+
+# Intervals of what is measured, the same for all presets; the first cycle also imports and builds.
+MONITORED, DRAWN = 4, 8
+STEPS = 3 * DRAWN + 2
+
+
+def make_model(blocks: int, device: torch.device) -> torch.nn.Module:
+    """A Llama in SmolLM2-135M's shapes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=blocks,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with device:
+        model = LlamaForCausalLM(config)
+    if dist.is_initialized():
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return model
+
+
+class Clock:
+    """Seconds since the start, once the device has nothing left to do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def measure(
+    model: torch.nn.Module, section: dict[str, Any], tokens: int, clock: Clock
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step less the plugin, and those of the plugin."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    # Hooks run in the order in which they are registered: the plugin's lie between these.
+    times: list[float] = []
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *_: times.append(clock()))
+    spectral_ds.attach(model, optimizer, section)
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *_: times.append(clock()))
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    rest, own = [], []
+    for _ in tqdm(range(STEPS), desc="steps", leave=False, disable=not is_first):
+        batch = torch.randint(49152, (1, tokens), device=device)
+        started = clock()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ended = clock()
+        own.append(times[1] - times[0] + times[3] - times[2])
+        rest.append(ended - started - own[-1])
+        times.clear()
+    return rest, own
+
+
+def mean(values: list[float]) -> float:
+    """Of the slowest rank."""
+    found = torch.tensor(sum(values) / len(values), dtype=torch.float64)
+    if dist.is_initialized():
+        found = found.to("cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return float(found)
+
+
+def main() -> None:
+    """Measures everything in one run and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="observe")
+    parser.add_argument("--blocks", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    preset = spectral_ds.load_config({"preset": arguments.preset})
+    every, drawn = preset.monitor.interval, preset.monitor.figures_interval
+    model = make_model(arguments.blocks, device)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        section = {
+            "preset": arguments.preset,
+            "monitor": {"interval": MONITORED, "figures_interval": DRAWN, "folder": folder},
+            "statistics": {"interval": min(MONITORED, preset.statistics.interval)},
+        }
+        rest, own = measure(model, section, arguments.tokens, Clock(device))
+
+    # Which steps are of a kind, the first cycle aside, and how often it is among `drawn` steps.
+    steps = range(DRAWN, STEPS)
+    kinds = {
+        "with figures": ([s for s in steps if s % DRAWN == 0], 1),
+        "monitored": ([s for s in steps if s % MONITORED == 0 < s % DRAWN], drawn // every - 1),
+        "after a monitored one": ([s for s in steps if s % MONITORED == 1], drawn // every),
+        "other": ([s for s in steps if s % MONITORED > 1], drawn - 2 * (drawn // every)),
+    }
+    step = mean(rest[DRAWN:])
+    seconds = {kind: mean([own[s] for s in found]) for kind, (found, _) in kinds.items()}
+    total = sum(seconds[kind] * count for kind, (_, count) in kinds.items()) / drawn
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        print(
+            f"{elements / 1e6:.1f} M elements, {ranks} ranks of {arguments.threads} threads, "
+            f"{device.type}, {arguments.tokens} tokens a rank, preset {arguments.preset}, "
+            f"monitored every {every} steps, figures every {drawn}\n"
+        )
+        print(f"{'a step, less the plugin':34} {step:9.4f} s")
+        for kind, value in {**seconds, f"mean of {drawn} steps": total}.items():
+            print(f"{f'plugin: {kind}':34} {value:9.4f} s  {100 * value / step:7.2f} % of a step")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

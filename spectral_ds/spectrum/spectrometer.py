@@ -1,0 +1,69 @@
+"""Spectrometer: measures spectra of sharded signals on one graph, by sketches of nodes' signals.
+
+Random projections keep inner products on average, and with them every moment ⟨X, T_j(L̃) X⟩: a few
+columns tell the spectrum of many, up to sampling error, and wherever in a signal its energy lies.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sharding import Communicator
+from spectral_ds.spectrum.moments import chebyshev_moments
+from spectral_ds.spectrum.roughness import roughness
+
+Signal = Sequence[torch.Tensor | None]
+
+
+class Spectrometer:
+    """Measures signals on one graph.
+
+    Args:
+        sketches: how sketches are taken; None to measure whole signals.
+        operators: of the graph on complete sketches, or on the signals; one a bucket.
+        workspace: scratch memory for them.
+        communicator: the ranks that share the parameters.
+    """
+
+    def __init__(
+        self,
+        sketches: Sketches | None,
+        operators: Sequence[LaplacianOperator],
+        workspace: Workspace,
+        communicator: Communicator,
+    ) -> None:
+        self.operators, self.workspace = operators, workspace
+        self._sketches = sketches
+        self._communicator = communicator
+
+    def moments(self, signal: Signal, count: int) -> torch.Tensor:
+        """Chebyshev moments; see `chebyshev_moments` (collective).
+
+        Args:
+            signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
+        """
+        measured = self._measured(signal)
+        return chebyshev_moments(
+            self.operators, self.workspace, measured, count, self._communicator
+        )
+
+    def moments_of_sketches(self, partial: torch.Tensor, count: int) -> torch.Tensor:
+        """The same of what `Sketches.take` has found (collective)."""
+        assert self._sketches is not None, "they were taken"
+        measured = self._sketches.complete(partial)
+        return chebyshev_moments(
+            self.operators, self.workspace, measured, count, self._communicator
+        )
+
+    def roughness(self, signal: Signal, names: Sequence[str]) -> npt.NDArray[np.float64]:
+        """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter; see `roughness` (collective)."""
+        measured = self._measured(signal)
+        return roughness(self.operators, self.workspace, measured, names, self._communicator)
+
+    def _measured(self, signal: Signal) -> Signal:
+        sketches = self._sketches
+        return signal if sketches is None else sketches.complete(sketches.take(signal))
