@@ -79,6 +79,19 @@ def bucket_elements(device: torch.device) -> int:
     return 2**19 if device.type == "cpu" else 2**26
 
 
+def below_shard(most: int, elements: int, world_size: int) -> int:
+    """The same, so that scratch memory takes at most about the mean shard.
+
+    Scratch memory is three matrices of a bucket, and two buffers of what is exchanged. Shards below
+    5 · 2**24 elements may take more: smaller buckets would cost more collectives than memory.
+
+    Args:
+        most: from `bucket_elements`.
+        elements: of all ranks together.
+    """
+    return min(most, max(2**24, elements // world_size // 5))
+
+
 class Stage:
     """One graph of the stack, with all that acts on it. Made and rebuilt collectively.
 
@@ -210,14 +223,19 @@ class Stage:
             hops=transfer.hops + (0 if penalty is None else penalty.hops),
             exchange=cast(ExchangeName, self._whole.operator.exchange),
             kernel=cast(KernelName, self._whole.operator.kernel),
-            bucket_elements=bucket_elements(device),
+            bucket_elements=below_shard(
+                bucket_elements(device),
+                sum(parameter.numel for parameter in self.parameters),
+                communicator.world_size,
+            ),
         )
-        if transfer.hops >= NO_SERIES and self.plan.meetings["boundary"]:
-            raise SpectralConfigError(
-                "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
-                f"{self._whole.filter.response} is close enough to its exact values on depth "
-                "paths; use auto or transpose"
-            )
+        for key, series in (("filter", transfer), ("regularizer", penalty)):
+            if series and series.hops >= NO_SERIES and self.plan.meetings["boundary"]:
+                raise SpectralConfigError(
+                    "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
+                    f"spectral_ds.{key}.response = {getattr(self._whole, key).response} is close "
+                    "enough to its exact values on depth paths; use auto or transpose"
+                )
         self.workspace = Workspace(self.plan.operators, device)
         if self._sketches is None:
             self.spectrometer = Spectrometer(

@@ -155,3 +155,25 @@ def test_what_cannot_be_attached_is_refused_on_every_rank(ranks, attach, words):
         assert outcome.kind == "UnsupportedEngineError", outcome.traceback
         for word in words:
             assert word in outcome.message
+
+
+def attach_a_response_without_series(part):
+    """No series is close to 1/(1 + 1e12 λ): boundary rows cannot come hop by hop."""
+    section = {
+        "graph": {"edges": [{"family": "depth"}]},
+        "filter": {"response": "window"},
+        "regularizer": {"strength": 1.0},
+        "operator": {"exchange": "boundary"},
+    }
+    section[part]["response"] = "tikhonov"
+    section["filter"]["tau"] = 1e12
+    Training(Cell("deepspeed", 2), section)
+
+
+@pytest.mark.parametrize("part", ["filter", "regularizer"])
+def test_a_response_without_series_needs_the_transpose_exchange(ranks, part):
+    for outcome in ranks(2).outcomes(attach_a_response_without_series, part):
+        assert isinstance(outcome, RankError), outcome
+        assert outcome.kind == "SpectralConfigError", outcome.traceback
+        for word in ("operator.exchange", f"{part}.response = tikhonov", "transpose"):
+            assert word in outcome.message

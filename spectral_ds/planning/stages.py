@@ -21,7 +21,7 @@ from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, Scratch, packed
 from spectral_ds.planning.parts import Parts
 from spectral_ds.planning.responses import Hops, Spectrum, hops_of
-from spectral_ds.stage import sketch_shape
+from spectral_ds.stage import below_shard, sketch_shape
 
 # An edge: two node numbers and a weight, 64 bits each.
 EDGE_BYTES = 24
@@ -114,7 +114,9 @@ def plan_stage(
             f"{config.filter.response} is close enough to its exact values on depth paths; use "
             "auto or transpose"
         )
-    packs = packed(groups, meetings, cluster, bucket_elements)
+    elements = sum(parameter.numel for parameter in parameters)
+    at_once = below_shard(bucket_elements, elements, cluster.world_size)
+    packs = packed(groups, meetings, cluster, at_once)
     own = {p.name: Parts.of([p], [cuts[p.name]]) for p in parameters}
     nodes, edges_held = _held(groups, own, cluster)
     scratch = Scratch.none(cluster)
