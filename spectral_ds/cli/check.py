@@ -1,0 +1,320 @@
+"""`spectral-ds check`: whether all nodes of a training have the same packages and configuration.
+
+Started once on each node. Node 0 opens a TCPStore; every node puts what it has there, node 0
+compares, and every node prints node 0's verdict and ends with the same status. Node 0 closes the
+store when the others have read it. The training's own store is another one and needs another port:
+a node that is done sooner than node 0 would find this one there.
+"""
+
+import argparse
+import datetime
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import spectral_ds
+from spectral_ds.cli.errors import UserError
+from spectral_ds.config import load_config
+from spectral_ds.config_sources import SECTION, SpectralConfigError, read_json
+from spectral_ds.runner import VARIABLE
+
+PACKAGES = ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse")
+SOURCES = (".py", ".yaml")
+# Beyond what node 0 waits for nodes that do not come; how long it waits for those to read.
+GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.1
+# Differences of one node that are listed; the others are counted.
+MOST_LISTED = 10
+EXAMPLES = """examples, on two nodes:
+  spectral-ds check --nodes 2 --node-rank 0 --master-addr a --master-port 29501 --config ds.json
+  spectral-ds check --nodes 2 --node-rank 1 --master-addr a --master-port 29501 --config ds.json
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "check",
+        help="before a training on several nodes: do all have the same packages and config",
+        description="Started on every node, compares Python, packages, the source of spectral_ds "
+        "and the configuration\nwith those of node 0. All nodes print the same; exit status 0, or "
+        "1 on all if something differs\nor a node does not come. launch/multinode.sh does it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--nodes", type=int, required=True, help="how many there are")
+    add("--node-rank", type=int, required=True, help="which one this is, from 0")
+    add("--master-addr", required=True, help="name or address of node 0")
+    add("--master-port", type=int, required=True, help="free there, and not the training's")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"DeepSpeed JSON, or YAML of the section; {VARIABLE} goes over its section",
+    )
+    add(
+        "--same",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="something else that must be equal on all nodes; may be given several times",
+    )
+    add("--timeout", type=float, default=600.0, help="seconds to wait for nodes (default: 600)")
+    add("--json", action="store_true", help="print JSON, and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare this node with the others."""
+    _refuse_impossible(arguments)
+    here = look_here(arguments.nodes, arguments.config, arguments.same)
+    place = arguments.master_addr, arguments.master_port
+    meeting = _Meeting(arguments.nodes, arguments.node_rank, place, arguments.timeout)
+    verdict = meeting.verdict(here)
+    if arguments.json:
+        sys.stdout.write(json.dumps(asdict(verdict), indent=2) + "\n")
+    elif verdict.problems:
+        # One write, or those of several nodes get mixed on one terminal.
+        lines = "".join(f"\n  {problem}" for problem in verdict.problems)
+        sys.stderr.write(f"spectral-ds check: these nodes cannot train together:{lines}\n")
+    elif arguments.node_rank == 0:
+        print(f"spectral-ds check: {_agreement(here, verdict)}")
+    return 1 if verdict.problems else 0
+
+
+def _refuse_impossible(arguments: argparse.Namespace) -> None:
+    nodes, rank, port = arguments.nodes, arguments.node_rank, arguments.master_port
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: must be at least 1")
+    if not 0 <= rank < nodes:
+        raise UserError(f"--node-rank {rank}: must be from 0 to {nodes - 1}, below --nodes")
+    if not 1 <= port <= 65535:
+        raise UserError(f"--master-port {port}: must be from 1 to 65535")
+    if not arguments.timeout > 0:
+        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has.
+
+    Attributes:
+        host: its name.
+        facts: value by name; all are compared.
+        trouble: what it could not read, one line each.
+    """
+
+    host: str
+    facts: dict[str, str]
+    trouble: list[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all nodes are told: their host names, None for one that did not come; what is wrong."""
+
+    hosts: list[str | None]
+    problems: list[str]
+
+
+def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) -> Node:
+    """What this node has.
+
+    Args:
+        nodes: how many nodes it was told there are.
+        config: a DeepSpeed JSON, or YAML of the section.
+        same: further facts, each "name=value".
+
+    Raises:
+        UserError: one of `same` has no "=".
+    """
+    facts = {"--nodes": str(nodes)}
+    for each in same:
+        name, sign, value = each.partition("=")
+        if not sign:
+            raise UserError(f"--same {each}: must be NAME=VALUE")
+        facts[name] = value
+    facts["python"] = platform.python_version()
+    facts |= {name: _version(name) for name in PACKAGES}
+    # Editable installations of different sources have the same version.
+    facts |= dict(_digests(Path(spectral_ds.__file__).parent))
+    trouble = []
+    try:
+        facts |= dict(_flat(_configuration(config)))
+    except SpectralConfigError as error:
+        trouble = str(error).splitlines()
+    return Node(platform.node(), facts, trouble)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _digests(package: Path) -> Iterator[tuple[str, str]]:
+    """Name and digest of each source file of the package."""
+    for path in sorted(package.rglob("*")):
+        if path.suffix in SOURCES and path.is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            yield path.relative_to(package.parent).as_posix(), f"SHA-256 {digest[:12]}"
+
+
+def _configuration(path: Path | None) -> dict[str, Any]:
+    """The file as DeepSpeed reads it, with the section resolved: presets and defaults in it."""
+    content: Any = {}
+    source: Any = os.environ.get(VARIABLE) or None
+    if path is not None and path.suffix.lower() in (".yaml", ".yml"):
+        source = source or path
+    elif path is not None:
+        content = read_json(path)
+        if not isinstance(content, Mapping):
+            raise SpectralConfigError(f"{path}: does not hold a JSON object")
+        if source is None and SECTION in content:
+            source = {SECTION: content[SECTION]}
+    if source is None:
+        return dict(content)
+    return {**content, SECTION: asdict(load_config(source))}
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each number, text and so on in nested dicts and lists, as JSON, by its path."""
+    if isinstance(value, Mapping) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple) and value:
+        for index, part in enumerate(value):
+            yield from _flat(part, f"{key}[{index}]")
+    elif key:
+        yield key, json.dumps(value, default=repr, ensure_ascii=False)
+
+
+def judge(nodes: Sequence[Node | None], timeout: float) -> Verdict:
+    """Compare all nodes with node 0.
+
+    Args:
+        nodes: by rank; None for one that did not come within `timeout` seconds. Node 0 came.
+    """
+    first = nodes[0]
+    assert first is not None, "node 0 judges"
+    problems = [f"node 0 ({first.host}): {line}" for line in first.trouble]
+    for rank, node in enumerate(nodes[1:], 1):
+        if node is None:
+            problems.append(f"node {rank} did not come within {timeout:g} s")
+            continue
+        own = [line for line in node.trouble if line not in first.trouble]
+        own += [
+            f"{name} is {_value(node, name)}, on node 0 ({first.host}) {_value(first, name)}"
+            for name in [*first.facts, *(name for name in node.facts if name not in first.facts)]
+            if node.facts.get(name) != first.facts.get(name)
+            # What the one could not read is said already.
+            and (name in first.facts or not first.trouble)
+            and (name in node.facts or not node.trouble)
+        ]
+        problems += [f"node {rank} ({node.host}): {line}" for line in own[:MOST_LISTED]]
+        if len(own) > MOST_LISTED:
+            problems.append(f"node {rank} ({node.host}): {len(own) - MOST_LISTED} more differences")
+    return Verdict([None if node is None else node.host for node in nodes], problems)
+
+
+def _value(node: Node, name: str) -> str:
+    return node.facts.get(name, "absent")
+
+
+def _agreement(here: Node, verdict: Verdict) -> str:
+    versions = ", ".join(f"{name} {here.facts[name]}" for name in ("python", *PACKAGES))
+    count = len(verdict.hosts)
+    agree = "1 node: " if count == 1 else f"{count} nodes agree: "
+    has_section = any(name.startswith(f"{SECTION}.") for name in here.facts)
+    return agree + versions + ("" if has_section else f'; no configuration with "{SECTION}"')
+
+
+class _Meeting:
+    """The nodes' TCPStore, seen from one of them."""
+
+    def __init__(self, nodes: int, rank: int, place: tuple[str, int], timeout: float) -> None:
+        self.nodes, self.rank, self.place, self.timeout = nodes, rank, place, timeout
+        self.deadline = time.monotonic() + timeout
+
+    def verdict(self, here: Node) -> Verdict:
+        """Put this node's part there and take the verdict.
+
+        Raises:
+            UserError: the place or the rank is another's.
+        """
+        if self.rank > 0 and (reason := self._why_no_answer()) is not None:
+            return self._without_node_0(f"no answer from {self._address}: {reason}")
+        try:
+            store = self._open()
+            if store.add(f"came {self.rank}", 1) > 1:
+                raise UserError(f"--node-rank {self.rank}: another node has come as this one")
+            store.set(f"node {self.rank}", json.dumps(asdict(here)))
+            return self._judged(store) if self.rank == 0 else self._told(store)
+        except RuntimeError as error:  # torch's errors of stores and connections
+            reason = str(error).splitlines()[0].partition(" Exception raised from")[0]
+            raise UserError(f"the store at {self._address}: {reason}") from error
+
+    @property
+    def _address(self) -> str:
+        return "--master-addr {} --master-port {}".format(*self.place)
+
+    def _without_node_0(self, reason: str) -> Verdict:
+        problem = f"node 0 did not come within {self.timeout:g} s ({reason})"
+        return Verdict([None] * self.nodes, [problem])
+
+    def _open(self) -> Any:
+        dist: Any = importlib.import_module("torch.distributed")
+        host, port = self.place
+        left = datetime.timedelta(seconds=max(self.deadline - time.monotonic(), 1.0))
+        is_server = self.rank == 0
+        return dist.TCPStore(host, port, None, is_server, timeout=left, wait_for_workers=False)
+
+    def _why_no_answer(self) -> str | None:
+        """Wait until node 0 listens; None, or why it does not. Torch would wait too, but loudly."""
+        while True:
+            try:
+                with socket.create_connection(self.place, timeout=2.0):
+                    return None
+            except OSError as error:  # it has not started, or its name is not known yet
+                reason = error.strerror or str(error)
+            if time.monotonic() > self.deadline:
+                return reason
+            time.sleep(POLL_SECONDS)
+
+    def _judged(self, store: Any) -> Verdict:
+        """On node 0: wait for the others, compare, tell them."""
+        keys = [f"node {rank}" for rank in range(self.nodes)]
+        while not store.check(keys) and time.monotonic() < self.deadline:
+            time.sleep(POLL_SECONDS)
+        came = [key if store.check([key]) else None for key in keys]
+        nodes = [None if key is None else Node(**json.loads(store.get(key))) for key in came]
+        verdict = judge(nodes, self.timeout)
+        store.set("verdict", json.dumps(asdict(verdict)))
+        until = time.monotonic() + GRACE_SECONDS
+        others = sum(node is not None for node in nodes) - 1
+        while store.add("read", 0) < others and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        return verdict
+
+    def _told(self, store: Any) -> Verdict:
+        """On the others: wait for node 0's verdict, which gives up by itself."""
+        until = time.monotonic() + self.timeout + GRACE_SECONDS
+        while not store.check(["verdict"]):
+            if time.monotonic() > until:
+                return self._without_node_0(f"another program may be at {self._address}")
+            time.sleep(POLL_SECONDS)
+        verdict = Verdict(**json.loads(store.get("verdict")))
+        store.add("read", 1)
+        return verdict

@@ -1,0 +1,33 @@
+"""Trains a model of the tests for three steps, by DeepSpeed's engine. Attaches no plugin."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import deepspeed
+import tiny
+import torch
+import torch.distributed as dist
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--output")
+parser.add_argument("--local_rank", type=int, default=-1)
+args = deepspeed.add_config_arguments(parser).parse_args()
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes a minute to compile
+deepspeed.init_distributed("gloo")
+given = json.loads(Path(args.deepspeed_config).read_text())
+stage = given["zero_optimization"]["stage"]
+config = {**given, **tiny.deepspeed_config(stage)}
+engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES, deepspeed.initialize)
+losses = tiny.train(engine, steps=3)
+with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+here = {"losses": losses, "interface": os.environ["GLOO_SOCKET_IFNAME"]}
+ranks = [here] * dist.get_world_size()
+dist.all_gather_object(ranks, here)
+engine.destroy()
+if dist.get_rank() == 0:
+    torch.save({"weights": weights, "ranks": ranks}, args.output)
