@@ -169,6 +169,7 @@ class Persistence:
             f"sketch.{index}": {
                 parameter.name: parameter.nodes * stage.statistics.sketches.columns[parameter.name]
                 for parameter in stage.parameters
+                if parameter.name in stage.statistics.sketches.columns
             }
             for index, stage in enumerate(self._plugin.stages)
             if stage.statistics is not None

@@ -15,10 +15,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.runner import Runner, config_of_environment, rank
+
+# What a script leaves lives as long as the interpreter, as it does without the runner: models that
+# wait for other threads when they are destroyed would hang here.
+_left: list[dict[str, Any]] = []
 
 USAGE = """usage: python -m spectral_ds.run TRAIN.py [ARGUMENTS]
        python -m spectral_ds.run -m MODULE [ARGUMENTS]
@@ -60,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = Runner(config_of_environment())
         with _started_as(target, [*from_launcher, *arguments], is_module), _watched(runner):
             if is_module:
-                runpy.run_module(target, run_name="__main__", alter_sys=True)
+                _left.append(runpy.run_module(target, run_name="__main__", alter_sys=True))
             else:
-                runpy.run_path(target, run_name="__main__")
+                _left.append(runpy.run_path(target, run_name="__main__"))
     except SpectralConfigError as error:
         _stop("\n".join(f"spectral_ds.run: {line}" for line in str(error).splitlines()))
 

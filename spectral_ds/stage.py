@@ -51,6 +51,7 @@ from spectral_ds.laplacian import (
     Workspace,
     make_plan,
 )
+from spectral_ds.laplacian.buckets import parameters_with_edges
 from spectral_ds.laplacian.features import no_features
 from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.progress import progress
@@ -146,9 +147,14 @@ class Stage:
         if shape is None:
             return None
         width, longest_whole = shape
-        communicator, seed = self._engine.communicator, self._whole.seed
+        families = edge_families(self._config, self._engine)
         return Sketches(
-            self.parameters, self._layout, width, seed, communicator, longest_whole=longest_whole
+            parameters_with_edges(self.parameters, families) or self.parameters,
+            self._layout,
+            width,
+            self._whole.seed,
+            self._engine.communicator,
+            longest_whole=longest_whole,
         )
 
     def is_due(self, step: int) -> bool:
@@ -260,8 +266,10 @@ class Stage:
         sketches = self._sketches
         if sketches is None:
             return
-        communicator = self._engine.communicator
-        signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
+        communicator, groups = self._engine.communicator, self.graph.groups
+        measured = [group for group in groups if group.parameters[0].name in sketches.columns]
+        part = self.graph.of_groups(measured)
+        signals = part.of_node_signals(sketches.columns, sketches.layout)
         plan = make_plan(
             signals,
             sketches.layout,

@@ -4,6 +4,7 @@ In: a script's name in tests/scripts and its arguments. Out: exit codes and what
 stderr.
 """
 
+import faulthandler
 import os
 import runpy
 import socket
@@ -19,6 +20,8 @@ import ranks
 ranks._context.set_forkserver_preload(
     ["torch", "deepspeed", "transformers.trainer", "peft", "torch.distributed.fsdp", "torch_sparse"]
 )
+# Of scripts, to the end of the process, as with an interpreter of their own.
+_left: list[object] = []
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_SECONDS = 180
 
@@ -83,6 +86,7 @@ def _child(words: list[str], runner: bool, environment: dict[str, str], log: str
         os.dup2(file.fileno(), 2)
         os.dup2(nothing.fileno(), 1)
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10)  # to stderr: where it hangs
     import deepspeed
     import torch
 
@@ -95,4 +99,4 @@ def _child(words: list[str], runner: bool, environment: dict[str, str], log: str
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))  # as the interpreter does
-        runpy.run_path(words[0], run_name="__main__")
+        _left.append(runpy.run_path(words[0], run_name="__main__"))

@@ -1,5 +1,6 @@
 """Unchanged scripts under `spectral_ds.run`: one filtered step equals the oracle, clipped after."""
 
+import gc
 import json
 import os
 import subprocess
@@ -209,6 +210,13 @@ import helper
 Path(sys.argv[-1]).write_text(json.dumps([__name__, __file__, sys.argv, sys.path[0]]))
 """
 
+LEAVES_SOMETHING = """
+import pathlib, sys, weakref
+class Model: pass
+model = Model()
+weakref.finalize(model, pathlib.Path(sys.argv[1]).touch)
+"""
+
 
 @pytest.fixture
 def script(tmp_path):
@@ -222,6 +230,14 @@ def script(tmp_path):
 
     yield write
     sys.modules.pop("helper", None)
+
+
+def test_what_a_script_leaves_outlives_it(script, tmp_path):
+    """Wrapped models have hung when they were destroyed at the end of the script."""
+    path, out = script(LEAVES_SOMETHING), tmp_path / "gone"
+    run.main([path, str(out)])
+    gc.collect()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("from_launcher", [[], ["--local_rank=1"], ["--local-rank=1"]])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from spectral_ds.graph import EdgeFamily, ParameterNodes
+from spectral_ds.graph import EdgeFamily, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian.rectangles import Rectangle, rectangles_of
 from spectral_ds.sharding import Fragment, ShardLayout
 
@@ -106,3 +106,19 @@ def linked_parameters(
     for parameter, group in zip(parameters, label, strict=True):
         members[group].append(parameter)
     return [tuple(joined) for joined in members]
+
+
+def parameters_with_edges(
+    parameters: Sequence[ParameterNodes], families: Sequence[EdgeFamily]
+) -> list[ParameterNodes]:
+    """The parameters of which edges may reach a node, in model order.
+
+    All that others have is frequency 0: in a spectrum, they would count as smooth on any graph.
+    """
+    is_inside = any(isinstance(family, Ring | Similarity) for family in families)
+    alone = {
+        group[0].name
+        for group in linked_parameters(parameters, families)
+        if len(group) == 1 and not (is_inside and group[0].nodes > 1)
+    }
+    return [parameter for parameter in parameters if parameter.name not in alone]
