@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,7 +65,7 @@ class Clock:
 
 
 def measure(
-    model: torch.nn.Module, section: dict[str, Any], tokens: int, clock: Clock
+    model: torch.nn.Module, section: dict[str, Any], tokens: int, writer: Any, clock: Clock
 ) -> tuple[list[float], list[float]]:
     """Seconds of each step less the plugin, and those of the plugin."""
     device = next(model.parameters()).device
@@ -73,7 +74,7 @@ def measure(
     times: list[float] = []
     for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
         register(lambda *_: times.append(clock()))
-    spectral_ds.attach(model, optimizer, section)
+    spectral_ds.attach(model, optimizer, section, writer=writer)
     for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
         register(lambda *_: times.append(clock()))
     is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -122,10 +123,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         section = {
             "preset": arguments.preset,
-            "monitor": {"interval": MONITORED, "figures_interval": DRAWN, "folder": folder},
+            "monitor": {"interval": MONITORED, "figures_interval": DRAWN},
             "statistics": {"interval": min(MONITORED, preset.statistics.interval)},
         }
-        rest, own = measure(model, section, arguments.tokens, Clock(device))
+        rest, own = measure(model, section, arguments.tokens, SummaryWriter(folder), Clock(device))
 
     # Which steps are of a kind, the first cycle aside, and how often it is among `drawn` steps.
     steps = range(DRAWN, STEPS)
