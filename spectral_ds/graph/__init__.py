@@ -2,7 +2,7 @@
 
 from spectral_ds.graph.depth import Depth
 from spectral_ds.graph.edges import Edges
-from spectral_ds.graph.nodes import NodeKind, ParameterNodes, match_parameters
+from spectral_ds.graph.nodes import NodeKind, ParameterNodes, match_parameters, nodes_touched
 from spectral_ds.graph.pair import Pair, UnknownHeadWidthError
 from spectral_ds.graph.ring import Ring
 from spectral_ds.graph.similarity import Similarity
@@ -20,4 +20,5 @@ __all__ = [
     "Similarity",
     "UnknownHeadWidthError",
     "match_parameters",
+    "nodes_touched",
 ]

@@ -9,6 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
 # "parameter" is what a graph of depth paths is made of: all rows of a parameter have the same
 # neighbours there, so that the whole parameter counts as one node with a long signal.
 NodeKind = Literal["row", "column", "element", "parameter"]
@@ -72,6 +77,21 @@ class ParameterNodes:
                 parts[i] = "*"
                 break
         return ".".join(parts)
+
+
+def nodes_touched(
+    start: Ints, end: Ints, nodes: Ints | int, width: int, is_transposed: bool
+) -> Ints:
+    """Of how many nodes the elements [start, end) of a flattened parameter are.
+
+    Args:
+        start, end: (runs,); no run is empty.
+        nodes, width, is_transposed: of the parameter, see `ParameterNodes`; nodes may be (runs,).
+    """
+    touched: Ints = (end - 1) // width - start // width + 1
+    if is_transposed:
+        touched = np.minimum(nodes, end - start)
+    return touched
 
 
 def match_parameters(

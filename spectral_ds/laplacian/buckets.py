@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from spectral_ds.graph import EdgeFamily, ParameterNodes, Ring, Similarity
+from spectral_ds.graph import EdgeFamily, ParameterNodes, Ring, Similarity, nodes_touched
 from spectral_ds.laplacian.rectangles import Rectangle, rectangles_of
 from spectral_ds.sharding import Fragment, ShardLayout
 
@@ -80,13 +80,31 @@ class Bucket:
                 if part is not None:
                     yield part
 
-    def slices(self, max_elements: int) -> list["Bucket"]:
-        """The bucket cut into slices of columns, of at most about so many elements each."""
-        columns = max(16, max_elements // self.nodes // 16 * 16)
+    def touched(self, layout: ShardLayout) -> npt.NDArray[np.int64]:
+        """Of how many nodes each rank holds anything; (world size,)."""
+        found = np.zeros(layout.world_size, np.int64)
+        for p in self.parameters:
+            held = layout.holdings.get(p.name, ())
+            runs = [(rank, part.start, part.end) for rank, _, part in held if part.length]
+            rank, start, end = np.array(runs, np.int64).reshape(-1, 3).T
+            touched = nodes_touched(start, end, p.nodes, p.width, p.is_transposed)
+            np.add.at(found, rank, touched)
+        return found
+
+    def slices(self, columns: int) -> list["Bucket"]:
+        """The bucket cut into slices of so many columns."""
         return [
             replace(self, low=low, high=min(low + columns, self.high))
             for low in range(self.low, self.high, columns)
         ]
+
+
+def columns_at_once(bucket_elements: int, nodes: int) -> int:
+    """Columns of a slice of which a rank that holds so many nodes holds at most so many elements.
+
+    A multiple of 16, and at least that.
+    """
+    return max(16, bucket_elements // max(nodes, 1) // 16 * 16)
 
 
 def linked_parameters(

@@ -16,7 +16,7 @@ from scipy.sparse import csr_array
 
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.buckets import Bucket
+from spectral_ds.laplacian.buckets import Bucket, columns_at_once
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
 from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import KERNELS, KernelName, choose_kernel
@@ -230,10 +230,10 @@ class _Maker:
                 return []
             low = min(part.column for part in rectangles) // 16 * 16
             high = max(part.column + part.columns for part in rectangles)
-            return replace(whole, low=low, high=high).slices(bucket_elements)
-        owners = RowOwners.of(whole, self.layout)
-        largest = int(owners.elements(self.layout.world_size).max())
-        return whole.slices(bucket_elements * whole.numel // max(largest, 1))
+            own = replace(whole, low=low, high=high)
+            return own.slices(columns_at_once(bucket_elements, whole.nodes))
+        most = int(whole.touched(self.layout).max())
+        return whole.slices(columns_at_once(bucket_elements, most))
 
     def _arranged(self, bucket: Bucket, meeting: Meeting, edges: Edges) -> LaplacianOperator:
         """Where the bucket's elements lie and how they come there; no kernel yet."""

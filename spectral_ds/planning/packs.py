@@ -9,15 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spectral_ds.laplacian.buckets import columns_at_once
 from spectral_ds.laplacian.plan import Meeting
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup
 from spectral_ds.planning.layouts import Ints
 from spectral_ds.planning.parts import Parts, joined
-
-# Slices of columns are multiples of this.
-SLICE = 16
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,10 @@ def _pack(
     boundary = sum((group.boundary.rows for group in groups), np.zeros(cluster.world_size))
     hop = sum((group.boundary.hop for group in groups), Flow.none(cluster))
     if is_dense:  # each rank slices what it owns
-        at_once = max(SLICE, bucket_elements // parts.all_nodes // SLICE * SLICE)
+        at_once = columns_at_once(bucket_elements, parts.all_nodes)
         slices = -(-int(columns.max()) // at_once)
     else:
-        at_once = _columns_at_once(parts, cluster, bucket_elements)
+        at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
         slices = -(-parts.width // at_once)
     here, share = np.minimum(columns, at_once), min(1.0, at_once / parts.width)
     links = sum((group.links for group in groups), np.zeros(cluster.world_size)) + rows
@@ -143,7 +141,7 @@ def _transposed(
     bucket_elements: int,
 ) -> Pack:
     """Every slice of columns is divided among the ranks by what they own of it."""
-    at_once = _columns_at_once(parts, cluster, bucket_elements)
+    at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
     move, scratch = Flow.none(cluster), Scratch.none(cluster)
     columns = np.zeros(cluster.world_size)
     starts = range(0, parts.width, at_once)
@@ -171,7 +169,7 @@ def _transposed(
     )
 
 
-def _columns_at_once(parts: Parts, cluster: Cluster, bucket_elements: int) -> int:
-    """Columns of a slice, equal on all ranks."""
-    largest = max(int(parts.elements(cluster).max()), 1)
-    return max(SLICE, bucket_elements * parts.numel // largest // parts.all_nodes // SLICE * SLICE)
+def _equal_on_all_ranks(parts: Parts, cluster: Cluster, bucket_elements: int) -> int:
+    """Columns of a slice of which no rank holds more elements."""
+    most = int(cluster.by_rank(parts.rank, parts.touched).max())
+    return columns_at_once(bucket_elements, most)

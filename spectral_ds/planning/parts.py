@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from spectral_ds.graph import ParameterNodes
+from spectral_ds.graph import ParameterNodes, nodes_touched
 from spectral_ds.planning.flows import Cluster, Flow
 from spectral_ds.planning.layouts import Cuts, Ints
 from spectral_ds.sharding import intervals
@@ -85,9 +85,7 @@ class Parts:
     @cached_property
     def touched(self) -> Ints:
         """Of how many nodes each run holds anything."""
-        if self.by_column:
-            return np.minimum(self.nodes, self.length)
-        return (self.end - 1) // self.width - self.start // self.width + 1
+        return nodes_touched(self.start, self.end, self.nodes, self.width, self.by_column)
 
     def columns(self, cluster: Cluster) -> Ints:
         """Of how many columns each rank owns anything."""
