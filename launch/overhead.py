@@ -1,12 +1,12 @@
 """Times what the plugin adds to whole training steps, in one run, and prints its share.
 
 In:  --preset, --blocks and --tokens a rank, of a Llama in SmolLM2-135M's shapes with random
-     weights. Under torchrun the model is sharded by FSDP2.
+     weights. Under torchrun the model is sharded by FSDP2, or by ZeRO with --zero STAGE.
 Out: mean seconds of a step less the plugin, of the plugin on steps with figures, on monitored and
      on other steps, and its mean at the preset's own intervals, on the slowest rank.
 
     python launch/overhead.py --preset observe --tokens 512
-    torchrun --nproc_per_node 2 launch/overhead.py --preset paper
+    torchrun --nproc_per_node 2 launch/overhead.py --preset paper --zero 3
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,12 +45,7 @@ def make_model(blocks: int, device: torch.device) -> torch.nn.Module:
         tie_word_embeddings=True,
     )
     with device:
-        model = LlamaForCausalLM(config)
-    if dist.is_initialized():
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    return model
+        return LlamaForCausalLM(config)
 
 
 class Clock:
@@ -64,32 +60,84 @@ class Clock:
         return time.perf_counter()
 
 
-def measure(
-    model: torch.nn.Module, section: dict[str, Any], tokens: int, writer: Any, clock: Clock
-) -> tuple[list[float], list[float]]:
-    """Seconds of each step less the plugin, and those of the plugin."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    # Hooks run in the order in which they are registered: the plugin's lie between these.
+def time_plugin(clock: Clock) -> list[float]:
+    """Seconds of each of the plugin's calls, as they come."""
     times: list[float] = []
-    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
-        register(lambda *_: times.append(clock()))
+
+    def timed(call: Callable[[Any], None]) -> Callable[[Any], None]:
+        def run(plugin: Any) -> None:
+            started = clock()
+            call(plugin)
+            times.append(clock() - started)
+
+        return run
+
+    for name in ("before_step", "after_update"):
+        call = getattr(spectral_ds.SpectralPlugin, name)
+        setattr(spectral_ds.SpectralPlugin, name, timed(call))
+    return times
+
+
+# One optimizer step on a batch of token ids.
+Step = Callable[[torch.Tensor], None]
+
+
+def by_torch(model: torch.nn.Module, section: dict[str, Any], folder: str) -> Step:
+    """Attach to one process, or to FSDP2 under torchrun."""
+    if dist.is_initialized():
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    writer = SummaryWriter(folder) if is_first() else None
     spectral_ds.attach(model, optimizer, section, writer=writer)
-    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
-        register(lambda *_: times.append(clock()))
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    rest, own = [], []
-    for _ in tqdm(range(STEPS), desc="steps", leave=False, disable=not is_first):
-        batch = torch.randint(49152, (1, tokens), device=device)
-        started = clock()
+
+    def step(batch: torch.Tensor) -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ended = clock()
-        own.append(times[1] - times[0] + times[3] - times[2])
-        rest.append(ended - started - own[-1])
+
+    return step
+
+
+def by_deepspeed(model: torch.nn.Module, section: dict[str, Any], folder: str, stage: int) -> Step:
+    """Initialize DeepSpeed with the plugin."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "tensorboard": {"enabled": True, "output_path": folder, "job_name": "overhead"},
+        "spectral_ds": section,
+    }
+    parameters = list(model.parameters())
+    engine, *_ = spectral_ds.initialize(model=model, model_parameters=parameters, config=config)
+
+    def step(batch: torch.Tensor) -> None:
+        engine.backward(engine(input_ids=batch, labels=batch).loss)
+        engine.step()
+
+    return step
+
+
+def measure(
+    step: Step, tokens: int, times: list[float], clock: Clock, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of each step less the plugin, and those of the plugin."""
+    rest, own = [], []
+    for _ in tqdm(range(STEPS), desc="steps", leave=False, disable=not is_first()):
+        batch = torch.randint(49152, (1, tokens), device=device)
         times.clear()
+        started = clock()
+        step(batch)
+        ended = clock()
+        own.append(sum(times))
+        rest.append(ended - started - own[-1])
     return rest, own
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that speaks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def mean(values: list[float]) -> float:
@@ -107,6 +155,7 @@ def main() -> None:
     parser.add_argument("--preset", default="observe")
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--zero", type=int, choices=range(4), help="by DeepSpeed, of this stage")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -126,7 +175,13 @@ def main() -> None:
             "monitor": {"interval": MONITORED, "figures_interval": DRAWN},
             "statistics": {"interval": min(MONITORED, preset.statistics.interval)},
         }
-        rest, own = measure(model, section, arguments.tokens, SummaryWriter(folder), Clock(device))
+        clock = Clock(device)
+        times = time_plugin(clock)
+        if arguments.zero is None:
+            step = by_torch(model, section, folder)
+        else:
+            step = by_deepspeed(model, section, folder, arguments.zero)
+        rest, own = measure(step, arguments.tokens, times, clock, device)
 
     # Which steps are of a kind, the first cycle aside, and how often it is among `drawn` steps.
     steps = range(DRAWN, STEPS)
@@ -136,19 +191,21 @@ def main() -> None:
         "after a monitored one": ([s for s in steps if s % MONITORED == 1], drawn // every),
         "other": ([s for s in steps if s % MONITORED > 1], drawn - 2 * (drawn // every)),
     }
-    step = mean(rest[DRAWN:])
+    rest_of_step = mean(rest[DRAWN:])
     seconds = {kind: mean([own[s] for s in found]) for kind, (found, _) in kinds.items()}
     total = sum(seconds[kind] * count for kind, (_, count) in kinds.items()) / drawn
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         ranks = dist.get_world_size() if dist.is_initialized() else 1
+        engine = "torch" if arguments.zero is None else f"ZeRO-{arguments.zero}"
         print(
-            f"{elements / 1e6:.1f} M elements, {ranks} ranks of {arguments.threads} threads, "
-            f"{device.type}, {arguments.tokens} tokens a rank, preset {arguments.preset}, "
+            f"{elements / 1e6:.1f} M elements, {engine}, {ranks} ranks of {arguments.threads} "
+            f"threads, {device.type}, {arguments.tokens} tokens a rank, preset {arguments.preset}, "
             f"monitored every {every} steps, figures every {drawn}\n"
         )
-        print(f"{'a step, less the plugin':34} {step:9.4f} s")
+        print(f"{'a step, less the plugin':34} {rest_of_step:9.4f} s")
         for kind, value in {**seconds, f"mean of {drawn} steps": total}.items():
-            print(f"{f'plugin: {kind}':34} {value:9.4f} s  {100 * value / step:7.2f} % of a step")
+            share = 100 * value / rest_of_step
+            print(f"{f'plugin: {kind}':34} {value:9.4f} s  {share:7.2f} % of a step")
     if dist.is_initialized():
         dist.destroy_process_group()
 
