@@ -82,7 +82,7 @@ def time_plugin(clock: Clock) -> list[float]:
 Step = Callable[[torch.Tensor], None]
 
 
-def by_torch(model: torch.nn.Module, section: dict[str, Any], folder: str) -> Step:
+def by_torch(model: Any, section: dict[str, Any], folder: str) -> Step:
     """Attach to one process, or to FSDP2 under torchrun."""
     if dist.is_initialized():
         for layer in model.model.layers:

@@ -78,12 +78,13 @@ class Measurement:
             now = weights()
             self._of_weights = self._regularizer.metrics(now)
             self._perturbation = self._perturbation_by_block(now, norms)
-            if self._losses:
-                everyone = self._engine.everyone
-                loss = torch.stack(self._losses).mean().double().to(everyone.device)
-                mean = float(everyone.sum_(loss)) / everyone.world_size
+            everyone = self._engine.everyone
+            own = [sum(map(float, self._losses)), len(self._losses)]  # on some ranks perhaps none
+            total = torch.tensor(own, dtype=torch.float64, device=everyone.device)
+            loss, count = everyone.sum_(total).tolist()
+            if count > 0:
                 penalty = self._regularizer.strength * self._of_weights["regularizer"]
-                self._of_weights["joint_loss"] = mean + penalty
+                self._of_weights["joint_loss"] = loss / count + penalty
         self._losses.clear()
 
     def facts(self, step: int) -> Mapping[str, float]:
@@ -138,7 +139,7 @@ class Measurement:
         )
         dashboard.record(step, before)
         dashboard.board.lay_out()
-        if not dashboard.is_due(step):
+        if not dashboard.is_due(step, self._config.monitor.interval):
             return
         stage = self._stages[0]
         graph = self._graph(dashboard)
@@ -149,6 +150,7 @@ class Measurement:
             centers = (np.arange(self._config.filter.bands) + 0.5) / self._config.filter.bands
             adaptive = values(2 * centers - 1).cpu().numpy()
         rough = stage.spectrometer.roughness(signal, norms.names)
+        what = "update" if "update_norm/after" in monitor.metrics else "gradient"
         statistics = stage.statistics
         is_known = statistics is not None and statistics.samples >= 2
         dashboard.show(
@@ -165,7 +167,7 @@ class Measurement:
                         np.sqrt(norms.by_block_and_role(monitor.gradient_squares)),
                     ),
                     (
-                        "Roughness of the gradient by block and role",
+                        f"Roughness of the filtered {what} by block and role",
                         "share of the highest frequency",
                         norms.by_block_and_role(rough),
                     ),

@@ -171,6 +171,8 @@ class SpectralPlugin:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
         self.engine.remove()
         self.attached = False
+        if self._own_writer is not None:
+            self._own_writer.close()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the plugin's state into a folder that all ranks see (collective).
@@ -217,14 +219,18 @@ class SpectralPlugin:
     def metrics(self) -> dict[str, float]:
         """Metrics of the last monitored step, equal on all ranks; empty before the first.
 
-        `step`; `gradient_norm/before` and `/after` of the filtered parameters (`update_norm` if
-        updates are filtered); `band_energy_before/b` and `band_energy_after/b`, shares of energy in
-        equal bands of frequency, lowest first; `signal_to_noise/b`, `/total` and
-        `/kept_over_total`, once two gradients were sampled; `filter_seconds` of the slowest rank;
-        `boundary_bytes` that all ranks sent in the step; `strength`; `skipped_steps` so far;
-        `nodes`; `edges`. With a regularizer: `regularizer`, R; `perturbation`, ‖θ − θ_ref‖; and
-        `joint_loss`, task + α · R, where the task loss is known. Of several graphs, spectra are
-        measured on the first.
+        `step`; of all trainable parameters `gradient_norm/all` and `parameter_norm/all`, and from
+        the next step on `update_to_weight/all`, ‖θ_new − θ_old‖/‖θ_old‖; the same by block and role
+        as `gradient_norm_by_block/b`, `gradient_norm_by_role/r` and so on; `gradient_norm/before`
+        and `/after` of the filtered parameters (`update_norm` if updates are filtered);
+        `band_energy_before/b` and `band_energy_after/b`, shares of energy in equal bands of
+        frequency, lowest first; once two gradients were sampled, `signal_to_noise/b`, `/total` and
+        `/kept_over_total`, and `gradient_noise_scale` in examples where both estimates are positive
+        (`gradient_noise_scale_in_batches` if the engine does not know its batch size);
+        `filter_seconds` of the slowest rank; `boundary_bytes` that all ranks sent in the step;
+        `strength`; `skipped_steps` so far; `nodes`; `edges`. With a regularizer: `regularizer`, R;
+        `perturbation`, ‖θ − θ_ref‖; and `joint_loss`, task + α · R, where a rank observed the task
+        loss. Of several graphs, spectra are measured on the first.
         """
         return dict(self.monitor.metrics)
 
@@ -372,10 +378,17 @@ class SpectralPlugin:
         """The engine's own monitor, or a writer of the user's or of `monitor.folder`."""
         engine, folder = self.engine, self.config.monitor.folder
         is_first = engine.everyone.rank == 0
-        if folder and self.config.monitor.enabled and is_first and writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._own_writer: Any = None
+        with engine.everyone.all_or_none():
+            if folder and self.config.monitor.enabled and is_first and writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(folder)
+                try:
+                    writer = self._own_writer = SummaryWriter(folder)
+                except OSError as error:
+                    raise SpectralConfigError(
+                        f"spectral_ds.monitor.folder: cannot write to {folder!r}: {error}"
+                    ) from error
         writer = writer if is_first else None
         is_own = engine.everyone.maximum(float(writer is not None)) > 0
         if is_own:

@@ -283,6 +283,21 @@ def test_summary_and_figures_are_written(judged):
         assert len(np.unique(pixels[::5, ::5].reshape(-1, pixels.shape[-1]), axis=0)) > 20
 
 
+def test_a_log_file_gets_lines_and_no_bars(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["spectral_ds.progress"], "SECONDS_BETWEEN_LINES", 0.0)
+    words = ["--data", folder / "reviews.tsv", "--steps", 4, "--batch-size", 1]
+    inspect(folder, {}, *words, "--sequence-length", 8)
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    for what in (
+        "building the parameter graph: ",
+        "spectrum: ",
+        "gradients that make graphs: 2 of 2 steps",
+        "gradients that judge graphs: 2 of 2 steps",
+    ):
+        assert f"spectral_ds: {what}" in written
+
+
 def test_the_recommended_section_can_be_pasted(judged):
     recommendation = judged[0]["recommendation"]
     assert yaml.safe_load(recommendation["yaml"]) == recommendation["config"]
@@ -476,6 +491,7 @@ def test_no_two_batches_share_text(tmp_path):
             "the model's longest is 64",
         ),
         (["inspect", "{f}/bert", "--data", "{f}/reviews.tsv"], "is a BertModel"),
+        (["inspect", "{f}/remote"], "trust_remote_code"),
         (["inspect", "{f}/model", "--out", "{f}/reviews.tsv"], "is not a folder"),
         (["inspect", "{f}/model", "--steps", "3"], "'3' is not a whole number from 4 on"),
         (["inspect"], "MODEL"),
@@ -491,6 +507,10 @@ def test_wrong_input_is_one_line_and_status_2(folder, capsys, words, message):
         BertModel(BertConfig(vocab_size=13, intermediate_size=8, **size)).save_pretrained(
             folder / "bert"
         )
+    (folder / "remote").mkdir(exist_ok=True)
+    (folder / "remote" / "own.py").write_text("raise SystemExit('not to be run')")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (folder / "remote" / "config.json").write_text(json.dumps(own))
     (folder / "misspelt.yaml").write_text("filter: {strenght: 1.0}")
     (folder / "nothing.yaml").write_text("graph: {include: ['*absent*']}")
     (folder / "gradient.yaml").write_text("preset: denoise")

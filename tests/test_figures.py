@@ -14,6 +14,10 @@ from matplotlib.container import BarContainer
 from matplotlib.text import Text
 from PIL import Image
 
+from spectral_ds.cli import plots
+from spectral_ds.cli.candidates import Verdict
+from spectral_ds.cli.inspection import Distribution, Facts, Roughness
+from spectral_ds.cli.summary import GraphSummary
 from spectral_ds.monitor import figures
 
 ROLES = [
@@ -145,6 +149,78 @@ def test_a_figure_can_be_read(case):
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         if axis.get_label_text() not in ("block", "role"):
             assert len(axis.get_ticklocs()) <= 10
+
+
+def facts(seed=0):
+    """Of a part of a graph, as `spectral-ds inspect` has found them."""
+    generator = np.random.default_rng(seed)
+    distribution = Distribution(0.0, 1.0, 1.5, 4.0)
+    return Facts(
+        nodes=100,
+        edges=200,
+        components=3,
+        isolated=1,
+        degree=distribution,
+        neighbours=distribution,
+        lambda_max_bound=2.0,
+        lambda_max=1.5 + 0.4 * generator.random(),
+        lowest_eigenvalues=None if seed == 2 else sorted(generator.random(8)),
+        density=shares(32, seed).tolist(),
+        degree_histogram=generator.integers(0, 50, 32).tolist(),
+        roughness=Roughness(0.5, 1.0, 0.5 + generator.random()),
+    )
+
+
+def graph_summary(name, family):
+    roles = {role: facts(seed) for seed, role in enumerate(ROLES)}
+    return GraphSummary(name, "row", "normalized", facts(), {family: facts()}, roles)
+
+
+def verdict(name, seed):
+    signal, noise = shares(8, seed).tolist(), shares(8, seed + 1).tolist()
+    return Verdict(name, 10, 8, signal, noise, 0.3, 0.2, 1.5, {}, "")
+
+
+FAMILIES = "edges[0]: similarity of weights, 8 neighbours within the parameter", "edges[0]: ring"
+GRAPHS = [graph_summary(f"graphs[{i}]", family) for i, family in enumerate(FAMILIES)]
+CANDIDATES = [verdict(f"gradient similarity, rows {i}", i) for i in range(9)]
+PLOTS = {
+    "density": lambda: plots._density(GRAPHS),
+    "eigenvalues": lambda: plots._eigenvalues(GRAPHS),
+    "degrees": lambda: plots._degrees(GRAPHS),
+    "roughness": lambda: plots._roughness(GRAPHS),
+    "snr": lambda: plots._snr(CANDIDATES),
+}
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_of_inspect_can_be_read(name):
+    with pyplot.rc_context({**plots.STYLE, "figure.dpi": plots.DPI}):
+        figure = PLOTS[name]()
+        figure.savefig(io.BytesIO())
+        texts = drawn_texts(figure)
+        pyplot.close(figure)
+    words = [text for text, _ in texts]
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert figure.get_suptitle() in words or all(title in words for title in titles)
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert len(panels) == (1 if name == "snr" else len(GRAPHS))
+    assert all(axes.get_xlabel() in words for axes in panels)
+    assert all(axes.get_ylabel() in words for axes in figure.axes)
+    if name == "eigenvalues":
+        [legend] = figure.legends
+        marks = [(h.get_marker(), h.get_color()) for h in legend.legend_handles]
+        assert marks == [("|", plots.BLUE), ("o", plots.RED)]
+        assert [text.get_text() for text in legend.get_texts()] == ["lowest above 0", "largest"]
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 8
+    # Nothing is cut off by the picture's edge, and no two words meet.
+    width, height = figure.canvas.get_width_height()
+    for text, box in texts:
+        assert 0 <= box.x0 < box.x1 <= width, (text, box.extents)
+        assert 0 <= box.y0 < box.y1 <= height, (text, box.extents)
+    for (one, a), (other, b) in itertools.combinations(texts, 2):
+        is_apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
+        assert is_apart, (one, other)
 
 
 def test_the_users_style_is_neither_used_nor_changed():

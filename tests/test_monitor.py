@@ -1,14 +1,23 @@
 """Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+from cells import CELLS, Training
+from ranks import RankError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import spectral_ds
 from spectral_ds import stage
+from spectral_ds.monitor import Board, Dashboard
+from spectral_ds.monitor.norms import _ratio
 from spectral_ds.spectrum import band_energies
 
 BANDS = 4
@@ -198,3 +207,242 @@ def test_other_steps_measure_nothing(ranks):
     _, metrics, moments = ranks(2).run(monitored_run, 2, section, None, 2)[0]
     assert metrics == {}
     assert moments == []
+
+
+class BeforeAndAfter(torch.nn.Module):
+    """Parameters with names of what is measured."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {
+                    "layernorm_before": torch.nn.LayerNorm(6),
+                    "linear": torch.nn.Linear(6, 6),
+                    "layernorm_after": torch.nn.LayerNorm(6),
+                }
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["layernorm_after"](x + layer["linear"](layer["layernorm_before"](x)))
+        return x
+
+
+def idle_step():
+    """Metrics of a step that filters nothing, and the norms of the gradient by role."""
+    model = BeforeAndAfter()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    section = {"preset": "observe", "monitor": {"interval": 1, "bands": BANDS}}
+    plugin = spectral_ds.attach(model, optimizer, section)
+    (model(torch.linspace(-1, 1, 30).view(5, 6)) ** 3).sum().backward()
+    norms = {}
+    for when in ("before", "after"):
+        parts = [layer[f"layernorm_{when}"].weight.grad for layer in model.layers]
+        norms[f"layers.*.layernorm_{when}.weight"] = float(torch.cat(parts).norm())
+    optimizer.step()
+    plugin.detach()
+    return plugin.metrics(), norms
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_idle_step_keeps_the_norms_of_parameters_named_before_and_after(ranks, world_size):
+    for metrics, norms in ranks(world_size).run(idle_step):
+        before, after = norms.values()
+        assert before != pytest.approx(after, rel=0.1)
+        for role, norm in norms.items():
+            assert metrics[f"gradient_norm_by_role/{role}"] == pytest.approx(norm, rel=1e-5)
+        assert metrics["gradient_norm/after"] == metrics["gradient_norm/before"] > 0
+        for band in range(BANDS):
+            energy = metrics[f"band_energy_before/{band}"]
+            assert metrics[f"band_energy_after/{band}"] == energy
+
+
+WITH_LOSS = {"regularizer": {"strength": 0.5}, "monitor": {"interval": 1, "bands": BANDS}}
+
+
+def observed_by_rank_0():
+    """Metrics of two steps, and the loss that rank 0 told in the second."""
+    training = Training(CELLS["ddp"], WITH_LOSS, rates=(0.5, 0.25))
+    training.step(0)
+    metrics = [training.plugin.metrics()]
+    if dist.get_rank() == 0:
+        training.plugin.observe_loss(torch.tensor(2.0))
+        training.plugin.observe_loss(torch.tensor(4.0))
+    training.step(1)
+    metrics.append(training.plugin.metrics())
+    training.close()
+    return metrics
+
+
+def test_a_loss_may_be_observed_by_some_ranks_alone(ranks):
+    for silent, told in ranks(2).run(observed_by_rank_0):
+        assert "joint_loss" not in silent
+        assert told["regularizer"] > 0
+        assert told["joint_loss"] == pytest.approx(3.0 + 0.5 * told["regularizer"])
+
+
+def accumulated_losses(divided):
+    """The metrics of a step of two micro-batches, and this rank's losses.
+
+    Args:
+        divided: whether the loss is divided by their number, as the Trainer of transformers does.
+    """
+    config = tiny.deepspeed_config(2, gradient_accumulation_steps=2, spectral_ds=WITH_LOSS)
+    engine = tiny.make_engine(config)
+    losses = []
+    for tokens in tiny.batches(2):
+        loss = engine(tokens)
+        losses.append(loss.item())
+        if divided:
+            engine.backward(loss / 2, scale_wrt_gas=False)
+        else:
+            engine.backward(loss)
+        engine.step()
+    metrics = spectral_ds.plugin_of(engine).metrics()
+    engine.destroy()
+    return metrics, losses
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_deepspeed_tells_the_whole_loss(ranks, divided):
+    results = ranks(2).run(accumulated_losses, divided)
+    mean = np.mean([losses for _, losses in results])
+    for metrics, _ in results:
+        expected = mean + 0.5 * metrics["regularizer"]
+        assert metrics["joint_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def attach_with_a_folder(folder):
+    Training(CELLS["ddp"], {"monitor": {"folder": folder}})
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_on_all_ranks(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    for outcome in ranks(2).outcomes(attach_with_a_folder, str(tmp_path / "file" / "folder")):
+        assert isinstance(outcome, RankError), outcome
+        assert outcome.kind == "SpectralConfigError", outcome.traceback
+        assert "spectral_ds.monitor.folder" in outcome.message
+        assert str(tmp_path / "file" / "folder") in outcome.message
+
+
+def to_boards(names, folder):
+    """Two steps of each engine with a folder of the plugin's own, and two with a user's writer.
+
+    Returns:
+        By engine and kind, on rank 0: what the event file holds before anything is closed; whether
+        the writer is open once the plugin is detached; the last metrics.
+    """
+    found = {}
+    for name in names:
+        for kind in ("folder", "writer"):
+            place = Path(folder, name, kind)
+            section = {
+                "monitor": {"interval": 1, "bands": BANDS},
+                "filter": {"apply_to": "update" if kind == "writer" else "gradient"},
+            }
+            writer = None
+            if kind == "folder":
+                section["monitor"]["folder"] = str(place)
+                training = Training(CELLS[name], section)
+                writer = training.plugin._own_writer
+            else:
+                training = Training(CELLS[name], None)
+                writer = SummaryWriter(str(place)) if dist.get_rank() == 0 else None
+                training.plugin = spectral_ds.attach(
+                    training.wrapped, training.optimizer, section, writer=writer
+                )
+            for index in range(2):
+                training.step(index)
+            held = contents(place) if dist.get_rank() == 0 else None
+            metrics = training.plugin.metrics()
+            training.close()
+            is_open = writer is not None and writer.file_writer is not None
+            if is_open:
+                writer.close()
+            found[name, kind] = held, is_open, metrics
+    return found
+
+
+def contents(place):
+    """Scalars by tag, as (step, value); tags of images; number of layouts."""
+    [file] = place.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in tags["scalars"]}
+    return scalars, set(tags["images"]), len(events.Tensors("custom_scalars__config__"))
+
+
+@pytest.mark.parametrize(("names", "world_size"), [(("fsdp2", "ddp"), 2), (("plain",), 1)])
+def test_torch_engines_write_to_a_folder_or_a_writer(ranks, names, world_size, tmp_path):
+    results = ranks(world_size).run(to_boards, names, str(tmp_path))
+    for (name, kind), (held, is_open, metrics) in results[0].items():
+        scalars, images, layouts = held
+        what, other = ("update", "gradient") if kind == "writer" else ("gradient", "update")
+        for tag in ("nodes", "filter_seconds", f"{what}_norm/after", "gradient_norm/all"):
+            steps, values = zip(*scalars[f"spectral_ds/{tag}"], strict=True)
+            assert steps == (0, 1), (name, kind, tag)
+            assert values[-1] == pytest.approx(metrics[tag], rel=1e-6)
+        assert f"spectral_ds/{other}_norm/after" not in scalars
+        assert len(scalars["spectral_ds/update_to_weight/all"]) == 1
+        assert "spectral_ds/energy" in images
+        rough = {tag for tag in images if "roughness" in tag}
+        assert rough == {f"spectral_ds/roughness_of_the_filtered_{what}_by_block_and_role"}
+        assert layouts == 2  # again, when ratios were known
+        assert is_open == (kind == "writer")
+    for others in results[1:]:
+        for case, (held, is_open, metrics) in others.items():
+            assert (held, is_open) == (None, False)
+            assert metrics == results[0][case][2]
+
+
+def with_csv_alone(folder):
+    board = {"enabled": True, "output_path": folder, "job_name": "run"}
+    section = {"monitor": {"interval": 2, "figures_interval": 2, "bands": BANDS}}
+    config = tiny.deepspeed_config(2, csv_monitor=board, spectral_ds=section)
+    engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
+    tiny.train(engine, 3)
+    metrics = spectral_ds.plugin_of(engine).metrics()
+    engine.destroy()
+    return metrics
+
+
+def test_scalars_join_deepspeeds_own_where_it_writes_csv_alone(ranks, tmp_path):
+    metrics = ranks(2).run(with_csv_alone, str(tmp_path))[0]
+    folder = tmp_path / "run"
+    for name in ("nodes", "gradient_norm/after", "band_energy_before/0"):
+        file = folder / f"spectral_ds_{name.replace('/', '_')}.csv"
+        _, *rows = csv.reader(file.read_text().splitlines())
+        assert [int(step) for step, _ in rows] == [tiny.GLOBAL_BATCH, 3 * tiny.GLOBAL_BATCH]
+        assert float(rows[-1][1]) == pytest.approx(metrics[name])
+    assert (folder / "Train_Samples_lr.csv").is_file()
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_a_ratio_is_unknown_only_where_what_it_is_over_is():
+    squares, over = np.array([4.0, 4.0, 0.0, 9.0]), np.array([np.nan, 0.0, 0.0, 1.0])
+    np.testing.assert_array_equal(_ratio(squares, over), [np.nan, 0, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("monitored", "interval", "drawn"),
+    [
+        (30, 100, [0, 120, 210, 300, 420, 510, 600]),
+        (10, 100, [0, 100, 200, 300, 400, 500, 600]),
+        (150, 100, [0, 150, 300, 450, 600]),
+        (250, 100, [0, 250, 500]),
+    ],
+)
+def test_figures_are_drawn_at_the_first_monitored_step_from_each_interval_on(
+    monitored, interval, drawn
+):
+    board = Board(lambda metrics: None, None, lambda: 0, is_open=True)
+    # The same from whatever step a run goes on.
+    dashboard = Dashboard(board, "heat", [], [], interval)
+    assert [s for s in range(0, 601, monitored) if dashboard.is_due(s, monitored)] == drawn
+    closed = Dashboard(Board(lambda metrics: None, None, lambda: 0, False), "", [], [], interval)
+    assert not closed.is_due(0, monitored)

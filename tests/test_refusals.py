@@ -25,6 +25,7 @@ def refusals():
         "mics": {"zero": {"mics_shard_size": 2}},
         "hpz": {"zero": {"zero_hpz_partition_size": 2}},
         "deepcompile": {"compile_config": SimpleNamespace(deepcompile=True)},
+        "accumulation": {"managed_gradient_accumulation": False},
         "muon": {"basic_optimizer": type("MuonWithAuxAdam", (), {})()},
         "optimizer class": {"optimizer": type("OtherOptimizer", (), {})()},
         "hook": {"_take_model_step": None},
@@ -49,6 +50,9 @@ class _StandIn:
         self._config = SimpleNamespace(
             zero_config=SimpleNamespace(**{**fields, **zero_change}),
             compile_config=change.pop("compile_config", None),
+            managed_gradient_accumulation=change.pop(
+                "managed_gradient_accumulation", engine._config.managed_gradient_accumulation
+            ),
         )
         self._missing = [name for name, value in change.items() if value is None]
         self._engine = engine
@@ -71,6 +75,7 @@ def test_unsupported_features_are_refused_with_the_reason(ranks):
         "mics": "MiCS",
         "hpz": "hpZ",
         "deepcompile": "DeepCompile",
+        "accumulation": "managed_gradient_accumulation: false",
         "muon": "Muon",
         "optimizer class": "OtherOptimizer",
         "hook": "_take_model_step",

@@ -44,7 +44,7 @@ FIGURES = {
     "signal_to_noise",
     "gains",
     "gradient_norm_by_block_and_role",
-    "roughness_of_the_gradient_by_block_and_role",
+    "roughness_of_the_filtered_gradient_by_block_and_role",
     "perturbation_by_block",
 }
 HISTOGRAMS = {"node_degree", "edge_weight"}

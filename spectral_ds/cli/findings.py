@@ -4,12 +4,10 @@ Half of the gradients make the graphs that follow gradients, the other half judg
 the gradients it was made from, a graph of similar gradients looks smooth even where all is noise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from spectral_ds.cli.candidates import Candidate, Verdict, candidates, judged, not_judged, ranked
 from spectral_ds.cli.errors import UserError
@@ -18,9 +16,10 @@ from spectral_ds.cli.inspection import Facts, Inspection
 from spectral_ds.cli.subject import Subject
 from spectral_ds.cli.summary import GraphSummary
 from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
-from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
+from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.laplacian.features import no_features
+from spectral_ds.progress import progress
 
 BANDS = 8
 BINS = 32
@@ -121,7 +120,7 @@ class Findings:
 
     def _inspected(self, graph: GraphConfig, whole: GraphConfig) -> Inspection:
         built = self._built(graph, whole)
-        with _bar(built.parameters, "spectrum") as bar:
+        with progress("spectrum", len(built.parameters), "parameter", True) as update:
             return Inspection(
                 built,
                 self._subject.weights(),
@@ -129,30 +128,24 @@ class Findings:
                 eigenvalues=self._eigenvalues,
                 bins=BINS,
                 seed=self._config.seed,
-                progress=bar.update,
+                progress=update,
             )
 
     def _built(self, graph: GraphConfig, whole: GraphConfig) -> ParameterGraph:
         """A graph that compares gradients as the whole one does that it is a part of."""
         if (graph, whole) not in self._made:
             parameters, gradient = self._subject.nodes(graph), self._means.get(whole, no_features)
-            with _bar(parameters, "building the parameter graph") as bar:
-                built = self._subject.build(graph, parameters, bar.update, gradient)
+            what = "building the parameter graph"
+            with progress(what, len(parameters), "parameter", True) as update:
+                built = self._subject.build(graph, parameters, update, gradient)
             self._made[graph, whole] = built
         return self._made[graph, whole]
 
     def _gradients(self, batches: torch.Tensor, what: str) -> Iterator[Gradients]:
-        yield from tqdm(
-            gradients_of(self._subject, batches),
-            total=len(batches),
-            desc=f"spectral_ds: {what}",
-            unit="batch",
-            mininterval=1,
-        )
-
-
-def _bar(parameters: Sequence[ParameterNodes], what: str) -> "tqdm[Any]":
-    return tqdm(total=len(parameters), desc=f"spectral_ds: {what}", unit="parameter", mininterval=1)
+        with progress(what, len(batches), "step", True) as update:
+            for gradients in gradients_of(self._subject, batches):
+                yield gradients
+                update(1)
 
 
 def _words(edge: EdgeConfig) -> str:

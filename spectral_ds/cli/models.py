@@ -57,7 +57,9 @@ class Source:
         transformers.logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # announces each retry
         try:
-            return kind.from_pretrained(self.name, **self.options, **settings)
+            return kind.from_pretrained(
+                self.name, trust_remote_code=False, **self.options, **settings
+            )
         except Exception as error:  # there is no end to what a broken file raises
             is_offline = not Path(self.name).exists() and os.environ.get("HF_HUB_OFFLINE")
             offline = " (HF_HUB_OFFLINE is set)" if is_offline else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 WIDTH, DPI = 8.0, 150
+LINE_LENGTH = 56  # characters of a panel's title, right of the roles
 
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
@@ -71,13 +73,15 @@ def _panels(graphs: Sequence[GraphSummary], title: str) -> tuple[Figure, list[Ax
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     panels = list(grid[:, 0])
     for axes, graph in zip(panels, graphs, strict=True):
-        axes.set_title(f"{graph.name}: {', '.join(graph.families)}", loc="left")
+        words = f"{graph.name}: {', '.join(graph.families)}"
+        axes.set_title(textwrap.fill(words, LINE_LENGTH), loc="left")
     return figure, panels
 
 
 def _label_roles(axes: Axes, roles: Sequence[str]) -> None:
-    axes.set_yticks(range(len(roles)), roles, fontsize=7)
+    axes.set_yticks(range(len(roles)), roles)
     axes.set_ylim(len(roles) - 0.5, -0.5)
+    axes.set_ylabel("role")
 
 
 def _density(graphs: Sequence[GraphSummary]) -> Figure:
@@ -103,12 +107,16 @@ def _eigenvalues(graphs: Sequence[GraphSummary]) -> Figure:
         lines = {"all": graph.whole, **_joined(graph)}
         for line, facts in enumerate(lines.values()):
             lowest = facts.lowest_eigenvalues or []
-            axes.plot(lowest, [line] * len(lowest), "|", color=BLUE, markersize=10)
-            axes.plot(facts.lambda_max, line, "o", color=RED, markersize=4)
+            words = (None, None) if line else ("lowest above 0", "largest")
+            at = [line] * len(lowest)
+            axes.plot(lowest, at, "|", color=BLUE, markersize=10, label=words[0])
+            axes.plot(facts.lambda_max, line, "o", color=RED, markersize=4, label=words[1])
         axes.set_xlim(left=0)
         _label_roles(axes, list(lines))
         axes.grid(axis="x", color=GREY, linewidth=0.3)
         axes.set_xlabel("frequency λ")
+    marks = panels[0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 
@@ -161,5 +169,9 @@ def _snr(verdicts: Sequence[Verdict]) -> Figure:
     axes.set_xlim(0, 1)
     axes.set_xlabel("frequency, as a share of [0, λ_max]")
     axes.set_ylabel("signal-to-noise ratio\nof a band over the total")
+    figure.suptitle(
+        "Signal and noise of the gradient (in brackets: ratio of the lowest eighth over the total)",
+        x=0.01, ha="left", fontsize=10,
+    )  # fmt: skip
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     return figure

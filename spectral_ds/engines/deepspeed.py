@@ -132,7 +132,10 @@ class DeepSpeedEngine(Engine):
     def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:
         def backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(loss, torch.Tensor):
-                observe(loss)
+                # The caller may have divided it already; the whole loss is told.
+                divides = kwargs.get("scale_wrt_gas", args[1] if len(args) > 1 else True)
+                parts = 1 if divides else self._engine.gradient_accumulation_steps()
+                observe(loss.detach() * parts)
             return original(loss, *args, **kwargs)
 
         self._handles.append(WrappedMethod(self._engine, "backward", backward))
@@ -265,6 +268,8 @@ def refuse_unsupported(engine: Any) -> None:
         "DeepCompile; set compile.deepcompile to false": getattr(
             getattr(config, "compile_config", None), "deepcompile", False
         ),
+        "managed_gradient_accumulation: false, where each step may be of another number of "
+        "micro-batches; set it to true": not getattr(config, "managed_gradient_accumulation", True),
         "DeepSpeed's Muon optimizer, which runs inside the step": "muon"
         in type(engine.basic_optimizer).__name__.lower(),
         "fp16 in ZeRO stage 0, where DeepSpeed divides the gradient by a loss scale that it never "

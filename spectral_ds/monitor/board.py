@@ -39,6 +39,7 @@ class Board:
         """Write numbers by name."""
         self._tags |= metrics.keys()
         self._write_scalars(metrics)
+        self.flush()
 
     def figure(self, name: str, make: Callable[[], Any]) -> None:
         """Draw a figure, where there is a writer."""
@@ -85,6 +86,7 @@ class Board:
         if charts != self._charts:
             self._charts = charts
             self._writer.add_custom_scalars({PREFIX: charts})
+            self.flush()
 
     def flush(self) -> None:
         """Make what was written visible to readers."""

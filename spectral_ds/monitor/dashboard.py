@@ -57,7 +57,7 @@ class Dashboard:
         board: where to.
         response: name of the filter's response.
         blocks, roles: of the heat maps.
-        interval: steps between figures.
+        interval: steps between figures, which wait for the next monitored step.
     """
 
     board: Board
@@ -67,8 +67,15 @@ class Dashboard:
     interval: int
     _history: list[tuple[int, Values]] = field(default_factory=list)
 
-    def is_due(self, step: int) -> bool:
-        return self.board.is_open and step % self.interval == 0
+    def is_due(self, step: int, monitored: int) -> bool:
+        """Whether a monitored step is the first at or after a multiple of `interval`.
+
+        Args:
+            step: the monitored one.
+            monitored: steps between monitored steps.
+        """
+        is_first = step // self.interval != (step - monitored) // self.interval
+        return self.board.is_open and is_first
 
     def record(self, step: int, before: Values) -> None:
         """Keep a monitored step for the heat map over training time."""

@@ -95,4 +95,4 @@ class ParameterNorms:
 def _ratio(squares: Values, over: Values | None) -> Values:
     if over is None:
         return np.sqrt(squares)
-    return np.sqrt(np.where(over > 0, squares, 0) / np.where(over > 0, over, 1))
+    return np.sqrt(np.where(over == 0, 0, squares) / np.where(over == 0, 1, over))

@@ -128,9 +128,10 @@ class Monitor:
         if is_changed:
             self.metrics |= self._measure(what, "after", signal, scale)
         else:
-            for name in list(self.metrics):
-                if "before" in name:
-                    self.metrics[name.replace("before", "after")] = self.metrics[name]
+            self.metrics[f"{what}_norm/after"] = self.metrics[f"{what}_norm/before"]
+            for band in range(self._bands):
+                energy = self.metrics[f"band_energy_before/{band}"]
+                self.metrics[f"band_energy_after/{band}"] = energy
         self.metrics |= {"filter_seconds": seconds, **facts()}
         self._board.scalars({n: value for n, value in self.metrics.items() if n != "step"})
 
