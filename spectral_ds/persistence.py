@@ -48,6 +48,8 @@ class Persistence:
         state.numbers["step"] = torch.tensor([float(engine.step)], dtype=torch.float64)
         for index, stage in enumerate(plugin.stages):
             state.edges.append(stage.graph.primary_edges())
+            is_ready = torch.tensor([float(stage.filter.is_ready)], dtype=torch.float64)
+            state.numbers[f"graph.{index}.is_ready"] = is_ready
             statistics = stage.statistics
             if statistics is not None:
                 for name, number in statistics.numbers().items():
@@ -107,7 +109,8 @@ class Persistence:
         for index, (stage, sketch) in enumerate(zip(plugin.stages, sketches, strict=True)):
             prefix = f"statistics.{index}."
             held = {n.removeprefix(prefix): t for n, t in numbers.items() if n.startswith(prefix)}
-            stage.restore(edges[index], held if sketch is not None else {}, sketch)
+            is_ready = bool(numbers[f"graph.{index}.is_ready"].item())
+            stage.restore(edges[index], is_ready, held if sketch is not None else {}, sketch)
         if temporal is not None and means is not None:
             self._fill(temporal.means, means)
             position = {name: i for i, name in enumerate(engine.shapes)}
@@ -133,23 +136,26 @@ class Persistence:
 
     def save(self, folder: Path) -> None:
         """Write the state into a folder that all ranks see (collective)."""
-        write_state(folder, self.state(), self._engine.everyone)
+        engine = self._engine
+        write_state(folder, self.state(), engine.communicator.rank, engine.everyone)
 
     def load(self, folder: Path, is_expected: bool = True) -> None:
         """Go on from a folder that `save` wrote, at any world size (collective).
 
         Args:
-            is_expected: whether the checkpoint was made with the plugin; if not, a missing folder
-                is no error.
+            is_expected: whether the checkpoint was made with the plugin; if not, the folder is
+                not read: an older run may have left it.
 
         Raises:
             CheckpointError: what is there cannot be used, and `checkpoint.strict` is true.
         """
-        if not is_expected and not folder.is_dir():
+        self._plugin.resumed()
+        if not is_expected:
             self._engine.log(
                 "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
                 "graph of the present weights"
             )
+            self._build_anew()
             return
         try:
             numbers, edges, pieces = read_state(folder, self.state(), self._engine.everyone)
@@ -161,6 +167,12 @@ class Persistence:
                 f"spectral_ds: {error}; checkpoint.strict is false: it goes on with a new graph",
                 logging.WARNING,
             )
+            self._build_anew()
+
+    def _build_anew(self) -> None:
+        """Graphs of what the model is now (collective)."""
+        for stage in self._plugin.stages:
+            stage.build()
 
     def tensors(self) -> dict[str, Any]:
         """The state for `torch.distributed.checkpoint` (collective)."""
@@ -180,6 +192,7 @@ class Persistence:
 
     def use_tensors(self, tensors: dict[str, Any]) -> None:
         """Go on from what `tensors` gave (collective)."""
+        self._plugin.resumed()
         self.restore(*from_tensors(tensors, self._engine.local_part, self.state()))
 
 

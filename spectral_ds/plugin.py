@@ -97,7 +97,8 @@ class SpectralPlugin:
             self.norms.roles,
             config.monitor.figures_interval,
         )
-        self._handled_step = -1
+        self._step, self._is_handled = -1, False
+        self._is_used = [True] * len(engine.fragments)
         self._skipped_steps = engine.skipped_steps
         self.attached = True
         acts_after = self._acts_on_updates or self._pulls
@@ -110,8 +111,9 @@ class SpectralPlugin:
 
     def before_step(self) -> None:
         """What the engine calls before its optimizer step, unless it has been done by hand."""
-        if self._handled_step != self.engine.step:
+        if not self._is_handled:
             self.filter_gradients()
+        self._is_handled = False
 
     def filter_gradients(self) -> None:
         """One step: the gradients are averaged and not yet clipped.
@@ -120,8 +122,10 @@ class SpectralPlugin:
         and before `clip_grad_norm_`. The hook then leaves this step alone.
         """
         self._warn_of_skipped_steps()
-        step = self._handled_step = self.engine.step
+        step = self._step = self.engine.step
+        self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
+        self._is_used = [gradient is not None for gradient in whole]
         gradients, scale = self._only_filtered(whole), self.engine.loss_scale
         self.monitor.before_step(step, whole, self.engine.weights, scale)
         self.measurement.before_step(self.monitor.is_due(step), self._weights, self.norms)
@@ -140,12 +144,12 @@ class SpectralPlugin:
 
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
-        step = self._handled_step
+        step = self._step
         if self._updates is not None and self._filters_update(step):
             with self._updates.of(self._filtered_weights()) as moved:
                 updates = iter(moved)
                 signal = [next(updates) if chosen else None for chosen in self.is_filtered]
-                self._apply(step, "update", signal, 1.0)
+                self._apply(step, "update", self._of_used(signal), 1.0)
         if self.regularizer is not None and self._pulls:
             self.regularizer.pull(self._weights(), self.engine.learning_rates())
 
@@ -166,6 +170,11 @@ class SpectralPlugin:
         DeepSpeed engines do so by themselves in `backward`; in other loops call it yourself.
         """
         self.measurement.observe_loss(loss)
+
+    def resumed(self) -> None:
+        """What a checkpoint calls that sets the engine to another moment."""
+        self._is_handled = False
+        self._skipped_steps = self.engine.skipped_steps
 
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
@@ -322,6 +331,11 @@ class SpectralPlugin:
     def _only_filtered(self, fragments: Signal) -> Signal:
         pairs = zip(fragments, self.is_filtered, strict=True)
         return [fragment if chosen else None for fragment, chosen in pairs]
+
+    def _of_used(self, updates: Signal) -> Signal:
+        """Less those of parameters without a gradient, which stay as they are."""
+        pairs = zip(updates, self._is_used, strict=True)
+        return [update if is_used else None for update, is_used in pairs]
 
     def _weights(self) -> Signal:
         return self._only_filtered(self.engine.weights())

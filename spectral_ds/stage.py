@@ -189,11 +189,14 @@ class Stage:
             )
         self._use_graph(not self._compares_gradients or gradient is not no_features)
 
-    def restore(self, edges: Edges, numbers: Mapping[str, torch.Tensor], mean: Any) -> None:
+    def restore(
+        self, edges: Edges, is_ready: bool, numbers: Mapping[str, torch.Tensor], mean: Any
+    ) -> None:
         """Go on with the graph and the statistics of a saved state (collective).
 
         Args:
             edges: all edges, as `ParameterGraph.primary_edges` numbers nodes.
+            is_ready: whether the saved filter acted.
             numbers: of the statistics; empty if none were saved.
             mean: complete sketches of the running mean, or None.
         """
@@ -207,7 +210,7 @@ class Stage:
             self._engine.communicator,
             normalized=self._config.laplacian == "normalized",
         )
-        self._use_graph(not self._compares_gradients or len(edges) > 0, is_new=False)
+        self._use_graph(is_ready, is_new=False)
 
     def _use_graph(self, is_ready: bool, is_new: bool = True) -> None:
         """Make everything that acts on the graph (collective).

@@ -90,6 +90,13 @@ class Training:
         else:
             self._start_torch(section, optimizer, rates, model)
 
+    def attach(self, section: dict[str, Any]) -> None:
+        """Attach the plugin to what has begun without it."""
+        if self.cell.engine == "deepspeed":
+            self.plugin = spectral_ds.attach(self.engine, config=section)
+        else:
+            self.plugin = spectral_ds.attach(self.wrapped, self.optimizer, section)
+
     def _start_deepspeed(self, section: Any, optimizer: Any, rates: Any, model: Any) -> None:
         cell = self.cell
         config = tiny.deepspeed_config(

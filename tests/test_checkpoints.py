@@ -233,12 +233,16 @@ def first_file(folder):
 DAMAGES = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "cut manifest": (
-        lambda f: (f / "manifest.json").write_text('{"version": 1'),
+        lambda f: (f / "manifest.json").write_text('{"version": 2'),
         "manifest.json cannot be read",
     ),
     "other version": (
         lambda f: change_manifest(f, "version", lambda v: v + 1),
-        "is of version 2",
+        "is of version 3",
+    ),
+    "file without checksum": (
+        lambda f: change_manifest(f, "files", lambda files: [{"name": files[0]["name"]}]),
+        "must have name, bytes and sha256",
     ),
     "no file": (lambda f: first_file(f).unlink(), "safetensors is missing"),
     "cut file": (
@@ -272,12 +276,80 @@ def test_what_cannot_be_used_is_named_on_every_rank(ranks, tmp_path, saved, dama
 
 def load_damaged(folder, strict):
     training = start("zero2", section={**STATEFUL, "checkpoint": {"strict": strict}})
+    (stage,) = training.plugin.stages
+    graph = stage.graph
     try:
         training.plugin.load(folder)
         training.step()
+        return stage.graph is not graph
     finally:
         training.close()
-    return True
+
+
+NOTHING_BUT_EDGES = {"monitor": {"enabled": False}, "graph": {"laplacian": "combinatorial"}}
+
+
+def laplacian(training):
+    names = [node.name for node in training.plugin.stages[0].parameters]
+    return training.plugin.graph.laplacian(names).toarray()
+
+
+def save_edges(name, folder):
+    training = start(name, section=NOTHING_BUT_EDGES)
+    training.plugin.save(folder)
+    found = laplacian(training)
+    training.close()
+    return found
+
+
+def load_edges(name, folder):
+    """After a step, the weights would make another graph."""
+    training = start(name, section=None)
+    training.step(0)
+    training.attach(NOTHING_BUT_EDGES)
+    fresh = laplacian(training)
+    training.plugin.load(folder)
+    found = laplacian(training)
+    training.close()
+    return fresh, found
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "other", "other_size", "files"),
+    [
+        ("zero2", 2, "zero3", 3, 2),
+        ("zero3", 3, "fsdp2", 2, 3),
+        ("hsdp", 4, "zero2", 2, 2),
+        ("ddp", 2, "hsdp", 4, 1),
+    ],
+)
+def test_the_graph_is_saved_whole_also_where_there_is_nothing_else(
+    ranks, tmp_path, name, world_size, other, other_size, files
+):
+    expected = ranks(world_size).run(save_edges, name, tmp_path)[0]
+    assert len(list(tmp_path.glob("rank-*"))) == files
+    for fresh, found in ranks(other_size).run(load_edges, other, tmp_path):
+        assert np.abs(fresh - expected).max() > 1e-2
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_step_that_is_taken_again_after_loading_is_filtered_again(tmp_path):
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plugin = spectral_ds.attach(model, optimizer, {"monitor": {"interval": 1}})
+
+    def step():
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return plugin.metrics()["step"]
+
+    step()
+    plugin.save(tmp_path)
+    assert step() == 1
+    plugin.load(tmp_path)
+    plugin.monitor.metrics = {"step": -1.0}
+    assert step() == 1
 
 
 def through_dcp(name, folder):

@@ -32,10 +32,7 @@ def step_that_leaves_out_a_block(name, section):
     training = Training(CELLS[name], None, model=Shortened)
     training.step(0)
     if section is not None:
-        if training.cell.engine == "deepspeed":
-            spectral_ds.attach(training.engine, config=section)
-        else:
-            spectral_ds.attach(training.wrapped, training.optimizer, section)
+        training.attach(section)
     before = training.snapshot()
     training.step(1, blocks=2)
     after = training.snapshot()
@@ -62,6 +59,17 @@ def test_gradients_of_unused_parameters_are_neither_filtered_nor_spread(ranks, n
         # and what the engine does with it (ZeRO-3 and offload step it again) stays as it is.
         expected = {**expected, **{n: plain["gradients"][n] for n in unused}}
     assert relative_error(result["gradients"], expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["plain", "zero2-offload", "zero3", "fsdp2"])
+def test_filtering_updates_leaves_unused_parameters_alone(ranks, name):
+    size = CELLS[name].world_sizes[0] if name == "plain" else 2
+    section = {**SECTION, "filter": {**SECTION["filter"], "apply_to": "update"}}
+    plain = ranks(size).run(step_that_leaves_out_a_block, name, None)[0]["gradients"]
+    found = ranks(size).run(step_that_leaves_out_a_block, name, section)[0]["gradients"]
+    changed = {n for n, g in plain.items() if np.abs(found[n] - g).max() > 1e-3 * np.abs(g).max()}
+    assert any(".layers.1." in n for n in changed)
+    assert not any(".layers.2." in n or n.startswith("spare") for n in changed)
 
 
 def overflowing_run(name):

@@ -25,7 +25,7 @@ from spectral_ds.sharding import Communicator, Fragment
 
 FOLDER = "spectral_ds"
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 SEPARATOR = "|"
 
 
@@ -33,25 +33,20 @@ class CheckpointError(RuntimeError):
     """The plugin's part of a checkpoint cannot be used; says which file or parameter."""
 
 
-def write_state(folder: Path, state: PluginState, everyone: Communicator) -> None:
+def write_state(folder: Path, state: PluginState, shard: int, everyone: Communicator) -> None:
     """Write the state of all ranks (collective).
 
     Args:
         folder: on a file system that all ranks see; made if missing.
-        state: of this rank. Ranks with equal pieces, as replicas have, write them once.
+        state: of this rank.
+        shard: which shard this rank holds; of replicas, which hold the same, one writes it.
         everyone: all ranks.
 
     Raises:
         OSError: a rank could not write; on all ranks. What was there before is still valid.
     """
     token = everyone.gather_objects(secrets.token_hex(8))[0]
-    owned = [
-        (kind, fragment.parameter, fragment.start, fragment.length)
-        for kind, pieces in state.pieces.items()
-        for fragment in pieces.fragments
-    ]
-    everyone_owns = everyone.gather_objects(owned)
-    is_replica = everyone_owns.index(owned) < everyone.rank
+    is_replica = everyone.gather_objects(shard).index(shard) < everyone.rank
     name = f"rank-{everyone.rank:05d}-{token}.safetensors"
     entry: dict[str, Any] | None = None
     with everyone.all_or_none():
@@ -196,6 +191,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         keys = {"version", "model", "graphs", "files"}
         if not isinstance(manifest, dict) or not keys <= manifest.keys():
             raise ValueError(f"it must have the keys {sorted(keys)}")
+        if not isinstance(manifest["model"], dict) or not isinstance(manifest["files"], list):
+            raise ValueError("model must be an object, and files a list")
+        for entry in manifest["files"]:
+            if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
+                raise ValueError(f"each file must have name, bytes and sha256, unlike {entry}")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
