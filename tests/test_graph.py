@@ -16,7 +16,7 @@ from spectral_ds.graph import (
 )
 from spectral_ds.graph.projection import gaussian_projection, sketch_size
 from spectral_ds.graph.similarity import gaussian_weight, nearest
-from spectral_ds.laplacian.buckets import Bucket, linked_parameters
+from spectral_ds.laplacian.buckets import Bucket, columns_at_once, linked_parameters
 from spectral_ds.laplacian.rectangles import addresses, rectangles_of
 from spectral_ds.sharding import Fragment
 
@@ -407,7 +407,7 @@ def test_slices_of_a_bucket_hold_every_element_once(kind):
     matrix = np.concatenate([node_matrix(shape, kind) + 300 * i for i in range(2)])
     fragments = [Fragment("b", 50, 250), Fragment("c", 0, 9), Fragment("a", 0, 300)]
     values = [torch.arange(350, 600), torch.zeros(9), torch.arange(300)]
-    slices = bucket.slices(6 * 35)  # rounded to multiples of 16
+    slices = bucket.slices(columns_at_once(6 * 35, bucket.nodes))  # rounded to multiples of 16
     widths = [each.width for each in slices]
     assert widths == ([1] if kind == "element" else [32, 32, 32, 4])
     assert sum(each.numel for each in slices) == bucket.numel == 600
@@ -428,4 +428,5 @@ def test_slices_of_a_bucket_hold_every_element_once(kind):
 
 def test_a_slice_has_sixteen_columns_at_least():
     bucket = Bucket.of([ParameterNodes("a", (1000, 40))])
-    assert [(each.low, each.high) for each in bucket.slices(1)] == [(0, 16), (16, 32), (32, 40)]
+    slices = bucket.slices(columns_at_once(1, bucket.nodes))
+    assert [(each.low, each.high) for each in slices] == [(0, 16), (16, 32), (32, 40)]
