@@ -190,6 +190,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(2):
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -29,3 +29,4 @@ if engine.global_rank == 0:
     after = {name: p.detach() for name, p in model.named_parameters()}
     norm = float(engine.get_global_grad_norm())
     torch.save({"before": before, "after": after, "norm": norm}, args.output)
+torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
