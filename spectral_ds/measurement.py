@@ -12,14 +12,17 @@ from spectral_ds.filters import Regularizer, SpectralFilter
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.monitor import (
     ENOUGH_SAMPLES,
+    FEWEST_SAMPLES,
+    TOO_NOISY,
     Dashboard,
     GraphFacts,
     Monitor,
     ParameterNorms,
     StepFacts,
+    judged_gains,
     verdict,
 )
-from spectral_ds.spectrum import density_of_states
+from spectral_ds.spectrum import SignalToNoise, density_of_states
 from spectral_ds.stage import Stage
 
 Signal = Sequence[torch.Tensor | None]
@@ -54,7 +57,7 @@ class Measurement:
         # Of the last monitored step: R, ‖Δ‖ and J; ‖Δ‖ by block.
         self._of_weights: dict[str, float] = {}
         self._perturbation: npt.NDArray[np.float64] | None = None
-        self._has_judged = False
+        self._has_judged = self._is_too_noisy = False
         self._graph_facts: tuple[ParameterGraph, GraphFacts] | None = None
 
     def moments(self, signal: Signal, count: int) -> torch.Tensor:
@@ -68,12 +71,16 @@ class Measurement:
     def before_step(
         self, is_due: bool, weights: Callable[[], Signal], norms: ParameterNorms
     ) -> None:
-        """Measure the regularizer on a monitored step (collective), and begin the next.
+        """Measure what is about to change (collective), and begin the next step.
+
+        That is the regularizer on a monitored step, and a graph that is rebuilt.
 
         Args:
             is_due: whether the step is monitored.
             weights: gives those of the filtered fragments, None for others.
         """
+        if self._config.monitor.enabled and self._stages[0].is_due(self._engine.step):
+            self._judge(FEWEST_SAMPLES)
         if is_due and self._regularizer is not None:
             now = weights()
             self._of_weights = self._regularizer.metrics(now)
@@ -102,15 +109,11 @@ class Measurement:
 
     def _signal_to_noise(self) -> dict[str, float]:
         stage = self._stages[0]
-        if stage.statistics is None or stage.statistics.samples < 2:
+        if stage.statistics is None or stage.statistics.running.samples < 2:
             return {}
+        self._judge(ENOUGH_SAMPLES)
         found = stage.statistics.signal_to_noise()
-        gains = stage.filter.transfer.values(2 * found.centers - 1).cpu().numpy()
-        has_enough = stage.statistics.samples_on_graph >= ENOUGH_SAMPLES
-        if stage.filter.is_ready and has_enough and not self._has_judged:
-            self._has_judged = True
-            self._engine.log(f"spectral_ds: {verdict(found.signal, found.noise, gains)}")
-        facts = found.metrics(gains)
+        facts = found.metrics(judged_gains(self._fixed_gains(found)))
         signal, noise = found.signal.sum(), found.noise.sum()
         if min(signal, noise) > 0:
             # McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise.
@@ -118,6 +121,27 @@ class Measurement:
             name = "gradient_noise_scale" + ("" if batch else "_in_batches")
             facts[name] = float(noise / signal) * (batch or 1)
         return facts
+
+    def _judge(self, fewest: int) -> None:
+        """Say once whether the first graph separates, when so many samples tell."""
+        stage = self._stages[0]
+        if self._has_judged or stage.statistics is None or not stage.filter.is_ready:
+            return
+        if stage.statistics.samples_on_graph < fewest:
+            return
+        found = stage.statistics.signal_to_noise()
+        said = verdict(found.signal, found.noise, self._fixed_gains(found), found.error)
+        self._has_judged = said != TOO_NOISY
+        if self._has_judged or not self._is_too_noisy:
+            self._engine.log(f"spectral_ds: {said}")
+        self._is_too_noisy = not self._has_judged
+
+    def _fixed_gains(self, found: SignalToNoise) -> npt.NDArray[np.float64]:
+        """The response by band; 1 if it follows the estimates, which would judge themselves."""
+        if self._config.filter.response in ADAPTIVE:
+            return np.ones(len(found.centers))
+        gains = self._stages[0].filter.transfer.values(2 * found.centers - 1)
+        return gains.cpu().numpy().astype(np.float64)
 
     def show(
         self,
@@ -152,7 +176,7 @@ class Measurement:
         rough = stage.spectrometer.roughness(signal, norms.names)
         what = "update" if "update_norm/after" in monitor.metrics else "gradient"
         statistics = stage.statistics
-        is_known = statistics is not None and statistics.samples >= 2
+        is_known = statistics is not None and statistics.running.samples >= 2
         dashboard.show(
             StepFacts(
                 before,

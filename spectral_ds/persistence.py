@@ -54,9 +54,11 @@ class Persistence:
             if statistics is not None:
                 for name, number in statistics.numbers().items():
                     state.numbers[f"statistics.{index}.{name}"] = number
-                complete = statistics.sketches.complete(statistics.mean)
-                layout = statistics.sketches.layout
-                state.pieces[f"sketch.{index}"] = Pieces(layout.own, list(complete))
+            for kind, running in stage.running.items():
+                for name, number in running.numbers().items():
+                    state.numbers[f"{kind}.{index}.{name}"] = number
+                own = running.sketches.layout.own
+                state.pieces[f"{kind}.{index}"] = Pieces(own, list(running.complete()))
         temporal = plugin.filter.temporal
         if temporal is not None:
             state.numbers["temporal.has_mean"] = self._by_parameter(temporal.has_mean)
@@ -95,22 +97,26 @@ class Persistence:
         own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
         temporal, regularizer = plugin.filter.temporal, plugin.regularizer
         means = references = None
-        sketches: list[list[torch.Tensor | None] | None] = []
+        sketches: list[dict[str, list[torch.Tensor]]] = []
         with engine.everyone.all_or_none():
             if temporal is not None and "temporal.has_mean" in numbers:
                 means = pieces(TEMPORAL, own, False)
             if regularizer is not None and regularizer.reference.fragments is not None:
                 references = pieces(REFERENCE, own, False)
             for index, stage in enumerate(plugin.stages):
-                saved = f"statistics.{index}.samples" in numbers
-                wanted = stage.statistics.sketches.layout.own if stage.statistics else ()
-                is_read = saved and stage.statistics is not None
-                sketches.append(pieces(f"sketch.{index}", wanted, False) if is_read else None)
-        for index, (stage, sketch) in enumerate(zip(plugin.stages, sketches, strict=True)):
-            prefix = f"statistics.{index}."
-            held = {n.removeprefix(prefix): t for n, t in numbers.items() if n.startswith(prefix)}
-            is_ready = bool(numbers[f"graph.{index}.is_ready"].item())
-            stage.restore(edges[index], is_ready, held if sketch is not None else {}, sketch)
+                found = {}
+                for kind, running in stage.running.items():
+                    if running.fits(_of(f"{kind}.{index}", numbers)):
+                        wanted = running.sketches.layout.own
+                        read = pieces(f"{kind}.{index}", wanted, False)
+                        found[kind] = [part for part in read if part is not None]
+                sketches.append(found)
+        for index, (stage, found) in enumerate(zip(plugin.stages, sketches, strict=True)):
+            for kind, complete in found.items():
+                stage.running[kind].restore(_of(f"{kind}.{index}", numbers), complete)
+            if stage.statistics is not None and "sketch" in found:
+                stage.statistics.restore(_of(f"statistics.{index}", numbers))
+            stage.restore(edges[index], bool(numbers[f"graph.{index}.is_ready"].item()))
         if temporal is not None and means is not None:
             self._fill(temporal.means, means)
             position = {name: i for i, name in enumerate(engine.shapes)}
@@ -178,13 +184,13 @@ class Persistence:
         """The state for `torch.distributed.checkpoint` (collective)."""
         capacity = [stage.most_edges() for stage in self._plugin.stages]
         whole = {
-            f"sketch.{index}": {
-                parameter.name: parameter.nodes * stage.statistics.sketches.columns[parameter.name]
+            f"{kind}.{index}": {
+                parameter.name: parameter.nodes * running.sketches.columns[parameter.name]
                 for parameter in stage.parameters
-                if parameter.name in stage.statistics.sketches.columns
+                if parameter.name in running.sketches.columns
             }
             for index, stage in enumerate(self._plugin.stages)
-            if stage.statistics is not None
+            for kind, running in stage.running.items()
         }
         return to_tensors(
             self.state(), capacity, whole, self._engine.distributed, self._engine.communicator
@@ -194,6 +200,12 @@ class Persistence:
         """Go on from what `tensors` gave (collective)."""
         self._plugin.resumed()
         self.restore(*from_tensors(tensors, self._engine.local_part, self.state()))
+
+
+def _of(prefix: str, numbers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Numbers below a prefix, by the rest of their names."""
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in numbers.items() if n.startswith(start)}
 
 
 def _digest(value: Any) -> str:

@@ -59,6 +59,7 @@ from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import (
     COEFFICIENTS_PER_BAND,
     GradientStatistics,
+    RunningSketch,
     Spectrometer,
     equal_edges,
 )
@@ -109,6 +110,7 @@ class Stage:
         plan: how its neighbours are brought together.
         spectrometer: measures spectra of signals on it.
         statistics: running means of the gradient on it; None if nobody needs them.
+        features: running mean of the gradient that similarity compares; None if none does.
         filter: (1 − s) + s · h(L).
         penalty: r(L) + ρI of the regularizer; None without one.
     """
@@ -134,25 +136,33 @@ class Stage:
         self._config, self._whole = config, whole
         self._engine, self._layout = engine, layout
         self._ridge = ridge
-        self._sketches = self._make_sketches()
+        width, shape = feature_width(config), sketch_shape(config, whole)
+        self.features: RunningSketch | None = None
+        seed = whole.seed
+        if width is not None:
+            self.features = RunningSketch(self._make_sketches(width, 0, seed), self._decay)
+            # In the projection that has chosen them, neighbours look more alike than they are.
+            seed = (seed + 1) % 2**63
+        self._sketches = None if shape is None else self._make_sketches(*shape, seed)
         self.build()
 
     @property
-    def _compares_gradients(self) -> bool:
-        return any(edge.features == "gradient" for edge in self._config.edges)
+    def _decay(self) -> float:
+        return self._whole.statistics.decay
 
-    def _make_sketches(self) -> Sketches | None:
-        """Who needs statistics of the gradient: its similarity, adaptive gains, the monitor."""
-        shape = sketch_shape(self._config, self._whole)
-        if shape is None:
-            return None
-        width, longest_whole = shape
+    @property
+    def running(self) -> dict[str, RunningSketch]:
+        """What checkpoints carry of the gradient's sketches, by name."""
+        found = {} if self.statistics is None else {"sketch": self.statistics.running}
+        return found if self.features is None else {**found, "features": self.features}
+
+    def _make_sketches(self, width: int, longest_whole: int, seed: int) -> Sketches:
         families = edge_families(self._config, self._engine)
         return Sketches(
             parameters_with_edges(self.parameters, families) or self.parameters,
             self._layout,
             width,
-            self._whole.seed,
+            seed,
             self._engine.communicator,
             longest_whole=longest_whole,
         )
@@ -187,21 +197,15 @@ class Stage:
                 normalized=self._config.laplacian == "normalized",
                 progress=update,
             )
-        self._use_graph(not self._compares_gradients or gradient is not no_features)
+        self._use_graph(self.features is None or gradient is not no_features)
 
-    def restore(
-        self, edges: Edges, is_ready: bool, numbers: Mapping[str, torch.Tensor], mean: Any
-    ) -> None:
-        """Go on with the graph and the statistics of a saved state (collective).
+    def restore(self, edges: Edges, is_ready: bool) -> None:
+        """Go on with the graph of a saved state, the statistics being restored (collective).
 
         Args:
             edges: all edges, as `ParameterGraph.primary_edges` numbers nodes.
             is_ready: whether the saved filter acted.
-            numbers: of the statistics; empty if none were saved.
-            mean: complete sketches of the running mean, or None.
         """
-        if self.statistics is not None and numbers:
-            self.statistics.restore(numbers, self.statistics.sketches.partial(mean))
         self.graph = ParameterGraph.of_edges(
             self.parameters,
             edge_families(self._config, self._engine),
@@ -256,12 +260,12 @@ class Stage:
             self.penalty = GraphPenalty(function, self.workspace, self._ridge)
 
     def _gradient_features(self) -> FeatureSource:
-        statistics = self.statistics
-        if statistics is None or statistics.samples == 0:
+        running = self.features
+        if running is None or running.samples == 0:
             return no_features
 
         def features(parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
-            return statistics.sketches.features(statistics.mean, parameters)
+            return running.sketches.features(running.mean, parameters)
 
         return features
 
@@ -293,7 +297,8 @@ class Stage:
             sketches,
             self.spectrometer,
             bands=self._whole.filter.bands if is_adaptive else self._whole.monitor.bands,
-            decay=self._whole.statistics.decay,
+            decay=self._decay,
+            keeps_mean=self.features is None,
         )
 
     def _penalty_transfer(self) -> Transfer | None:
@@ -347,20 +352,31 @@ class Stage:
     def observe(self, step: int, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
         """Take a sample of the gradient on steps where it is due (collective)."""
         if self.statistics is not None and step % self._whole.statistics.interval == 0:
-            self.statistics.observe(gradients, scale)
+            is_finite = self.statistics.observe(gradients, scale)
+            if self.features is not None:
+                self.features.add(self.features.take(gradients, scale), is_finite)
 
 
 def _is_adaptive(config: SpectralConfig) -> bool:
     return bool({config.filter.response, config.regularizer.response} & set(ADAPTIVE))
 
 
-def sketch_shape(graph: GraphConfig, config: SpectralConfig) -> tuple[int, int] | None:
-    """(width, longest signal that stays whole) of a graph's sketches; None if nobody needs them."""
+def feature_width(graph: GraphConfig) -> int | None:
+    """Width of the sketches that similarity of gradients compares; None without it."""
     widths = [edge.sketch_width for edge in graph.edges if edge.features == "gradient"]
-    if widths or _is_adaptive(config):
-        return widths[0] if widths else SKETCH_WIDTH, 0
+    return widths[0] if widths else None
+
+
+def sketch_shape(graph: GraphConfig, config: SpectralConfig) -> tuple[int, int] | None:
+    """(width, longest signal that stays whole) of the sketches that are measured on a graph.
+
+    None if nobody needs them. Where gradients are compared, they say which samples are finite.
+    """
+    if _is_adaptive(config):
+        return SKETCH_WIDTH, 0
     # An element's signal is one number: its sketch would be a second gradient.
-    if config.monitor.enabled and graph.node != "element":
+    is_shown = config.monitor.enabled and graph.node != "element"
+    if is_shown or feature_width(graph) is not None:
         return MONITOR_SKETCH_WIDTH, LONGEST_WHOLE
     return None
 

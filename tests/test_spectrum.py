@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from cells import CELLS, Training
 
+import spectral_ds
 from spectral_ds.filters import whiten_gains, wiener_gains
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
@@ -24,6 +25,7 @@ from spectral_ds.spectrum import (
     SignalAndNoise,
     Spectrometer,
     density_of_states,
+    kept_over_total,
     lowest_eigenpairs,
 )
 
@@ -86,13 +88,15 @@ class Sharded:
         communicator = self.communicator
         return make_plan(graph, layout, communicator, communicator, **{**usual, **changes})
 
-    def statistics(self, sketch_width=0, bands=4, decay=0.9):
+    def statistics(self, sketch_width=0, bands=4, decay=0.9, keeps_mean=True):
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)
         signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
         operators = self.plan(signals, sketches.layout).operators
         workspace = Workspace(operators, CPU)
         spectrometer = Spectrometer(sketches, operators, workspace, self.communicator)
-        return GradientStatistics(sketches, spectrometer, bands=bands, decay=decay)
+        return GradientStatistics(
+            sketches, spectrometer, bands=bands, decay=decay, keeps_mean=keeps_mean
+        )
 
 
 def random_arrays(shapes, seed=0):
@@ -328,7 +332,8 @@ def observed(name, scale=1.0, bad=(), alone=False):
                 statistics.observe(spoilt, scale)
         gradients = [scale * gradient for gradient in sharded.local(sample)]
         statistics.observe(gradients, scale)
-    features = statistics.sketches.features(statistics.mean, sharded.parameters[:1]).numpy()
+    mean = statistics.running.mean
+    features = statistics.sketches.features(mean, sharded.parameters[:1]).numpy()
     return statistics.power.numpy(), *(p.numpy() for p in statistics.estimate), features
 
 
@@ -462,19 +467,19 @@ def test_whiten_gains_of_no_power_are_one_and_of_little_are_bounded():
     assert little.max() < 1e6
 
 
-def test_another_graph_forgets_the_powers_by_the_old_one_but_not_the_mean():
+def test_another_graph_forgets_the_powers_by_the_old_one_but_not_the_mean_unless_made_of_it():
     stream = Stream(6)
     samples = [stream.sample() for _ in range(4)]
     statistics = stream.sharded.statistics(0, BANDS, DECAY)
     for sample in samples[:3]:
         statistics.observe(sample, 1.0)
-    mean = statistics.mean.clone()
+    mean = statistics.running.mean.clone()
 
     other = Sharded({"w": stream.vectors[:, :6]}, [Ring()], alone=True)
     fresh = other.statistics(0, BANDS, DECAY)
     statistics.use_graph(fresh._spectrometer)
     assert not torch.cat([*statistics.estimate, statistics.power]).any()
-    torch.testing.assert_close(statistics.mean, mean)
+    torch.testing.assert_close(statistics.running.mean, mean)
     statistics.observe([gradient * torch.nan for gradient in samples[0]], 1.0)
     assert not torch.cat([*statistics.estimate, statistics.power]).any()
 
@@ -488,12 +493,24 @@ def test_another_graph_forgets_the_powers_by_the_old_one_but_not_the_mean():
     ]
     left = other.statistics(0, BANDS, DECAY)
     left.observe(parts, 1.0)
-    torch.testing.assert_close(statistics.mean, left.mean)
+    torch.testing.assert_close(statistics.running.mean, left.running.mean)
     noise = (fresh.power - left.power) / (1 - np.square(weight).sum())
     torch.testing.assert_close(statistics.estimate.noise, noise, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         statistics.estimate.signal, fresh.power - noise, rtol=1e-5, atol=1e-6
     )
+
+    made_of_it = stream.sharded.statistics(0, BANDS, DECAY, keeps_mean=False)
+    for sample in samples[:2]:
+        made_of_it.observe(sample, 1.0)
+    only, other = other.statistics(0, BANDS, DECAY), other
+    made_of_it.use_graph(only._spectrometer)
+    for sample in samples[2:]:
+        only.observe(sample, 1.0)
+        made_of_it.observe(sample, 1.0)
+    assert (made_of_it.samples, made_of_it.samples_on_graph) == (4, 2)
+    for got, wanted in zip(made_of_it.estimate, only.estimate, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -507,6 +524,10 @@ def test_another_graph_forgets_the_powers_by_the_old_one_but_not_the_mean():
         # Alike gains: the lowest eighth, at least one band.
         ([3, 1, 1, 1], [1, 1, 1, 3], [1, 1, 1, 1], "separates 50 17 3.00 the lowest frequencies"),
         ([2, 1] * 8, [1, 1] * 8, [0.7] * 16, "does not separate 12 12 1.00 the lowest frequencies"),
+        # Signal without what is kept, nothing kept, and signal without noise.
+        ([0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0], "does not separate 0 25 0.00 what the filter"),
+        ([0, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0], "does not separate 0 0 1.00 what the filter"),
+        ([1, 3, 0, 0], [0, 1, 1, 1], [0.5, 0, 0, 0], "separates 6 0 at-least-250.00 what the"),
         # Estimates below 0 count as 0.
         ([4, -1, 0, 0], [1, 1, -2, 2], [1, 0, 0, 0], "separates 100 25 4.00 what the filter"),
     ],
@@ -518,7 +539,26 @@ def test_the_verdict_says_what_the_estimates_do(signal, noise, gains, expected):
     assert said.startswith(f"this graph {' '.join(judgement)} signal from noise on this model: ")
     assert "what the filter keeps" in said if " what " in expected else "the lowest freq" in said
     assert f" {of_signal} % of the gradient's signal and {of_noise} % of its noise" in said
-    assert f"ratio {ratio} times the total" in said
+    assert f"ratio {ratio.replace('-', ' ')} times the total" in said
+
+
+def test_kept_over_total_is_finite():
+    for signal in np.array([[0, 1], [1, 0], [1, -1], [0, 0]], float):
+        for noise in np.array([[0, 1], [1, 0], [1, -1], [0, 0]], float):
+            for gains in np.array([[0, 0], [1, 0], [1e-9, 0], [1, 1]], float):
+                assert 0 <= kept_over_total(signal, noise, gains) <= 1000
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_the_verdict_of_chance_is_that_it_is_too_early(follows):
+    signal, noise = np.array([2.0, 0, 0, 2]), np.ones(4)
+    gains = np.ones(4) if follows else np.array([1.0, 0, 0, 0])
+    # 2 − 1/4 · 4 is beyond chance; its standard error is e · √((3/4)² + 3 · (1/4)²).
+    error = 1 / np.sqrt(0.75)
+    for share, is_told in ((0.24, True), (0.26, False)):
+        said = verdict(signal, noise, gains, share * error * np.ones(4))
+        assert ("this graph separates" in said) == is_told
+        assert ("too noisy" in said) != is_told
 
 
 @pytest.mark.parametrize(("signal", "noise"), [([0, -1], [1, 1]), ([1, 1], [0, -1])])
@@ -538,6 +578,17 @@ class Messages(logging.Handler):
         if "this graph" in record.getMessage():
             self.verdicts.append(record.getMessage())
 
+    def __enter__(self):
+        self.logger = logging.getLogger("spectral_ds")
+        self.level = self.logger.level
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *failure):
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.level)
+
 
 def verdicts_of_a_run():
     """How many were said after each step, what, and what the plugin knew at the first."""
@@ -548,6 +599,8 @@ def verdicts_of_a_run():
     logger.setLevel("INFO")
     section = {
         "graph": {"include": ["*.mlp.gate_proj.*"]},
+        # Keeps high frequencies: that this separates nothing needs no significance.
+        "filter": {"response": "polynomial", "coefficients": [0.0, 0.5]},
         "monitor": {"interval": 1},
         "statistics": {"interval": 1},
     }
@@ -570,7 +623,7 @@ def test_the_verdict_is_given_once_on_rank_0_after_enough_samples(ranks):
     for rank, said, verdicts, snr, metrics in ranks(2).run(verdicts_of_a_run):
         assert snr["samples"] == ENOUGH_SAMPLES
         signal, noise = np.maximum(snr["signal"], 0), np.maximum(snr["noise"], 0)
-        energy = np.exp(-2 * 2 * (np.arange(8) + 0.5) / 8)  # heat, tau 1, on [0, 2], squared
+        energy = np.square((np.arange(8) + 0.5) / 8)  # λ / 2 on [0, 2], squared
         ratio = (energy @ signal) / (energy @ noise) * noise.sum() / signal.sum()
         assert metrics["signal_to_noise/kept_over_total"] == pytest.approx(ratio)
         assert metrics["signal_to_noise/total"] == pytest.approx(
@@ -587,6 +640,87 @@ def test_the_verdict_is_given_once_on_rank_0_after_enough_samples(ranks):
             assert f"ratio {ratio:.2f} times" in text
         else:
             assert verdicts == []
+
+
+BY_GRADIENT = {
+    "graph": {
+        "edges": [{"family": "similarity", "features": "gradient"}],
+        "refresh_interval": 30,
+    },
+    "statistics": {"interval": 1, "decay": 0.98},
+    "filter": {"response": "identity"},
+    "monitor": {"interval": 1, "figures_interval": 10**6},
+}
+
+
+class White:
+    """Gradients of a few matrices, white signal and white noise, and what the plugin says."""
+
+    SHAPE, BLOCKS = (192, 160), 3
+
+    def __init__(self, section, scale, steps, seed=1):
+        rows, width = self.SHAPE
+        layers = (torch.nn.Linear(width, rows, bias=False) for _ in range(self.BLOCKS))
+        model = torch.nn.Sequential(*layers)
+        generator = torch.Generator().manual_seed(seed)
+        draw = lambda: torch.randn(self.SHAPE, generator=generator)  # noqa: E731
+        self.signal = {name: scale * draw() for name, _ in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with Messages() as messages:
+            plugin = spectral_ds.attach(model, optimizer, section)
+            self.said = []
+            for _ in range(steps):
+                for name, weight in model.named_parameters():
+                    weight.grad = self.signal[name] + draw()
+                optimizer.step()
+                self.said.append(len(messages.verdicts))
+            self.snr, self.graph, self.metrics = plugin.snr(), plugin.graph, plugin.metrics()
+            plugin.detach()
+        self.verdicts = messages.verdicts
+
+    def exact(self):
+        """Signal and noise by the dense spectrum of the graph in use, at full width."""
+        edges = np.linspace(0, 1, len(self.snr.centers) + 1)
+        signal, noise = 0, 0
+        for name, values in self.signal.items():
+            eigenvalues, vectors = np.linalg.eigh(self.graph.laplacian([name]).toarray())
+            transformed = vectors.T @ values.double().numpy()
+            signal = signal + smooth_power(self.graph, edges, transformed, eigenvalues)
+            spread = np.ones(self.SHAPE)
+            noise = noise + smooth_power(self.graph, edges, spread, eigenvalues)
+        return signal, noise
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0])
+def test_signal_on_a_graph_of_gradients_looks_no_smoother_than_it_is(scale):
+    run = White(BY_GRADIENT, scale, steps=59)  # the 29 since the graph was built tell
+    signal, noise = run.exact()
+    np.testing.assert_allclose(run.snr.noise, noise, atol=0.05 * noise.max())
+    np.testing.assert_allclose(run.snr.signal, signal, atol=0.15 * signal.max())
+    low = np.arange(8) < 2
+    expected = kept_over_total(signal, noise, low)
+    assert 1.3 < expected < 2  # it does not look white: edges join what is alike
+    assert kept_over_total(run.snr.signal, run.snr.noise, low) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("response", ["identity", "heat", "wiener", "whiten"])
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_on_a_graph_of_gradients_is_not_said_to_be_separated(response, seed):
+    run = White({**BY_GRADIENT, "filter": {"response": response}}, 0.0, steps=70, seed=seed)
+    assert len(run.verdicts) >= 1
+    assert all("does not separate" in said or "too noisy" in said for said in run.verdicts)
+    # "Too noisy" is said once at most, and something else once at most.
+    assert len(run.verdicts) == len({"too noisy" in said for said in run.verdicts})
+
+
+@pytest.mark.parametrize("features", ["gradient", "weights"])
+def test_the_verdict_comes_though_no_graph_lives_for_enough_samples(features):
+    graph = {"edges": [{"family": "similarity", "features": features}], "refresh_interval": 5}
+    section = {**BY_GRADIENT, "graph": graph, "filter": {"response": "heat"}}
+    run = White(section, 1.0, steps=12)
+    # The first graph of gradients has no edges.
+    after = 10 if features == "gradient" else 5
+    assert run.said == [0] * after + [1] * (12 - after)
 
 
 def spectra_of_a_run(name):

@@ -509,9 +509,12 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
                 continue
             estimate = plugin.snr()
             total = estimate.signal + estimate.noise  # mean power
+            # One sample on a new graph tells how strong its bands are, but not what is noise.
+            assert total.any() == (step not in (6, 12))
             if preset == "denoise":
-                gains = np.clip(estimate.signal / total, 0, 1)
+                gains = np.clip(estimate.signal / total, 0, 1) if total.any() else np.ones(4)
             else:
+                total = plugin.stages[0].statistics.power.numpy()
                 gains = total**-0.5 * np.sqrt(total.sum() / 4)
 
             def response(values, gains=gains, graph=plugin.graph):
@@ -521,7 +524,7 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             kind = "column" if preset == "denoise" else "row"
             expected = by_dense_laplacian(plugin.graph, kind, response, gradients)
             check(gradients_now(model), expected)
-            assert np.ptp(gains) > 0.1
+            assert np.ptp(gains) > 0.1 or not (estimate.signal + estimate.noise).any()
 
 
 def test_rebuilding_the_graph_leaves_nothing_behind():

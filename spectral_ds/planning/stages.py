@@ -21,7 +21,7 @@ from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, Scratch, packed
 from spectral_ds.planning.parts import Parts
 from spectral_ds.planning.responses import Hops, Spectrum, hops_of
-from spectral_ds.stage import below_shard, sketch_shape
+from spectral_ds.stage import below_shard, feature_width, sketch_shape
 
 # An edge: two node numbers and a weight, 64 bits each.
 EDGE_BYTES = 24
@@ -175,12 +175,18 @@ def _statistics(
     cluster: Cluster,
     bucket_elements: int,
 ) -> Floats:
-    """Two sketches of each node that a rank owns a part of, and what measures them, about."""
+    """Two sketches of each node that a rank owns a part of, and what measures them, about.
+
+    Where gradients are compared, two more.
+    """
     zeros = np.zeros(cluster.world_size)
     shape = sketch_shape(settings, config)
     if shape is None:
         return zeros
-    sketch = shape[0]
+    shapes = [shape]
+    compared = feature_width(settings)
+    if compared is not None:
+        shapes.append((compared, 0))
     partial, links = zeros, zeros
     # What is worked on together: groups of sketches of equal length, each group of paths alone.
     signals: dict[int, tuple[Floats, Floats]] = {}
@@ -188,7 +194,8 @@ def _statistics(
         columns = sketch_size(group.parameters[0].width, *shape)
         for parameter in group.parameters:
             parts = own[parameter.name]
-            partial = partial + columns * cluster.by_rank(parts.rank, parts.touched)
+            kept = sum(sketch_size(parameter.width, *each) for each in shapes)
+            partial = partial + kept * cluster.by_rank(parts.rank, parts.touched)
         all_nodes = sum(parameter.nodes for parameter in group.parameters)
         nodes = all_nodes * group.elements / group.parts.numel
         boundary = columns * _boundary_nodes(group, families, nodes, all_nodes)
@@ -201,7 +208,8 @@ def _statistics(
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
         workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
-    projections = sum(sketch * w for w in wide if sketch_size(w, *shape) < w)
+    sizes = [(w, sketch_size(w, *each)) for w in wide for each in shapes]
+    projections = sum(columns * w for w, columns in sizes if columns < w)
     return FLOAT * (2 * partial + workspace + projections) + 8 * links
 
 

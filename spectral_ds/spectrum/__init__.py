@@ -10,15 +10,18 @@ from spectral_ds.spectrum.density import Density, density_of_states
 from spectral_ds.spectrum.eigenpairs import Eigenpairs, lowest_eigenpairs
 from spectral_ds.spectrum.moments import chebyshev_moments, squared_norm
 from spectral_ds.spectrum.roughness import roughness
-from spectral_ds.spectrum.separation import kept_over_total
+from spectral_ds.spectrum.running import RunningSketch
+from spectral_ds.spectrum.separation import LEAST_NOISE_KEPT, kept_over_total
 from spectral_ds.spectrum.spectrometer import Spectrometer
 from spectral_ds.spectrum.statistics import GradientStatistics, SignalAndNoise, SignalToNoise
 
 __all__ = [
     "COEFFICIENTS_PER_BAND",
+    "LEAST_NOISE_KEPT",
     "Density",
     "Eigenpairs",
     "GradientStatistics",
+    "RunningSketch",
     "SignalAndNoise",
     "SignalToNoise",
     "Spectrometer",

@@ -5,6 +5,9 @@ import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
 
+# Less of the noise than this share, relative to the largest gain, counts as this much.
+LEAST_NOISE_KEPT = 1e-3
+
 
 def kept_over_total(signal: Values, noise: Values, gains: Values) -> float:
     """SNR of what gains keep over the SNR of all; in a random basis it is 1.
@@ -17,10 +20,15 @@ def kept_over_total(signal: Values, noise: Values, gains: Values) -> float:
         gains: (bands,): h_b.
 
     Returns:
-        The ratio; 1 if there is no signal or no noise to compare.
+        The ratio, at most 1 / LEAST_NOISE_KEPT: where hardly any noise is kept, it is at least
+        that large. 1 if there is no signal or no noise to compare, or nothing is kept.
     """
-    signal, noise, energy = np.maximum(signal, 0), np.maximum(noise, 0), np.square(gains)
-    kept_signal, kept_noise = float(energy @ signal), float(energy @ noise)
-    if min(kept_signal, kept_noise) <= 0:
+    signal, noise = np.maximum(signal, 0), np.maximum(noise, 0)
+    energy = np.square(gains)
+    if min(signal.sum(), noise.sum(), energy.max()) <= 0:
         return 1.0
-    return kept_signal / kept_noise * float(noise.sum() / signal.sum())
+    energy = energy / energy.max()
+    of_signal, of_noise = float(energy @ signal / signal.sum()), float(energy @ noise / noise.sum())
+    if of_signal == of_noise == 0:
+        return 1.0
+    return of_signal / max(of_noise, LEAST_NOISE_KEPT)

@@ -14,6 +14,7 @@ import torch
 
 from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
+from spectral_ds.spectrum.running import RunningSketch, weight_of_newest
 from spectral_ds.spectrum.separation import kept_over_total
 from spectral_ds.spectrum.spectrometer import Spectrometer
 
@@ -36,12 +37,14 @@ class SignalToNoise:
         centers: (bands,): the bands' middles, as shares of [0, λ_max].
         signal, noise: (bands,), float64: unbiased, so that either may come out negative.
         samples: gradients that were sampled.
+        error: (bands,): standard error of `signal` where there is none; 0 if it is not known.
     """
 
     centers: npt.NDArray[np.float64]
     signal: npt.NDArray[np.float64]
     noise: npt.NDArray[np.float64]
     samples: int
+    error: npt.NDArray[np.float64] | float = 0.0
 
     @property
     def ratio(self) -> npt.NDArray[np.float64]:
@@ -71,11 +74,13 @@ class GradientStatistics:
         spectrometer: measures them on the graph.
         bands: number of equal bands of frequency.
         decay: of the running means, which forget older samples by this factor a sample.
+        keeps_mean: whether samples of before a new graph count; false if the graph was made of
+            them, as they look smoother on it than they are.
 
     Attributes:
         samples: taken so far.
         samples_on_graph: taken since the graph in use was built.
-        mean: running mean of the partial sketches, flat.
+        running: mean of the sketches.
         power: (bands,): mean of ‖P_b g‖² on this graph, S_b + N_b; all 0 before the first sample.
         estimate: S_b and N_b after the last sample; all 0 before the second.
     """
@@ -87,20 +92,22 @@ class GradientStatistics:
         *,
         bands: int,
         decay: float,
+        keeps_mean: bool = True,
     ) -> None:
         self.sketches = sketches
+        self.running = RunningSketch(sketches, decay)
         self.samples = self.samples_on_graph = 0
         self.bands = bands
         self._spectrometer = spectrometer
-        self._decay = decay
-        self.mean = sketches.empty()
-        device = self.mean.device
+        self._decay, self._keeps_mean = decay, keeps_mean
+        device = self.running.mean.device
         coefficients = band_coefficients(equal_edges(bands), COEFFICIENTS_PER_BAND * bands)
         self._band_of_moment = torch.from_numpy(coefficients).to(device)
-        scalar = torch.zeros((), dtype=torch.float64, device=device)
-        self._taken, self._concentration = scalar, scalar.clone()  # samples kept, ρ
-        self._measured = scalar.clone()  # samples kept since this graph is in use
+        # Finite samples since this graph is in use.
+        self._measured = torch.zeros((), dtype=torch.float64, device=device)
         self.power = torch.zeros(bands, dtype=torch.float64, device=device)
+        # Means of a band's share of a sample's power, and of the share's square.
+        self._shares = torch.zeros(2, bands, dtype=torch.float64, device=device)
         self.estimate = SignalAndNoise(self.power, self.power)
 
     def use_graph(self, spectrometer: Spectrometer, is_new: bool = True) -> None:
@@ -112,76 +119,94 @@ class GradientStatistics:
         self._spectrometer = spectrometer
         if not is_new:
             return
+        if not self._keeps_mean:
+            self.running.begin_anew()
         self.samples_on_graph = 0
         self._measured = torch.zeros_like(self._measured)
         self.power = torch.zeros_like(self.power)
+        self._shares = torch.zeros_like(self._shares)
         self.estimate = SignalAndNoise(self.power, self.power)
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """All of its state but the mean, equal on all ranks."""
+        """All of its state but that of `running`, equal on all ranks."""
         # Before the first sample the powers are one tensor; files hold no two of the same memory.
         return {
             "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
-            "counts": torch.stack((self._taken, self._measured, self._concentration)),
+            "measured": self._measured.reshape(1).clone(),
             "power": self.power,
+            "shares": self._shares.reshape(-1).clone(),
             "signal": self.estimate.signal.clone(),
             "noise": self.estimate.noise.clone(),
         }
 
-    def restore(self, numbers: Mapping[str, torch.Tensor], mean: torch.Tensor) -> None:
-        """Go on from a state; powers by other bands are left out.
+    def restore(self, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `numbers` gave; powers by other bands are left out.
 
-        Args:
-            numbers: from `numbers`.
-            mean: the running mean of the partial sketches.
+        `running` is restored by itself.
         """
         device = self.power.device
         self.samples, self.samples_on_graph = (int(n) for n in numbers["samples"].tolist())
-        taken, measured, concentration = numbers["counts"].to(device, torch.float64).unbind()
-        self._taken, self._concentration = taken, concentration
-        self.mean.copy_(mean)
         if numbers["power"].shape == self.power.shape:
-            self._measured = measured
+            self._measured = numbers["measured"].to(device, torch.float64).reshape(())
             self.power = numbers["power"].to(device)
+            self._shares = numbers["shares"].to(device).view_as(self._shares)
             self.estimate = SignalAndNoise(
                 numbers["signal"].to(device), numbers["noise"].to(device)
             )
 
-    def observe(self, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
+    def observe(self, gradients: Sequence[torch.Tensor | None], scale: float) -> torch.Tensor:
         """Take one sample (collective; synchronizes nothing with the host).
 
         Args:
             gradients: this rank's fragments, flat; None counts as zeros.
             scale: by which they are multiplied (loss scaling).
+
+        Returns:
+            Whether the gradient is finite on all ranks; (), bool, on the device.
         """
         self.samples += 1
         self.samples_on_graph += 1
-        current = self.sketches.take(gradients).div_(scale)
+        current = self.running.take(gradients, scale)
         power = self._power_of(current)
         is_finite = power.sum().isfinite()
-        self._taken = self._taken + is_finite
         self._measured = self._measured + is_finite
-        weight = self._weight(self._taken) * is_finite
-        self._concentration = (1 - weight).square() * self._concentration + weight.square()
-        moved = self.power + self._weight(self._measured) * (power - self.power)
-        self.power = torch.where(is_finite, moved, self.power)
-        step = current.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight)
-        self.mean.add_(step)
-        self.estimate = self._separated(self._power_of(self.mean))
-
-    def _weight(self, count: torch.Tensor) -> torch.Tensor:
-        """Of the newest of so many samples."""
-        return (1 - self._decay) / (1 - self._decay ** count.clamp_min(1))
+        weight = weight_of_newest(self._measured, self._decay)
+        self.power = self._moved(self.power, power, weight, is_finite)
+        share = power / power.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        shares = torch.stack((share, share.square()))
+        self._shares = self._moved(self._shares, shares, weight, is_finite)
+        self.running.add(current, is_finite)
+        self.estimate = self._separated(self._power_of(self.running.mean))
+        return is_finite
 
     def signal_to_noise(self) -> SignalToNoise:
         """The estimate, on the host (it synchronizes)."""
         edges = equal_edges(self.bands)
         signal, noise = (power.cpu().numpy() for power in self.estimate)
-        return SignalToNoise((edges[:-1] + edges[1:]) / 2, signal, noise, self.samples)
+        error = self._error_of_signal().cpu().numpy()
+        return SignalToNoise((edges[:-1] + edges[1:]) / 2, signal, noise, self.samples, error)
+
+    def _error_of_signal(self) -> torch.Tensor:
+        """Where there is no signal, ρ/(1 − ρ) times the standard deviation of ‖P_b g‖².
+
+        Of shares of the power, so that it does not count when gradients grow or shrink as a whole.
+        """
+        concentration = self.running.concentration
+        rest = (1 - concentration).clamp_min(torch.finfo(torch.float64).eps)
+        mean, square = self._shares
+        variance = (square - mean.square()).clamp_min(0) / rest
+        error: torch.Tensor = concentration / rest * variance.sqrt() * self.power.sum()
+        return error
+
+    @staticmethod
+    def _moved(
+        mean: torch.Tensor, value: torch.Tensor, weight: torch.Tensor, is_finite: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.where(is_finite, mean + weight * (value - mean), mean)
 
     def _separated(self, power_of_mean: torch.Tensor) -> SignalAndNoise:
-        known = (self._taken >= 2) & (self._measured >= 1)
-        rest = (1 - self._concentration).where(known, torch.ones_like(self._concentration))
+        known = (self.running.kept >= 2) & (self._measured >= 1)
+        rest = (1 - self.running.concentration).where(known, torch.ones_like(self._measured))
         noise = (self.power - power_of_mean) / rest * known
         return SignalAndNoise((self.power - noise) * known, noise)
 
