@@ -26,6 +26,7 @@ from spectral_ds.laplacian import (
     KernelName,
     ParameterGraph,
     WeightFeatures,
+    Work,
     Workspace,
     make_plan,
 )
@@ -73,7 +74,7 @@ def make_filter(
         layout,
         communicator,
         communicator,
-        hops=transfer.hops,
+        work=Work(transfer.hops, moves=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=bucket_elements(device),

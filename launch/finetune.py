@@ -28,6 +28,7 @@ import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from text import (
     Batch,
     Corpus,
@@ -42,6 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import spectral_ds
+from spectral_ds.checkpoint import CheckpointError
 
 
 class UserError(Exception):
@@ -116,11 +118,12 @@ def load_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(arguments: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
     """The model in fp32 and its tokenizer."""
-    name, options = arguments.model, {}
+    name, options = arguments.model, dict[str, Any](trust_remote_code=False)
     if name.endswith(".gguf"):
         name, options["gguf_file"] = os.path.split(name)
     path = Path(arguments.model)
-    if not path.exists() and (options or path.is_absolute() or name.startswith(".")):
+    is_local = "gguf_file" in options or path.is_absolute() or name.startswith(".")
+    if is_local and not path.exists():
         raise UserError(f"--model {path}: no such file or folder")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name or ".", **options)
@@ -243,7 +246,14 @@ def resume(engine: Any, folder: Path) -> list[float]:
         folder, tag = folder.parent, folder.name
     found = (folder / "latest").is_file() and (tag is None or (folder / tag).is_dir())
     end_together(None if found else UserError(f"--resume {folder / (tag or '')}: no checkpoint"))
-    _, state = engine.load_checkpoint(str(folder), tag=tag)
+    error, state = None, {}
+    try:
+        _, state = engine.load_checkpoint(str(folder), tag=tag)
+        if "losses" not in state:
+            error = UserError(f"--resume {folder / (tag or '')}: finetune.py has not saved it")
+    except (CheckpointError, ZeRORuntimeException) as problem:
+        error = UserError(f"--resume {folder / (tag or '')}: {problem}")
+    end_together(error)
     return list(state["losses"])
 
 

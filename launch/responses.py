@@ -156,7 +156,7 @@ def draw_response(
         transfer, edges, gains = make_transfer(settings, graph)
         if gains is not None:
             axes.stairs(gains, graph.lambda_max * edges, color=GREY, baseline=None)
-        axes.plot(frequency, transfer.values(x).numpy(), color=color, linewidth=2)
+        axes.plot(frequency, transfer.at(x)().numpy(), color=color, linewidth=2)
         note = f"order {transfer.hops}"
         if gains is None:
             series = chebyshev.chebval(x, transfer.coefficients().numpy())

@@ -1,5 +1,6 @@
 """Measurement: what the monitor and the dashboard want to know of a plugin's graphs and filter."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -58,7 +59,10 @@ class Measurement:
         self._of_weights: dict[str, float] = {}
         self._perturbation: npt.NDArray[np.float64] | None = None
         self._has_judged = self._is_too_noisy = False
-        self._graph_facts: tuple[ParameterGraph, GraphFacts] | None = None
+        # Not to keep a graph alive that has been rebuilt.
+        self._graph_facts: tuple[weakref.ref[ParameterGraph], GraphFacts] | None = None
+        if config.monitor.enabled and stages[0].statistics is not None:
+            stages[0].statistics.compare_consecutive()
 
     def moments(self, signal: Signal, count: int) -> torch.Tensor:
         """Chebyshev moments of a signal on the first graph (collective)."""
@@ -96,31 +100,36 @@ class Measurement:
 
     def facts(self, step: int) -> Mapping[str, float]:
         """Metrics of a monitored step beside the spectra (collective; synchronizes)."""
-        is_idle = self._filter.is_idle(step)
+        strength = self._filter.schedule.at(step)
         stages = self._stages
         facts = {
-            "boundary_bytes": float(sum(stage.bytes_sent(is_idle) for stage in stages)),
-            "strength": self._filter.schedule.at(step),
+            "boundary_bytes": float(sum(stage.bytes_sent(strength) for stage in stages)),
+            "strength": strength,
             "skipped_steps": float(self._engine.skipped_steps),
             "nodes": float(sum(stage.graph.num_nodes for stage in stages)),
             "edges": float(sum(stage.graph.num_edges for stage in stages)),
         }
-        return facts | self._of_weights | self._signal_to_noise()
+        return facts | self._of_weights | self._signal_to_noise(step) | self._noise_scale()
 
-    def _signal_to_noise(self) -> dict[str, float]:
+    def _signal_to_noise(self, step: int) -> dict[str, float]:
         stage = self._stages[0]
         if stage.statistics is None or stage.statistics.running.samples < 2:
             return {}
         self._judge(ENOUGH_SAMPLES)
         found = stage.statistics.signal_to_noise()
-        facts = found.metrics(judged_gains(self._fixed_gains(found)))
-        signal, noise = found.signal.sum(), found.noise.sum()
-        if min(signal, noise) > 0:
-            # McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise.
-            batch = self._engine.batch_size
-            name = "gradient_noise_scale" + ("" if batch else "_in_batches")
-            facts[name] = float(noise / signal) * (batch or 1)
-        return facts
+        return found.metrics(judged_gains(self._acting(step, self._fixed_gains(found))))
+
+    def _noise_scale(self) -> dict[str, float]:
+        """McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise."""
+        statistics = self._stages[0].statistics
+        if statistics is None or statistics.consecutive is None:
+            return {}
+        _, signal, noise = statistics.consecutive.means.tolist()
+        if min(signal, noise) <= 0:
+            return {}
+        batch = self._engine.batch_size
+        name = "gradient_noise_scale" + ("" if batch else "_in_batches")
+        return {name: noise / signal * (batch or 1)}
 
     def _judge(self, fewest: int) -> None:
         """Say once whether the first graph separates, when so many samples tell."""
@@ -140,8 +149,18 @@ class Measurement:
         """The response by band; 1 if it follows the estimates, which would judge themselves."""
         if self._config.filter.response in ADAPTIVE:
             return np.ones(len(found.centers))
-        gains = self._stages[0].filter.transfer.values(2 * found.centers - 1)
+        gains = self._stages[0].filter.transfer.at(2 * found.centers - 1)()
         return gains.cpu().numpy().astype(np.float64)
+
+    def _strength(self, step: int) -> float:
+        """s of the last step that was to be filtered; 0 until the graph is known."""
+        schedule = self._filter.schedule
+        strength = schedule.at(step - step % schedule.interval)
+        return strength if self._stages[0].filter.is_ready else 0.0
+
+    def _acting(self, step: int, gains: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """(1 − s) + s · h: what acts, of a response h."""
+        return 1 + self._strength(step) * (gains - 1)
 
     def show(
         self,
@@ -168,11 +187,11 @@ class Measurement:
         stage = self._stages[0]
         graph = self._graph(dashboard)
         middles = (np.arange(DENSITY_BINS) + 0.5) / DENSITY_BINS
-        values = stage.filter.transfer.values
+        at = stage.filter.transfer.at
         adaptive = None
         if self._config.filter.response in ADAPTIVE:
             centers = (np.arange(self._config.filter.bands) + 0.5) / self._config.filter.bands
-            adaptive = values(2 * centers - 1).cpu().numpy()
+            adaptive = at(2 * centers - 1)().cpu().numpy()
         rough = stage.spectrometer.roughness(signal, norms.names)
         what = "update" if "update_norm/after" in monitor.metrics else "gradient"
         statistics = stage.statistics
@@ -181,7 +200,8 @@ class Measurement:
             StepFacts(
                 before,
                 after,
-                values(2 * middles - 1).cpu().numpy(),
+                self._acting(step, at(2 * middles - 1)().cpu().numpy()),
+                self._strength(step),
                 statistics.signal_to_noise() if statistics is not None and is_known else None,
                 adaptive,
                 [
@@ -213,7 +233,7 @@ class Measurement:
     def _graph(self, dashboard: Dashboard) -> GraphFacts:
         """Facts of the first graph, measured once for each that is built."""
         graph, communicator = self._stages[0].graph, self._engine.communicator
-        if self._graph_facts is None or self._graph_facts[0] is not graph:
+        if self._graph_facts is None or self._graph_facts[0]() is not graph:
             density = density_of_states(
                 graph, DENSITY_BINS, communicator, seed=self._config.seed, dense_nodes=DENSE_NODES
             )
@@ -222,6 +242,6 @@ class Measurement:
                 graph.degree_histogram(HISTOGRAM_BINS),
                 graph.weight_histogram(HISTOGRAM_BINS),
             )
-            self._graph_facts = graph, facts
+            self._graph_facts = weakref.ref(graph), facts
             dashboard.show_graph(facts)
         return self._graph_facts[1]

@@ -7,7 +7,7 @@ plugin has `state_dict` and `load_state_dict`.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 
 from spectral_ds.checkpoint import (
     CheckpointError,
+    PieceReader,
     Pieces,
     PluginState,
     from_tensors,
@@ -23,7 +24,6 @@ from spectral_ds.checkpoint import (
     to_tensors,
     write_state,
 )
-from spectral_ds.checkpoint.state import PieceReader
 from spectral_ds.graph import Edges
 
 if TYPE_CHECKING:
@@ -86,12 +86,20 @@ class Persistence:
         return communicator.sum_(found.to(communicator.device)).sign().cpu()
 
     def restore(
-        self, numbers: dict[str, torch.Tensor], edges: list[Edges], pieces: PieceReader
+        self,
+        numbers: dict[str, torch.Tensor],
+        edges: list[Edges],
+        pieces: PieceReader,
+        engine_step: int | None = None,
     ) -> None:
         """Go on from a state (collective). All ranks raise before anything is changed, or none.
 
+        Args:
+            engine_step: that the state must be of; None: the engine is set to the state's step.
+
         Raises:
-            CheckpointError: a part that the configuration needs is missing.
+            CheckpointError: a part that the configuration needs is missing, or the state is of
+                another step.
         """
         plugin, engine = self._plugin, self._engine
         own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
@@ -99,17 +107,25 @@ class Persistence:
         means = references = None
         sketches: list[dict[str, list[torch.Tensor]]] = []
         with engine.everyone.all_or_none():
+            for name in ("step", *(f"graph.{index}.is_ready" for index in range(len(edges)))):
+                if name not in numbers:
+                    raise CheckpointError(f"the plugin's state lacks {name!r}")
+            step = int(numbers["step"].item())
+            if engine_step not in (None, step):
+                raise CheckpointError(
+                    f"the plugin's state is of step {step}, but the engine's own part of the "
+                    f"checkpoint is of step {engine_step}: saving was cut off between the two, or "
+                    "one of them was replaced"
+                )
             if temporal is not None and "temporal.has_mean" in numbers:
-                means = pieces(TEMPORAL, own, False)
+                means = pieces(TEMPORAL, own)
             if regularizer is not None and regularizer.reference.fragments is not None:
-                references = pieces(REFERENCE, own, False)
+                references = pieces(REFERENCE, own)
             for index, stage in enumerate(plugin.stages):
                 found = {}
                 for kind, running in stage.running.items():
                     if running.fits(_of(f"{kind}.{index}", numbers)):
-                        wanted = running.sketches.layout.own
-                        read = pieces(f"{kind}.{index}", wanted, False)
-                        found[kind] = [part for part in read if part is not None]
+                        found[kind] = pieces(f"{kind}.{index}", running.sketches.layout.own)
                 sketches.append(found)
         for index, (stage, found) in enumerate(zip(plugin.stages, sketches, strict=True)):
             for kind, complete in found.items():
@@ -126,18 +142,20 @@ class Persistence:
         if regularizer is not None and references is not None:
             assert regularizer.reference.fragments is not None
             self._fill(regularizer.reference.fragments, references)
-        engine.restore_step(int(numbers["step"].item()))
+        engine.restore_step(step)
+        if engine.step != step:
+            engine.log(
+                f"spectral_ds: the plugin's state is of step {step}, but the engine is at step "
+                f"{engine.step} and counts by itself; schedules and intervals go by the engine",
+                logging.WARNING,
+            )
 
-    def _fill(
-        self,
-        targets: Sequence[torch.Tensor | None],
-        values: Sequence[torch.Tensor | None],
-    ) -> None:
+    def _fill(self, targets: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor]) -> None:
         incoming = iter(values)
         for target, is_in in zip(targets, self._plugin.is_filtered, strict=True):
             if is_in:
                 value = next(incoming)
-                if target is not None and value is not None:
+                if target is not None:
                     target.copy_(value)
 
     def save(self, folder: Path) -> None:
@@ -145,27 +163,35 @@ class Persistence:
         engine = self._engine
         write_state(folder, self.state(), engine.communicator.rank, engine.everyone)
 
-    def load(self, folder: Path, is_expected: bool = True) -> None:
+    def load(self, folder: Path, is_expected: bool = True, engine_step: int | None = None) -> None:
         """Go on from a folder that `save` wrote, at any world size (collective).
 
         Args:
             is_expected: whether the checkpoint was made with the plugin; if not, the folder is
                 not read: an older run may have left it.
+            engine_step: that the engine has restored from the same checkpoint; None: there is none.
 
         Raises:
             CheckpointError: what is there cannot be used, and `checkpoint.strict` is true.
         """
-        self._plugin.resumed()
         if not is_expected:
             self._engine.log(
                 "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
                 "graph of the present weights"
             )
             self._build_anew()
+            self._plugin.resumed()
             return
+        self._go_on(lambda: read_state(folder, self.state(), self._engine.everyone), engine_step)
+
+    def _go_on(
+        self,
+        read: Callable[[], tuple[dict[str, torch.Tensor], list[Edges], PieceReader]],
+        engine_step: int | None = None,
+    ) -> None:
+        """Go on from what `read` gives; with a new graph if it cannot, unless strict."""
         try:
-            numbers, edges, pieces = read_state(folder, self.state(), self._engine.everyone)
-            self.restore(numbers, edges, pieces)
+            self.restore(*read(), engine_step)
         except CheckpointError as error:
             if self._plugin.config.checkpoint.strict:
                 raise
@@ -174,6 +200,7 @@ class Persistence:
                 logging.WARNING,
             )
             self._build_anew()
+        self._plugin.resumed()
 
     def _build_anew(self) -> None:
         """Graphs of what the model is now (collective)."""
@@ -197,9 +224,13 @@ class Persistence:
         )
 
     def use_tensors(self, tensors: dict[str, Any]) -> None:
-        """Go on from what `tensors` gave (collective)."""
-        self._plugin.resumed()
-        self.restore(*from_tensors(tensors, self._engine.local_part, self.state()))
+        """Go on from what `tensors` gave (collective).
+
+        Raises:
+            CheckpointError: it cannot be used, and `checkpoint.strict` is true.
+        """
+        engine = self._engine
+        self._go_on(lambda: from_tensors(tensors, engine.local_part, self.state(), engine.everyone))
 
 
 def _of(prefix: str, numbers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -167,7 +167,9 @@ class SpectralPlugin:
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Tell the task loss of a micro-batch, for the metric `joint_loss`.
 
-        DeepSpeed engines do so by themselves in `backward`; in other loops call it yourself.
+        It does not communicate: any rank may call it alone, any number of times. A monitored step
+        averages what all ranks observed since the last. DeepSpeed engines observe by themselves in
+        `backward`, so do not observe the same loss again; in other loops call it yourself.
         """
         self.measurement.observe_loss(loss)
 
@@ -229,12 +231,14 @@ class SpectralPlugin:
         """Metrics of the last monitored step, equal on all ranks; empty before the first.
 
         `step`; of all trainable parameters `gradient_norm/all` and `parameter_norm/all`, and from
-        the next step on `update_to_weight/all`, ‖θ_new − θ_old‖/‖θ_old‖; the same by block and role
-        as `gradient_norm_by_block/b`, `gradient_norm_by_role/r` and so on; `gradient_norm/before`
-        and `/after` of the filtered parameters (`update_norm` if updates are filtered);
+        the next step on `update_to_weight/all`, ‖θ_new − θ_old‖/‖θ_old‖, of which every 17th
+        element tells where a parameter has more than 262,144; the same by block and role as
+        `gradient_norm_by_block/b`, `gradient_norm_by_role/r` and so on; `gradient_norm/before` and
+        `/after` of the filtered parameters (`update_norm` if updates are filtered);
         `band_energy_before/b` and `band_energy_after/b`, shares of energy in equal bands of
         frequency, lowest first; once two gradients were sampled, `signal_to_noise/b`, `/total` and
-        `/kept_over_total`, and `gradient_noise_scale` in examples where both estimates are positive
+        `/kept_over_total`, of (1 − s) + s·h(λ) at the current strength s, and, from consecutive
+        samples, `gradient_noise_scale` in examples where both estimates are positive
         (`gradient_noise_scale_in_batches` if the engine does not know its batch size);
         `filter_seconds` of the slowest rank; `boundary_bytes` that all ranks sent in the step;
         `strength`; `skipped_steps` so far; `nodes`; `edges`. With a regularizer: `regularizer`, R;

@@ -27,6 +27,8 @@ from spectral_ds.filters import (
     ToleranceError,
     Transfer,
     Window,
+    filter_work,
+    penalty_work,
     whiten_gains,
     wiener_gains,
 )
@@ -48,6 +50,7 @@ from spectral_ds.laplacian import (
     OperatorPlan,
     ParameterGraph,
     WeightFeatures,
+    Work,
     Workspace,
     make_plan,
 )
@@ -228,12 +231,15 @@ class Stage:
         self._build_statistics(is_new)
         transfer = self._transfer(self._whole.filter)
         penalty = self._penalty_transfer()
+        self._filter_work = filter_work(self._whole.filter, transfer.hops, transfer.is_identity)
+        hops = 0 if penalty is None else penalty.hops
+        self._penalty_work = penalty_work(self._whole.regularizer, hops)
         self.plan = make_plan(
             self.graph,
             self._layout,
             communicator,
             everyone,
-            hops=transfer.hops + (0 if penalty is None else penalty.hops),
+            work=self._filter_work + self._penalty_work,
             exchange=cast(ExchangeName, self._whole.operator.exchange),
             kernel=cast(KernelName, self._whole.operator.kernel),
             bucket_elements=below_shard(
@@ -242,8 +248,9 @@ class Stage:
                 communicator.world_size,
             ),
         )
-        for key, series in (("filter", transfer), ("regularizer", penalty)):
-            if series and series.hops >= NO_SERIES and self.plan.meetings["boundary"]:
+        works = {"filter": self._filter_work, "regularizer": self._penalty_work}
+        for key, work in works.items():
+            if work.hops >= NO_SERIES and self.plan.meetings["boundary"]:
                 raise SpectralConfigError(
                     "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
                     f"spectral_ds.{key}.response = {getattr(self._whole, key).response} is close "
@@ -282,7 +289,7 @@ class Stage:
             sketches.layout,
             communicator,
             self._engine.everyone,
-            hops=1,
+            work=Work(hops=1, moves=2),
             exchange="boundary",
             kernel=cast(KernelName, self._whole.operator.kernel),
             bucket_elements=bucket_elements(communicator.device),
@@ -334,20 +341,14 @@ class Stage:
         a_node = [2 * e.neighbours if e.family == "similarity" else 2 for e in self._config.edges]
         return nodes * sum(a_node)
 
-    def bytes_sent(self, is_idle: bool) -> int:
+    def bytes_sent(self, strength: float) -> int:
         """Bytes that all ranks together send in one step.
 
         Args:
-            is_idle: whether the filter does nothing in this step.
+            strength: of the filter in this step.
         """
-        sent = 0
-        if not is_idle and not self.filter.transfer.is_identity and self.filter.is_ready:
-            sent += self.plan.bytes_of(self.filter.transfer.hops, moves=2)
-        if self.penalty is not None:
-            # Weights and reference come, the product goes.
-            moves = 3 if self._whole.regularizer.reference == "pretrained" else 2
-            sent += self.plan.bytes_of(self.penalty.transfer.hops, moves)
-        return sent
+        acts = not self.filter.is_identity(strength)
+        return self.plan.bytes_of(self._penalty_work + (self._filter_work if acts else Work()))
 
     def observe(self, step: int, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
         """Take a sample of the gradient on steps where it is due (collective)."""

@@ -78,6 +78,7 @@ def similarity_adjacency(
     weights, kind, neighbours=8, scope="parameter", sketch_width=64, seed=0, features=None
 ):
     """`weights` are what is compared: weights, or mean gradients."""
+    digits = 6 if features == "gradient" else 9
     names = list(weights)
     first, total = numbering(weights, kind)
     scopes = {}
@@ -97,7 +98,8 @@ def similarity_adjacency(
         for i in range(len(node)):
             others = [j for j in range(len(node)) if j != i and norm[i] > 0 and norm[j] > 0]
             cosine = {
-                j: float(np.round(feature[i] @ feature[j] / (norm[i] * norm[j]), 9)) for j in others
+                j: float(np.round(feature[i] @ feature[j] / (norm[i] * norm[j]), digits))
+                for j in others
             }
             others.sort(key=lambda j: (-cosine[j], j))
             pairs += [(i, j, 2 * (1 - cosine[j])) for j in others[:neighbours]]

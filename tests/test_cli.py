@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import gguf
 import numpy as np
 import oracle
 import pytest
@@ -19,7 +20,13 @@ import yaml
 from matplotlib import image
 from scipy.sparse.csgraph import connected_components
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import spectral_ds
 from spectral_ds.cli import candidates, env, findings, main, spectra, subject
@@ -210,6 +217,90 @@ def test_density_counts_the_eigenvalues(folder):
     values = np.linalg.eigvalsh(laplacian).round(9)
     counts = np.histogram(values.clip(0), np.linspace(0, 2, findings.BINS + 1))[0]
     assert graph["whole"]["density"] == pytest.approx(counts / counts.sum())
+
+
+BLOCKS, WIDTH, INNER, WORDS_KNOWN = 3, 8, 12, 13
+
+
+def encoder(path):
+    """A tiny BERT with a classifier; its trainable parameters and their elements."""
+    size = {"hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
+    settings = BertConfig(vocab_size=WORDS_KNOWN, intermediate_size=INNER, **size)
+    model = BertForSequenceClassification(settings)
+    model.save_pretrained(path)
+    return path, [parameter.numel() for parameter in model.parameters()]
+
+
+def gguf_file(path):
+    """A tiny Llama in one file, as llama.cpp names its tensors; their sizes."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(BLOCKS)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(WORDS_KNOWN)
+    narrow = WIDTH * KEY_HEADS // HEADS
+    block = dict.fromkeys(("attn_q", "attn_output"), (WIDTH, WIDTH))
+    block |= dict.fromkeys(("attn_k", "attn_v"), (narrow, WIDTH))
+    block |= dict.fromkeys(("ffn_gate", "ffn_up"), (INNER, WIDTH)) | {"ffn_down": (WIDTH, INNER)}
+    block |= dict.fromkeys(("attn_norm", "ffn_norm"), (WIDTH,))
+    shapes = {f"blk.{b}.{name}": shape for b in range(BLOCKS) for name, shape in block.items()}
+    shapes |= dict.fromkeys(("token_embd", "output"), (WORDS_KNOWN, WIDTH))
+    shapes["output_norm"] = (WIDTH,)
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, [int(np.prod(shape)) for shape in shapes.values()]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "rows", "vectors", "alone"),
+    [
+        # Rows of a block's matrices; its vectors, a node each; nodes that nothing joins.
+        (encoder, "bert", [WIDTH] * 5 + [INNER], 10, 0),
+        (gguf_file, "tiny.gguf", [WIDTH] * 3 + [INNER] * 2 + [WIDTH // 2] * 2, 2, 1),
+    ],
+)
+def test_encoders_and_gguf_files_are_inspected(tmp_path, make, name, rows, vectors, alone):
+    model, sizes = make(tmp_path / name)
+    config = tmp_path / "config.yaml"
+    config.write_text("graph: {edges: [{family: ring}, {family: depth}]}")
+    status, _ = run("inspect", model, "--config", config, "--out", tmp_path / "out")
+    assert status == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["parameters"], summary["elements"]) == (len(sizes), sum(sizes))
+    [graph] = summary["graphs"]
+    ring, depth = graph["families"].values()
+    whole, in_block = graph["whole"], sum(rows) + vectors
+    assert whole["nodes"] == BLOCKS * in_block + alone
+    assert ring["edges"] == BLOCKS * sum(rows)
+    assert depth["edges"] == (BLOCKS - 1) * in_block
+    assert whole["edges"] == ring["edges"] + depth["edges"]
+    # Rings joined over depth: one component a role.
+    assert len(graph["roles"]) == whole["components"] == len(rows) + vectors + alone
+    assert whole["isolated"] == alone
+    assert depth["components"] == in_block + alone
+    largest = max(facts["edges"] for facts in graph["roles"].values())
+    assert largest == BLOCKS * INNER + (BLOCKS - 1) * INNER
+    assert (whole["neighbours"]["min"], whole["neighbours"]["max"]) == (0 if alone else 1, 4)
+
+
+def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path, monkeypatch, capsys):
+    model, _ = gguf_file(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    assert main(["inspect", str(model)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"spectral-ds: {model}: cannot be loaded: ")
+    assert "install" in line
+    assert "gguf" in line
 
 
 def linear_subject(rows, columns):
@@ -500,8 +591,6 @@ def test_no_two_batches_share_text(tmp_path):
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(folder, capsys, words, message):
-    from transformers import BertConfig, BertModel
-
     if not (folder / "bert").exists():
         size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         BertModel(BertConfig(vocab_size=13, intermediate_size=8, **size)).save_pretrained(

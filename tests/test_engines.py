@@ -31,8 +31,8 @@ def unfiltered(ranks):
         (name, size, accumulation)
         for name, cell in CELLS.items()
         for size in cell.world_sizes
-        # Low precision changes tensors, not shards: two sizes of it will do.
-        if cell.precision == "fp32" or size in (2, 3)
+        # Low precision changes tensors, not shards: one size of it will do.
+        if cell.precision == "fp32" or size == 3
         for accumulation in {2: (1,), 3: (1, 2) if cell.precision == "fp32" else (2,)}.get(
             size, (1,)
         )

@@ -11,9 +11,10 @@ import oracle
 import pytest
 import tiny
 import torch
+from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Workspace, make_plan
+from spectral_ds.laplacian import Work, Workspace, make_plan
 from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
 
@@ -31,6 +32,18 @@ GRAPHS = {
     "elements": {"edges": EDGES["ring and pair"], "node": "element"},
 }
 
+PENALTY = {"strength": 0.1, "response": "heat"}
+SECTIONS = {
+    "filter": {"filter": {"response": "heat"}},
+    "updates and a penalty": {
+        "filter": {"response": "window", "alpha": 0.4, "apply_to": "update"},
+        "regularizer": {"strength": 0.1, "coupling": "decoupled"},
+    },
+    "penalty of weights": {"regularizer": {**PENALTY, "reference": "zero"}},
+    "penalty alone": {"filter": {"response": "identity"}, "regularizer": PENALTY},
+    "no strength": {"filter": {"strength": 0.0}, "regularizer": PENALTY},
+}
+
 # How rows meet, and how many elements of a bucket a rank may hold: few make slices of columns.
 PLANS = {
     "boundary": ("boundary", 2000),
@@ -41,7 +54,7 @@ PLANS = {
 
 def facts(stage):
     """For each graph what this rank owns; for each plan what it sends, receives and multiplies."""
-    engine = tiny.make_engine(tiny.deepspeed_config(stage))
+    engine = tiny.make_engine(tiny.deepspeed_config(stage), rates=tiny.ADAM_RATES)
     found = {}
     for label, graph in GRAPHS.items():
         section = {
@@ -52,8 +65,43 @@ def facts(stage):
         plugin = spectral_ds.attach(engine, config=section)
         found[label] = facts_of(plugin)
         plugin.detach()
+    found["sent"] = {
+        (graph, label): sent_in_a_step(engine, graph, section)
+        for graph in ("role", "depth")
+        for label, section in SECTIONS.items()
+    }
     engine.destroy()
     return found
+
+
+def sent_in_a_step(engine, graph, section):
+    """Bytes by the plan, by each way's plan, and what this rank sent in truth."""
+    graph = {**GRAPHS[graph], "laplacian": "combinatorial"}
+    plugin = spectral_ds.attach(
+        engine, config={**section, "graph": graph, "monitor": {"enabled": False}}
+    )
+    [stage] = plugin.stages
+    with counting_bytes() as sent:
+        tiny.train(engine, 1)
+    by_way = [
+        plan_of(plugin, way, stage.plan.work, 2000).bytes_sent for way in ("boundary", "transpose")
+    ]
+    plugin.detach()
+    return stage.plan.bytes_sent, by_way, sum(sent)
+
+
+def plan_of(plugin, way, work, bucket_elements):
+    [stage], engine = plugin.stages, plugin.engine
+    return make_plan(
+        stage.graph,
+        ShardLayout.gather(engine.fragments, engine.communicator),
+        engine.communicator,
+        engine.everyone,
+        work=work,
+        exchange=way,
+        kernel="torch_csr",
+        bucket_elements=bucket_elements,
+    )
 
 
 def facts_of(plugin):
@@ -70,20 +118,10 @@ def facts_of(plugin):
         "hops": hops,
         "auto bytes": stage.plan.bytes_sent,
     }
-    layout = ShardLayout.gather(engine.fragments, engine.communicator)
     for label, (way, bucket_elements) in PLANS.items():
         moves_of = boundary_moves if way == "boundary" else transpose_moves
         with buckets_of_exchanges() as buckets:
-            plan = make_plan(
-                graph,
-                layout,
-                engine.communicator,
-                engine.everyone,
-                hops=hops,
-                exchange=way,
-                kernel="torch_csr",
-                bucket_elements=bucket_elements,
-            )
+            plan = plan_of(plugin, way, Work(hops, moves=2), bucket_elements)
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),
@@ -217,18 +255,19 @@ def neighbours_of(result):
 @pytest.fixture(
     scope="module",
     # ZeRO-1 cuts parameters as ZeRO-2 does.
-    params=[(1, 3), *((stage, world_size) for stage in (2, 3) for world_size in (2, 3, 4))],
+    params=[(1, 3), (2, 2), (2, 4), (3, 3), (3, 4)],
     ids="zero{0[0]}-{0[1]}-ranks".format,
 )
 def cell(request, ranks):
-    """(ZeRO stage, by graph the facts of each rank)."""
+    """(ZeRO stage, what each rank sent, by graph the facts of each rank)."""
     stage, world_size = request.param
     by_rank = ranks(world_size).run(facts, stage)
-    return stage, {label: [result[label] for result in by_rank] for label in GRAPHS}
+    by_label = {label: [result[label] for result in by_rank] for label in (*GRAPHS, "sent")}
+    return stage, by_label.pop("sent"), by_label
 
 
 def test_each_boundary_element_comes_once_and_nothing_else(cell):
-    stage, graphs = cell
+    stage, _, graphs = cell
     for label, results in graphs.items():
         owner, neighbours = owners_of(results), neighbours_of(results[0])
         total = 0
@@ -256,7 +295,7 @@ def test_each_boundary_element_comes_once_and_nothing_else(cell):
 
 @pytest.mark.parametrize("plan", ["transpose", "transpose of slices"])
 def test_a_transposed_element_stays_or_goes_to_one_rank(cell, plan):
-    stage, graphs = cell
+    stage, _, graphs = cell
     for label, results in graphs.items():
         owner = owners_of(results)
         moved, total = Counter(), 0
@@ -277,16 +316,27 @@ def test_a_transposed_element_stays_or_goes_to_one_rank(cell, plan):
 
 
 def test_auto_sends_no_more_than_either_way(cell):
-    for results in cell[1].values():
+    for results in cell[2].values():
         for result in results:
             least = min(result["boundary"]["bytes"], result["transpose"]["bytes"])
             assert result["auto bytes"] <= least
             assert (result["auto bytes"] > 0) == (least > 0)
 
 
+@pytest.mark.parametrize("graph", ["role", "depth"])
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_step_sends_what_its_plan_says_and_no_more_than_either_way(cell, graph, section):
+    stage, by_rank, _ = cell
+    results = [result[graph, section] for result in by_rank]
+    for planned, by_way, _ in results:
+        assert planned == sum(sent for _, _, sent in results)
+        assert planned <= min(by_way)
+        assert (planned > 0) == ((graph, stage) != ("depth", 3))
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_sharded_operators_multiply_by_the_whole_laplacian(cell, plan):
-    for results in cell[1].values():
+    for results in cell[2].values():
         expected = multiplied(results[0]["laplacian"], results[0]["parameters"])
         for result in results:
             ours = zip(result["owned"], result[plan]["product"], strict=True)

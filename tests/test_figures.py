@@ -57,7 +57,7 @@ def of_bands(case, bands, highest=2.0, values=shares):
     one, other = values(bands), values(bands, 1)
     steps, energies = np.arange(0.0, 500, 10), np.stack([values(bands, s) for s in range(50)])
     made = {
-        "density": lambda: figures.density_figure(one, edges, other, "heat"),
+        "density": lambda: figures.density_figure(one, edges, other, "heat", 1 / 3),
         "energy": lambda: figures.energy_figure(one, other, highest),
         "history": lambda: figures.energy_history_figure(steps, energies, highest),
         "signal-to-noise": lambda: figures.signal_to_noise_figure(one, other, highest),
@@ -255,7 +255,7 @@ def bars(axes):
 def test_density_shows_shares_and_gains():
     share, gains = shares(16), np.linspace(1, 0.2, 16)
     edges = np.linspace(0, 3.1, 17)
-    figure = figures.density_figure(share, edges, gains, "tikhonov")
+    figure = figures.density_figure(share, edges, gains, "tikhonov", 0.25)
     axes, over = figure.axes
     [(heights, left, right)] = bars(axes)
     np.testing.assert_allclose(heights, share)
@@ -264,7 +264,7 @@ def test_density_shows_shares_and_gains():
     [line] = over.lines
     np.testing.assert_allclose(line.get_xdata(), (edges[:-1] + edges[1:]) / 2)
     np.testing.assert_allclose(line.get_ydata(), gains)
-    assert "tikhonov" in over.get_ylabel()
+    assert over.get_ylabel() == "gain, tikhonov at strength 0.25"
     assert axes.get_xlim() == over.get_xlim() == (0, 3.1)
     assert axes.get_ylim()[0] == over.get_ylim()[0] == 0
     assert figure.get_supxlabel() == ""
@@ -272,7 +272,7 @@ def test_density_shows_shares_and_gains():
 
 def test_density_marks_where_the_gain_is_zero_if_it_changes_sign():
     gains = np.linspace(1, -1, 16)
-    figure = figures.density_figure(shares(16), np.linspace(0, 2, 17), gains, "polynomial")
+    figure = figures.density_figure(shares(16), np.linspace(0, 2, 17), gains, "polynomial", 1.0)
     _, zero = figure.axes[1].lines
     assert (np.array(zero.get_ydata()) == 0).all()
     low, high = figure.axes[1].get_ylim()
@@ -416,7 +416,7 @@ def test_perturbation_has_a_bar_a_block():
 def test_what_is_not_finite_is_said():
     blank = np.array([np.nan, np.inf, 0.5, 0.25])
     for figure in (
-        figures.density_figure(blank, np.linspace(0, 2, 5), blank, "heat"),
+        figures.density_figure(blank, np.linspace(0, 2, 5), blank, "heat", 0.5),
         figures.energy_figure(blank, blank, 2.0),
         figures.energy_history_figure(np.zeros(1), blank[None], 2.0),
         figures.gains_figure(blank, 2.0, "heat"),

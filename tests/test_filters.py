@@ -31,7 +31,7 @@ from spectral_ds.filters import (
 )
 from spectral_ds.filters.chebyshev import apply_series
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import SignalAndNoise
 
@@ -61,7 +61,7 @@ def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
         layout,
         ALONE,
         ALONE,
-        hops=3,
+        work=Work(hops=3, moves=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=10**6,
@@ -281,11 +281,11 @@ def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
     x = np.linspace(-1, 1, 9)
     exact = FixedTransfer(Heat(3.0), graph, "auto", 1e-3, CPU)
     coarse = FixedTransfer(Heat(3.0), graph, 2, 1e-3, CPU)
-    np.testing.assert_allclose(exact.values(x), np.exp(-3 * (x + 1)), atol=1e-12)
+    np.testing.assert_allclose(exact.at(x)(), np.exp(-3 * (x + 1)), atol=1e-12)
     assert exact.error <= 1e-7  # where rows are exchanged, the series takes the same values
     assert coarse.hops == 2
     series = np.polynomial.chebyshev.chebval(x, coarse.coefficients().numpy())
-    np.testing.assert_allclose(coarse.values(x), series, atol=1e-12)
+    np.testing.assert_allclose(coarse.at(x)(), series, atol=1e-12)
     assert np.abs(series - np.exp(-3 * (x + 1))).max() > 0.05
 
 
@@ -294,7 +294,7 @@ def test_only_paths_take_responses_that_have_no_series(monkeypatch):
     paths, _ = small_graph(families=PATHS)
     transfer = FixedTransfer(Heat(1e3), paths, "auto", 1e-3, CPU)
     assert transfer.hops == NO_SERIES
-    np.testing.assert_allclose(transfer.values(np.array([-1.0, 1.0])), [1, 0], atol=1e-12)
+    np.testing.assert_allclose(transfer.at(np.array([-1.0, 1.0]))(), [1, 0], atol=1e-12)
     with pytest.raises(ToleranceError):
         FixedTransfer(Heat(1e3), small_graph()[0], "auto", 1e-3, CPU)
 
@@ -306,14 +306,14 @@ def test_band_transfer_has_each_gain_within_its_band(edges):
     assert transfer.hops == 255
     for gain, (low, high) in zip(gains, itertools.pairwise(edges), strict=True):
         middle = np.array([low + high - 1])  # as x in [-1, 1]
-        assert transfer.values(middle).item() == pytest.approx(gain.item(), abs=0.05)
+        assert transfer.at(middle)().item() == pytest.approx(gain.item(), abs=0.05)
 
 
 def test_band_transfer_stays_between_its_gains_and_is_what_its_series_is():
     gains = torch.tensor([0.0, 1.0, 0.0]).double()
     transfer = BandTransfer((0, 0.3, 0.4, 1), lambda: gains, lambda: 0, 31, CPU)
     x = np.linspace(-1, 1, 1001)
-    values = transfer.values(x).numpy()
+    values = transfer.at(x)().numpy()
     assert values.min() > -1e-12
     assert values.max() < 1 + 1e-12
     coefficients = transfer.coefficients().numpy()
@@ -324,7 +324,7 @@ def test_band_transfer_stays_between_its_gains_and_is_what_its_series_is():
 def test_equal_gains_are_a_factor():
     gains = torch.full((4,), 0.7).double()
     transfer = BandTransfer((0, 0.25, 0.5, 0.75, 1), lambda: gains, lambda: 0, 15, CPU)
-    np.testing.assert_allclose(transfer.values(np.linspace(-1, 1, 33)), 0.7, atol=1e-12)
+    np.testing.assert_allclose(transfer.at(np.linspace(-1, 1, 33))(), 0.7, atol=1e-12)
 
 
 @pytest.mark.parametrize("families", [SPARSE, PATHS])

@@ -15,7 +15,7 @@ from spectral_ds.graph import (
     match_parameters,
 )
 from spectral_ds.graph.projection import gaussian_projection, sketch_size
-from spectral_ds.graph.similarity import gaussian_weight, nearest
+from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
 from spectral_ds.laplacian.buckets import Bucket, columns_at_once, linked_parameters
 from spectral_ds.laplacian.rectangles import addresses, rectangles_of
 from spectral_ds.sharding import Fragment
@@ -218,7 +218,7 @@ def test_pair_leaves_partners_of_other_input_widths_alone():
 
 def test_nearest_breaks_ties_by_node_number_and_skips_zero_rows():
     features = torch.tensor([[1, 0], [2, 0], [0, 0], [3, 0], [0, 1.0]], dtype=torch.float64)
-    source, target, distance = nearest(features, torch.arange(5), 2)
+    source, target, distance = nearest(features, torch.arange(5), 2, 10**9)
     found = {}
     for s, t, d in zip(source.tolist(), target.tolist(), distance.tolist(), strict=True):
         found.setdefault(s, []).append((t, round(d, 9)))
@@ -233,14 +233,24 @@ def test_nearest_breaks_ties_by_node_number_and_skips_zero_rows():
 def test_nearest_does_not_depend_on_how_rows_are_divided():
     features = torch.randn(50, 6, dtype=torch.float64)
     features[20:40] = features[0:20]  # every row has an equal twin
-    whole = nearest(features, torch.arange(50), 4)
-    parts = [nearest(features, rows, 4) for rows in torch.arange(50).split(7)]
+    whole = nearest(features, torch.arange(50), 4, 10**9)
+    parts = [nearest(features, rows, 4, 10**9) for rows in torch.arange(50).split(7)]
     for i in (0, 1):
         torch.testing.assert_close(whole[i], torch.cat([p[i] for p in parts]), rtol=0, atol=0)
 
 
+def test_nodes_at_equal_distance_are_ordered_by_number_whatever_float32_rounded():
+    twins = torch.tensor([[0.5, 0.75**0.5]]).repeat(20, 1)
+    features = torch.cat((torch.tensor([[1.0, 0.0]]), twins))
+    torch.manual_seed(0)
+    rounded = (features * (1 + 1e-7 * torch.randn_like(features))).double()
+    for compared, is_ordered in (("gradient", True), ("weights", False)):
+        _, target, _ = nearest(rounded, torch.arange(1), 3, COSINE_STEPS[compared])
+        assert (target.tolist() == [1, 2, 3]) == is_ordered
+
+
 def test_a_scope_of_one_node_has_no_neighbours():
-    source, _, _ = nearest(torch.ones(1, 3, dtype=torch.float64), torch.arange(1), 8)
+    source, _, _ = nearest(torch.ones(1, 3, dtype=torch.float64), torch.arange(1), 8, 10**9)
     assert len(source) == 0
 
 

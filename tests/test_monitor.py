@@ -1,6 +1,8 @@
 """Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
 
 import csv
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import spectral_ds
 from spectral_ds import stage
-from spectral_ds.monitor import Board, Dashboard
-from spectral_ds.monitor.norms import _ratio
+from spectral_ds.monitor import Board, Dashboard, ParameterNorms
+from spectral_ds.monitor import norms as norms_module
+from spectral_ds.sharding import Communicator, Fragment
 from spectral_ds.spectrum import band_energies
 
 BANDS = 4
@@ -316,6 +319,191 @@ def test_deepspeed_tells_the_whole_loss(ranks, divided):
         assert metrics["joint_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+EXAMPLES, BATCH, SIZE = 48, 8, (7, 5)
+
+
+def examples():
+    """Inputs and targets of a linear model, whose targets no weights reach."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(EXAMPLES, SIZE[1], generator=generator)
+    goal = torch.randn(SIZE, generator=generator)
+    noise = torch.randn(EXAMPLES, SIZE[0], generator=generator)
+    return inputs, inputs @ goal.T + 2 * noise
+
+
+def noise_scales(batches):
+    """Gradient noise scale at the last of many steps at fixed weights, batches being drawn."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(SIZE[1], SIZE[0], bias=False))
+    weight = model[0].weight.detach().clone()
+    world_size = dist.get_world_size()
+    section = {
+        "preset": "observe",
+        "graph": {"edges": [{"family": "ring"}]},
+        "statistics": {"interval": 1, "decay": 0.9999},
+        "monitor": {"interval": batches - 1, "bands": BANDS},
+    }
+    engine, *_ = spectral_ds.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        config={
+            "train_batch_size": BATCH,
+            "train_micro_batch_size_per_gpu": BATCH // world_size,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "spectral_ds": section,
+        },
+    )
+    inputs, targets = examples()
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(batches):
+        drawn = torch.randint(0, EXAMPLES, (BATCH,), generator=generator)
+        own = drawn[dist.get_rank() :: world_size]
+        engine.backward((engine(inputs[own]) - targets[own]).square().sum(dim=1).mean() / 2)
+        engine.step()
+    metrics = spectral_ds.plugin_of(engine).metrics()
+    engine.destroy()
+    return weight.numpy(), metrics["gradient_noise_scale"]
+
+
+def test_the_noise_scale_is_that_of_the_gradients_of_single_examples(ranks):
+    [(weight, estimate)] = ranks(1).run(noise_scales, 1001)
+    inputs, targets = (each.double().numpy() for each in examples())
+    residual = inputs @ weight.astype(np.float64).T - targets
+    gradients = (residual[:, :, None] * inputs[:, None, :]).reshape(EXAMPLES, -1)
+    mean = gradients.mean(axis=0)
+    scale = np.square(gradients - mean).sum(axis=1).mean() / np.square(mean).sum()
+    assert scale > BATCH / 4  # a batch holds noise that matters
+    assert estimate == pytest.approx(scale, rel=0.1)  # its standard error is 3 %
+    [(_, alone)] = ranks(1).run(noise_scales, 101)
+    for _, sharded in ranks(2).run(noise_scales, 101):
+        assert sharded == pytest.approx(alone, rel=1e-5)
+
+
+HEAT = {
+    "graph": {"edges": [{"family": "ring"}], "laplacian": "normalized"},
+    "filter": {"response": "heat", "tau": 1.5, "strength": 0.8, "warmup_steps": 4, "interval": 2},
+    "statistics": {"interval": 1},
+    "monitor": {"interval": 1, "figures_interval": 1, "bands": BANDS},
+}
+
+
+class Drawn:
+    """A small model that trains alone, and what was given to the figures at each step."""
+
+    def __init__(self, folder, section):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Linear(20, 3))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        self.writer = SummaryWriter(str(folder))
+        self.plugin = spectral_ds.attach(self.model, self.optimizer, section, writer=self.writer)
+        self.facts = []
+        self.plugin.dashboard.show = lambda step, graph: self.facts.append(step)
+
+    def step(self):
+        self.model(torch.randn(8, 6)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def close(self):
+        self.plugin.detach()
+        self.writer.close()
+
+
+def test_what_acts_at_the_current_strength_is_drawn_and_judged(tmp_path):
+    run = Drawn(tmp_path, HEAT)
+    # A step that is not filtered counts as the last one that was; then the warm-up is over.
+    for strength in (0.2, 0.2, 0.6, 0.6, 0.8):
+        run.step()
+        middles = (np.arange(32) + 0.5) / 16
+        expected = 1 - strength + strength * np.exp(-1.5 * middles)
+        np.testing.assert_allclose(run.facts[-1].gains, expected, rtol=1e-6)
+        assert run.facts[-1].strength == pytest.approx(strength)
+    found = run.plugin.snr()
+    energy = np.square(0.2 + 0.8 * np.exp(-1.5 * 2 * found.centers))
+    signal, noise = np.maximum(found.signal, 0), np.maximum(found.noise, 0)
+    kept = (energy @ signal) / (energy @ noise) * noise.sum() / signal.sum()
+    assert abs(kept - 1) > 0.01
+    got = run.plugin.metrics()["signal_to_noise/kept_over_total"]
+    assert got == pytest.approx(kept, rel=1e-3)  # the response is a series within its tolerance
+    run.close()
+
+
+def test_until_the_graph_is_known_no_filter_is_drawn(tmp_path):
+    edges = [{"family": "similarity", "features": "gradient", "neighbours": 3}]
+    run = Drawn(tmp_path, {**HEAT, "graph": {"edges": edges, "refresh_interval": 2}})
+    for is_known in (False, False, True):
+        run.step()
+        assert (run.facts[-1].gains.min() < 1) == is_known
+    run.close()
+
+
+def test_a_graph_that_was_rebuilt_is_not_kept(tmp_path):
+    edges = [{"family": "similarity", "neighbours": 3}]
+    graph = {"edges": edges, "refresh_interval": 2}
+    run = Drawn(tmp_path, {**HEAT, "graph": graph, "monitor": {"interval": 2, "bands": BANDS}})
+    run.step()
+    first = weakref.ref(run.plugin.graph)
+    run.step()
+    assert first() is run.plugin.graph
+    assert len(run.facts) == 1  # of that graph
+    run.plugin.stages[0].build()
+    gc.collect()
+    assert first() is None
+    run.close()
+
+
+def thinned_ratios(name):
+    """Update-to-weight ratios by role, weights around the update, elements kept and owned."""
+    usual, norms_module.LARGE = norms_module.LARGE, 200
+    try:
+        training = Training(CELLS[name], {"preset": "observe", "monitor": {"interval": 2}})
+    finally:
+        norms_module.LARGE = usual
+    before = training.snapshot()
+    training.step(0)
+    after = training.snapshot()
+    kept = sum(weight.numel() for weight in training.plugin.monitor._weights)
+    owned = sum(fragment.length for fragment in training.plugin.engine.fragments)
+    training.step(1)
+    metrics = training.plugin.metrics()
+    training.close()
+    return metrics, before, after, kept, owned
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("plain", 1), ("zero1", 3), ("fsdp2", 2)])
+def test_of_large_parameters_a_part_tells_how_far_they_moved(ranks, name, world_size):
+    results = ranks(world_size).run(thinned_ratios, name)
+    assert sum(kept for *_, kept, _ in results) < 0.2 * sum(owned for *_, owned in results)
+    for metrics, before, after, _, _ in results:
+        moved = {n: (after[n] - w).ravel() for n, w in before.items() if (after[n] != w).any()}
+        squares = {}
+        for parameter, update in moved.items():
+            taken = update[::17] if update.size > 200 else update
+            role = oracle.role_and_block(parameter)[0]
+            sums = np.array([np.sum(taken**2.0) / len(taken), np.mean(before[parameter] ** 2.0)])
+            squares[role] = squares.get(role, 0) + update.size * sums
+        assert len(squares) > 10
+        for role, (update, weight) in squares.items():
+            got = metrics[f"update_to_weight_by_role/{role}"]
+            assert got == pytest.approx(np.sqrt(update / weight), rel=1e-3)
+
+
+def test_a_part_tells_nearly_what_all_would():
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.randn(600, 500, generator=generator)
+    moved[:, :100] *= 10  # columns that are unlike others
+    parts = [Fragment("w", start, length) for start, length in ((5, 123_456), (123_461, 176_539))]
+    alone = Communicator.alone(torch.device("cpu"))
+    held = ParameterNorms({"w": (600, 500)}, [Fragment("w", 0, 5), *parts], alone)
+    flat = moved.reshape(-1)
+    thinned = held.thinned([flat[:5], *(flat[p.start : p.end] for p in parts)])
+    torch.testing.assert_close(torch.cat(thinned), flat[::17])
+    [square] = held.squares_of_thinned(thinned)
+    assert np.sqrt(square) == pytest.approx(float(moved.norm()), rel=0.02)
+
+
 def attach_with_a_folder(folder):
     Training(CELLS["ddp"], {"monitor": {"folder": folder}})
 
@@ -425,7 +613,7 @@ def test_scalars_join_deepspeeds_own_where_it_writes_csv_alone(ranks, tmp_path):
 
 def test_a_ratio_is_unknown_only_where_what_it_is_over_is():
     squares, over = np.array([4.0, 4.0, 0.0, 9.0]), np.array([np.nan, 0.0, 0.0, 1.0])
-    np.testing.assert_array_equal(_ratio(squares, over), [np.nan, 0, 0, 3])
+    np.testing.assert_array_equal(norms_module._ratio(squares, over), [np.nan, 0, 0, 3])
 
 
 @pytest.mark.parametrize(

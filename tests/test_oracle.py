@@ -209,10 +209,12 @@ def unfiltered(ranks):
     [
         ("plain", 1, "auto"),
         ("zero2", 2, "transpose"),
-        ("zero2", 3, "boundary"),
+        ("zero2", 4, "boundary"),
         ("zero3", 2, "boundary"),
+        ("zero3", 4, "auto"),
+        ("fsdp2", 2, "auto"),
         ("fsdp2", 3, "transpose"),
-        ("zero1", 4, "auto"),
+        ("fsdp2", 4, "boundary"),
     ],
 )
 def test_toolbox_equals_the_oracle_by_every_exchange(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Tikhonov, Window
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
 from spectral_ds.laplacian.block import LocalBlock
 from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.transpose import Transposition, column_slices
@@ -76,7 +76,7 @@ class Model(NamedTuple):
             self.layout,
             ALONE,
             ALONE,
-            hops=1,
+            work=Work(hops=1, moves=2),
             exchange="auto",
             kernel="torch_csr",
             bucket_elements=bucket_elements,

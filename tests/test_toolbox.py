@@ -10,13 +10,14 @@ import weakref
 from contextlib import contextmanager
 
 import numpy as np
+import oracle
 import pygsp
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from cells import CELLS, Training
 from test_spectrum import CPU, Sharded, nodes_of, random_arrays, shards, smooth_bands
+from traffic import counting_bytes
 
 import spectral_ds
 from spectral_ds.filters import (
@@ -28,7 +29,7 @@ from spectral_ds.filters import (
     TemporalFilter,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
 
@@ -57,24 +58,6 @@ def signal_of(name):
     return random_arrays(CASES[name][0], 1)
 
 
-@contextmanager
-def counting_bytes():
-    """A list that gets what each all-to-all of this rank sends to others, in bytes."""
-    usual, sent = dist.all_to_all_single, []
-
-    def counted(output, input, output_splits, input_splits, group=None):
-        assert input_splits[dist.get_rank()] == 0
-        assert sum(input_splits) == input.numel()
-        sent.append(input.numel() * input.element_size())
-        return usual(output, input, output_splits, input_splits, group=group)
-
-    dist.all_to_all_single = counted
-    try:
-        yield sent
-    finally:
-        dist.all_to_all_single = usual
-
-
 def filtered_on_ranks(name):
     """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; meetings."""
     sharded = sharded_of(name)
@@ -85,7 +68,7 @@ def filtered_on_ranks(name):
         plan = sharded.plan(
             sharded.graph,
             sharded.layout,
-            hops=transfer.hops,
+            work=Work(transfer.hops, moves=2),
             exchange=way.partition(",")[0],
             bucket_elements=bucket_elements,
         )
@@ -527,6 +510,46 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             assert np.ptp(gains) > 0.1 or not (estimate.signal + estimate.noise).any()
 
 
+@pytest.mark.parametrize("scope", ["parameter", "role"])
+@pytest.mark.parametrize(("kind", "sketch_width"), [("row", 0), ("row", 4), ("column", 5)])
+def test_edges_by_gradient_join_what_the_running_mean_says(scope, kind, sketch_width):
+    edge = {
+        "family": "similarity",
+        "features": "gradient",
+        "scope": scope,
+        "neighbours": 3,
+        "sketch_width": sketch_width,
+    }
+    section = {
+        "graph": {
+            "node": kind,
+            "edges": [edge],
+            "refresh_interval": 4,
+            "laplacian": "combinatorial",
+        },
+        "filter": {"response": "identity"},
+        "statistics": {"interval": 1, "decay": 0.7},
+    }
+    model = Blocks(3)
+    names = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    mean = dict.fromkeys(names, 0.0)
+    with attached(model, section) as (stepper, plugin):
+        for step in range(10):
+            if step == 8:  # the graph is made before the step's own sample is taken
+                expected = {n: mean[n] / (1 - 0.7**step) for n in names}
+            gradients = smooth_gradients(model, step)
+            for name in names:
+                mean[name] = 0.7 * mean[name] + 0.3 * gradients[name].double().numpy()
+            set_gradients(model, gradients)
+            stepper.step()
+        laplacian = plugin.graph.laplacian(names).toarray()
+    adjacency = oracle.adjacency_of(expected, [edge], 0, kind, mean_gradients=expected)
+    assert np.count_nonzero(adjacency) > 3 * len(adjacency)
+    np.testing.assert_allclose(
+        laplacian, oracle.laplacian_of(adjacency, "combinatorial"), atol=1e-5
+    )
+
+
 def test_rebuilding_the_graph_leaves_nothing_behind():
     section = {
         "graphs": [
@@ -569,7 +592,11 @@ METHODS = {
     },
     "whiten": {
         "preset": "whiten",
-        "graph": {"include": MLP, "refresh_interval": 2},
+        "graph": {
+            "include": MLP,
+            "edges": [{"family": "similarity", "features": "gradient", "scope": "role"}],
+            "refresh_interval": 2,
+        },
         "filter": {"temporal": {"decay": 0.7, "amplify": 1.5}, "interval": 3},
         "operator": {"exchange": "transpose"},
     },
@@ -687,7 +714,7 @@ def moments_of_a_rank_without_columns():
             layout,
             communicator,
             communicator,
-            hops=3,
+            work=Work(hops=3, moves=2),
             exchange=exchange,
             kernel="torch_csr",
             bucket_elements=2**20,

@@ -5,12 +5,12 @@ the engine's own files; `distributed.py` turns it into tensors for `torch.distri
 """
 
 from spectral_ds.checkpoint.distributed import from_tensors, to_tensors
-from spectral_ds.checkpoint.folder import FOLDER, CheckpointError, read_state, write_state
-from spectral_ds.checkpoint.state import Pieces, PluginState
+from spectral_ds.checkpoint.folder import read_state, write_state
+from spectral_ds.checkpoint.state import CheckpointError, PieceReader, Pieces, PluginState
 
 __all__ = [
-    "FOLDER",
     "CheckpointError",
+    "PieceReader",
     "Pieces",
     "PluginState",
     "from_tensors",

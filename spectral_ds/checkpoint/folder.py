@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from spectral_ds.checkpoint.state import PieceReader, PluginState, assemble
+from spectral_ds.checkpoint.state import (
+    CheckpointError,
+    PieceReader,
+    PluginState,
+    assemble,
+    check_graphs,
+)
 from spectral_ds.graph import Edges
 from spectral_ds.sharding import Communicator, Fragment
 
-FOLDER = "spectral_ds"
 MANIFEST = "manifest.json"
 VERSION = 2
 SEPARATOR = "|"
-
-
-class CheckpointError(RuntimeError):
-    """The plugin's part of a checkpoint cannot be used; says which file or parameter."""
 
 
 def write_state(folder: Path, state: PluginState, shard: int, everyone: Communicator) -> None:
@@ -121,7 +122,8 @@ class StateReader:
         everyone: all ranks; each checks a part of the files.
 
     Raises:
-        CheckpointError: a file is missing, cut or altered, or is of another model or graph.
+        CheckpointError: a file is missing, unreadable, cut or altered, or is of another model or
+            graph.
 
     Attributes:
         numbers: as saved.
@@ -141,33 +143,35 @@ class StateReader:
             parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in manifest["graphs"]]
             for path in self._files:
                 self._read_header(path, parts)
+            if not all(parts):
+                raise CheckpointError(f"{folder} lacks the edges of a graph")
             self.edges = [
                 Edges(*(torch.cat(part[name]).numpy() for name in ("source", "target", "weight")))
                 for part in parts
             ]
 
     def _read_header(self, path: Path, edges: list[dict[str, list[torch.Tensor]]]) -> None:
-        with safe_open(path, "pt") as file:
+        with _reading(path), safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
-                kind, *rest = key.split(SEPARATOR)
+                kind, rest = key.split(SEPARATOR, 1)
                 if kind == "number":
-                    self.numbers[rest[0]] = file.get_tensor(key)
+                    self.numbers[rest] = file.get_tensor(key)
                 elif kind == "edges":
-                    edges[int(rest[0])].setdefault(rest[1], []).append(file.get_tensor(key))
+                    index, part = rest.split(SEPARATOR)
+                    edges[int(index)].setdefault(part, []).append(file.get_tensor(key))
                 else:
+                    parameter, start = rest.rsplit(SEPARATOR, 1)  # a name may hold separators
                     (length,) = file.get_slice(key).get_shape()
-                    runs = self._runs.setdefault(kind, {}).setdefault(rest[0], [])
-                    runs.append((int(rest[1]), length, partial(_read_run, path, key)))
+                    runs = self._runs.setdefault(kind, {}).setdefault(parameter, [])
+                    runs.append((int(start), length, partial(_read_run, path, key)))
 
-    def pieces(
-        self, kind: str, wanted: Sequence[Fragment], may_lack: bool
-    ) -> list[torch.Tensor | None]:
+    def pieces(self, kind: str, wanted: Sequence[Fragment]) -> list[torch.Tensor]:
         """Values of wanted fragments, however they were cut when saved; no communication.
 
         Raises:
-            CheckpointError: elements of a parameter are missing.
+            CheckpointError: elements of a parameter are missing, or a file cannot be read.
         """
-        return assemble(kind, wanted, may_lack, self._runs.get(kind, {}), CheckpointError)
+        return assemble(kind, wanted, self._runs.get(kind, {}))
 
 
 def read_state(
@@ -179,14 +183,25 @@ def read_state(
 
 
 def _read_run(path: Path, key: str, first: int, last: int) -> torch.Tensor:
-    with safe_open(path, "pt") as file:
+    with _reading(path), safe_open(path, "pt") as file:
         values: torch.Tensor = file.get_slice(key)[first:last]
         return values
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What cannot be read is a CheckpointError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    try:
+    with _reading(path):
         manifest = json.loads(path.read_text("utf-8"))
         keys = {"version", "model", "graphs", "files"}
         if not isinstance(manifest, dict) or not keys <= manifest.keys():
@@ -196,10 +211,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
         for entry in manifest["files"]:
             if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
                 raise ValueError(f"each file must have name, bytes and sha256, unlike {entry}")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if manifest["version"] != VERSION:
         raise CheckpointError(
             f"{path} is of version {manifest['version']}; this version reads {VERSION}"
@@ -217,22 +228,15 @@ def _check_same(manifest: dict[str, Any], expected: PluginState, path: Path) -> 
             )
     if list(saved) != list(expected.model):
         raise CheckpointError(f"{path} is of another model: parameters are in another order")
-    if manifest["graphs"] != expected.graphs:
-        raise CheckpointError(
-            f"{path} is of another graph configuration (spectral_ds.graph, graphs or seed); "
-            "restore it, or set spectral_ds.checkpoint.strict to false to start with a new graph"
-        )
+    check_graphs(manifest["graphs"], expected.graphs, str(path))
 
 
 def _check_file(path: Path, entry: dict[str, Any], index: int, everyone: Communicator) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if path.stat().st_size != entry["bytes"]:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}")
-    if index % everyone.world_size == everyone.rank and _digest(path) != entry["sha256"]:
-        raise CheckpointError(f"{path} is altered: its SHA-256 is not that of the manifest")
-    try:
+    with _reading(path):
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, not {entry['bytes']}")
+        if index % everyone.world_size == everyone.rank and _digest(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is altered: its SHA-256 is not that of the manifest")
         with safe_open(path, "pt"):
             pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -9,6 +9,10 @@ from spectral_ds.graph import Edges
 from spectral_ds.sharding import Fragment
 
 
+class CheckpointError(RuntimeError):
+    """The plugin's part of a checkpoint cannot be used; says which file or parameter."""
+
+
 @dataclass
 class Pieces:
     """Runs of flattened tensors, one for each of some fragments; None: there is none.
@@ -16,12 +20,10 @@ class Pieces:
     Attributes:
         fragments: parameter, start and length of each.
         values: flat, float32.
-        may_lack: whether a reader may go on without.
     """
 
     fragments: Sequence[Fragment]
     values: list[torch.Tensor | None]
-    may_lack: bool = False
 
 
 @dataclass
@@ -45,27 +47,50 @@ class PluginState:
 
 
 # Gives the values of wanted fragments of one kind.
-PieceReader = Callable[[str, Sequence[Fragment], bool], list[torch.Tensor | None]]
+PieceReader = Callable[[str, Sequence[Fragment]], list[torch.Tensor]]
+
+
+def check_graphs(saved: Sequence[str], expected: Sequence[str], where: str) -> None:
+    """Compare the digests of two states' graphs.
+
+    Args:
+        where: the saved state, for the error.
+
+    Raises:
+        CheckpointError: they differ; says in which graph.
+    """
+    if len(saved) != len(expected):
+        difference = f"{len(saved)} graphs there and {len(expected)} here"
+    else:
+        pairs = enumerate(zip(saved, expected, strict=True))
+        numbers = [str(index) for index, (there, here) in pairs if there != here]
+        if not numbers:
+            return
+        difference = f"graph {', '.join(numbers)} of {len(expected)} differs, counted from 0"
+    raise CheckpointError(
+        f"{where} is of another graph configuration (spectral_ds.graph, graphs or seed): "
+        f"{difference}; restore it, or set spectral_ds.checkpoint.strict to false to start with a "
+        "new graph"
+    )
 
 
 def assemble(
     kind: str,
     wanted: Sequence[Fragment],
-    may_lack: bool,
     available: dict[str, list[tuple[int, int, Callable[[int, int], torch.Tensor]]]],
-    fail: Callable[[str], Exception],
-) -> list[torch.Tensor | None]:
+) -> list[torch.Tensor]:
     """Put wanted runs together from saved ones, however they were cut.
 
     Args:
         kind: for the error.
         wanted: runs to put together.
-        may_lack: whether a parameter may have none.
         available: by parameter: (start, length, read), where read(first, last) gives that part of
             the saved run.
-        fail: makes the error.
+
+    Raises:
+        CheckpointError: elements of a parameter are missing.
     """
-    found: list[torch.Tensor | None] = []
+    found: list[torch.Tensor] = []
     for fragment in wanted:
         runs = available.get(fragment.parameter, [])
         values = torch.empty(fragment.length)
@@ -76,13 +101,10 @@ def assemble(
                 offset = position - fragment.start
                 values[offset : offset + last - position] = read(position - start, last - start)
                 position = last
-        if position == fragment.end:
-            found.append(values)
-        elif may_lack and position == fragment.start:
-            found.append(None)
-        else:
-            raise fail(
+        if position != fragment.end:
+            raise CheckpointError(
                 f"{kind} of parameter {fragment.parameter!r} lacks elements [{position}, "
                 f"{fragment.end})"
             )
+        found.append(values)
     return found

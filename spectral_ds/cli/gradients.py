@@ -6,7 +6,7 @@ import torch
 
 from spectral_ds.cli.subject import Subject
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.laplacian import ParameterGraph, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, Work, Workspace, make_plan
 from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 from spectral_ds.stage import bucket_elements
@@ -78,7 +78,7 @@ def statistics_on(subject: Subject, graph: ParameterGraph, bands: int) -> Gradie
         sketches.layout,
         communicator,
         communicator,
-        hops=1,
+        work=Work(hops=1, moves=2),
         exchange="boundary",
         kernel="torch_csr",
         bucket_elements=bucket_elements(communicator.device),

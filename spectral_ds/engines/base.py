@@ -14,6 +14,9 @@ import torch
 
 from spectral_ds.sharding import Communicator, Fragment
 
+# What torch.compile and activation checkpointing put into parameter names.
+WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
 
 class UnsupportedEngineError(RuntimeError):
     """The engine, or a feature of it that is in use, is not supported."""
@@ -26,8 +29,8 @@ class Engine(ABC):
         communicator: the ranks over which parameters are sharded; this rank alone where every
             rank holds them whole.
         everyone: all ranks that train together, replicas included.
-        shapes: full shape of each trainable parameter by name, in model order; equal on all
-            ranks.
+        shapes: full shape of each trainable parameter by canonical name, in model order; equal on
+            all ranks.
         fragments: what this rank owns; fixed. `gradients`, `weights` and `learning_rates` follow
             this order.
         holders: the user's objects by which the plugin can be found again.
@@ -101,17 +104,18 @@ class Engine(ABC):
         """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
 
     def carry(  # noqa: B027
-        self, save: Callable[[Path], None], load: Callable[[Path, bool], None]
+        self, save: Callable[[Path], None], load: Callable[[Path, bool, int], None]
     ) -> None:
         """Have the engine's own checkpoints carry the plugin's state, if it makes any.
 
         Args:
             save: writes the state into a folder of the checkpoint.
-            load: reads it; the second argument tells whether the checkpoint says that it has one.
+            load: reads it; is also told whether the checkpoint says that it has one, and the step
+                that the engine has restored from it.
         """
 
     def restore_step(self, step: int) -> None:  # noqa: B027
-        """Go on counting steps from here, where the engine does not restore `step` by itself."""
+        """Go on counting steps from here, if the plugin may set `step`; else `step` stays."""
 
     def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
         """A float32 tensor that `torch.distributed.checkpoint` saves as the parameter's shards.
@@ -159,3 +163,10 @@ class Engine(ABC):
     @abstractmethod
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what torch.compile and activation checkpointing add."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.base import Engine, UnsupportedEngineError, canonical_name
 from spectral_ds.engines.hooks import after_step_of, before_step_of
 from spectral_ds.sharding import Communicator, Fragment
 
 logger = logging.getLogger(__name__)
-
-# What wrappers put into parameter names.
-WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class TorchEngine(Engine):
@@ -97,10 +94,33 @@ class TorchEngine(Engine):
     def install(
         self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
     ) -> None:
-        self._handles = [before_step_of(self._optimizer, before_step)]
+        self._handles = []
         if after_update is not None:
-            self._handles.append(after_step_of(self._optimizer, after_update))
-        self._handles.append(after_step_of(self._optimizer, self._count_step))
+            self._handles = self._call_unless_skipped(after_update)
+        self._handles += [
+            before_step_of(self._optimizer, before_step),
+            after_step_of(self._optimizer, self._count_step),
+        ]
+
+    def _call_unless_skipped(self, after_update: Callable[[], None]) -> list[Any]:
+        """Call it after each step, but those that torch.amp has a fused optimizer skip.
+
+        torch.amp calls the step of a fused optimizer in any case, and tells it on the device
+        whether to skip. That is read before the step, where `loss_scale` waits for the same work of
+        the device; without torch.amp there is nothing to read.
+        """
+        is_skipped = False
+
+        def note() -> None:
+            nonlocal is_skipped
+            found_inf = getattr(self._optimizer, "found_inf", None)
+            is_skipped = found_inf is not None and bool(found_inf)
+
+        def call() -> None:
+            if not is_skipped:
+                after_update()
+
+        return [before_step_of(self._optimizer, note), after_step_of(self._optimizer, call)]
 
     def _count_step(self) -> None:
         self._step += 1
@@ -132,13 +152,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             model = inner
         else:
             return model
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without what torch.compile and activation checkpointing add."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
 
 
 def _refuse_fsdp1(module: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ overflow check, norm and clipping. (An optimizer pre-step hook would come after 
 once per parameter group.) `after_update` has its place in the step of each kind of optimizer.
 """
 
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.base import Engine, UnsupportedEngineError, canonical_name
 from spectral_ds.engines.hooks import WrappedMethod, require_method
 from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator, Fragment
@@ -48,10 +49,11 @@ class DeepSpeedEngine(Engine):
         self._places: list[tuple[int, ...]] = []
         # DeepSpeed keeps the float32 gradient on the CPU, and norms that it took during backward.
         self._is_offloaded = False
-        # The gradient of a parameter that a step does not use is that of an earlier step.
+        # The gradient of a parameter that a step does not use is that of an earlier step, or zeros.
         self._keeps_old_gradients = False
         self._used: UsedParameters | None = None
-        self._name_of = {id(p): name for name, p in engine.module.named_parameters()}
+        self._named = {canonical_name(n): p for n, p in engine.module.named_parameters()}
+        self._name_of = {id(parameter): name for name, parameter in self._named.items()}
 
     def _add_fragment(
         self,
@@ -70,7 +72,7 @@ class DeepSpeedEngine(Engine):
         """Full shapes of the parameters with these ids, in model order."""
         return {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self._engine.module.named_parameters()
+            for name, parameter in self._named.items()
             if id(parameter) in trained and getattr(parameter, "ds_numel", parameter.numel()) > 0
         }
 
@@ -140,8 +142,16 @@ class DeepSpeedEngine(Engine):
 
         self._handles.append(WrappedMethod(self._engine, "backward", backward))
 
-    def carry(self, save: Callable[[Path], None], load: Callable[[Path, bool], None]) -> None:
+    def carry(self, save: Callable[[Path], None], load: Callable[[Path, bool, int], None]) -> None:
+        """See `Engine.carry`; the state is in `<tag>/spectral_ds`.
+
+        It is written before DeepSpeed's own files, and these before DeepSpeed names the newest tag.
+        A crash on the way leaves the newest tag as it was, if the tag being written is another. If
+        a tag is written again, a crash may leave the state of one step with files of another, which
+        `load` refuses.
+        """
         engine = self._engine
+        signature = inspect.signature(engine.load_checkpoint)
 
         def save_checkpoint(
             original: Callable[..., Any],
@@ -152,7 +162,6 @@ class DeepSpeedEngine(Engine):
             **kwargs: Any,
         ) -> Any:
             tag = f"global_step{engine.global_steps}" if tag is None else tag
-            # DeepSpeed names the newest checkpoint last, so that a crash leaves the one before.
             save(Path(save_dir, str(tag), FOLDER))
             marked = {**(client_state or {}), FOLDER: {"tag": str(tag)}}
             return original(save_dir, tag, marked, *args, **kwargs)
@@ -161,13 +170,15 @@ class DeepSpeedEngine(Engine):
             original: Callable[..., Any], load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
         ) -> Any:
             path, client_state = original(load_dir, tag, *args, **kwargs)
-            if path is not None and not kwargs.get("load_module_only", False):
+            given = signature.bind(load_dir, tag, *args, **kwargs).arguments
+            # Weights alone: DeepSpeed does not set its step either.
+            if path is not None and not given.get("load_module_only", False):
                 mark = (client_state or {}).get(FOLDER)
                 folder = Path(path).parent / FOLDER
                 if mark and not folder.is_dir():
                     # A universal checkpoint lies beside the one that it was made from.
                     folder = Path(load_dir, mark["tag"], FOLDER)
-                load(folder, mark is not None)
+                load(folder, mark is not None, self.step)
             return path, client_state
 
         self._handles += [

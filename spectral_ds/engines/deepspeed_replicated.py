@@ -35,7 +35,7 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine):
             for position, parameter in enumerate(parameters):
                 place_of[id(parameter)] = (group, position, offset)
                 offset += parameter.numel()
-        named = dict(engine.module.named_parameters())
+        named = self._named
         self.shapes = self._shapes_of(
             {id(p) for p in named.values() if p.requires_grad and id(p) in place_of}
         )

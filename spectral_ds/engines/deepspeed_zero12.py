@@ -19,7 +19,8 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.optimizer.real_dp_process_group[0])
         zero = self._optimizer
-        self._is_offloaded = self._keeps_old_gradients = bool(zero.cpu_offload)
+        self._is_offloaded = bool(zero.cpu_offload)
+        self._keeps_old_gradients = True  # on the device they are zeros instead
         self.shapes = self._shapes_of({id(p) for group in zero.bit16_groups for p in group})
         for group, parameters in enumerate(zero.params_in_partition):
             self._add_fragments(group, parameters)
@@ -41,7 +42,7 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
         if self._is_offloaded:
             return self._offloaded_gradients()
         # DeepSpeed's list follows `params_in_partition`; what belongs to no parameter is padding.
-        tensors: list[torch.Tensor | None] = [
+        tensors = [
             tensor.view(-1)
             for group, parameters in enumerate(zero.params_in_partition)
             for tensor, _ in zip(
@@ -55,10 +56,13 @@ class DeepSpeedZero12Engine(DeepSpeedEngine):
             )
             if tensor.numel() > 0
         ]
-        assert [0 if t is None else t.numel() for t in tensors] == [
+        assert [tensor.numel() for tensor in tensors] == [
             fragment.length for fragment in self.fragments
         ], "gradients do not tile the shard"
-        return tensors
+        return [
+            tensor if self._has_gradient(parameter) else None
+            for tensor, parameter in zip(tensors, self._parameters, strict=True)
+        ]
 
     def _offloaded_gradients(self) -> list[torch.Tensor | None]:
         partitions = self._optimizer.single_partition_of_fp32_groups

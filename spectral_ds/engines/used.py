@@ -1,4 +1,4 @@
-"""Which parameters got a gradient since the last step, for engines that keep old ones."""
+"""Which parameters got a gradient since the last step, for engines that do not tell."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 class UsedParameters:
     """Notes each parameter whose gradient a backward pass computes.
 
-    ZeRO-3 and offloaded ZeRO-1 and 2 keep the last step's gradient of a parameter that a step does
-    not use, and nothing in them tells the two apart.
+    A parameter that a step does not use keeps its last gradient in ZeRO-3 and in offloaded ZeRO-1
+    and 2, and has a gradient of zeros in ZeRO-1 and 2 on the device; nothing in them tells it from
+    a used one. All of them need every rank to use the same parameters, so that what this rank used
+    is what all did.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:

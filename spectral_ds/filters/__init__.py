@@ -18,6 +18,7 @@ from spectral_ds.filters.spectral_filter import GraphFilter, SpectralFilter
 from spectral_ds.filters.temporal import TemporalFilter
 from spectral_ds.filters.transfer import NO_SERIES, BandTransfer, FixedTransfer, Transfer
 from spectral_ds.filters.updates import Updates
+from spectral_ds.filters.work import filter_work, penalty_work
 
 __all__ = [
     "NO_SERIES",
@@ -42,6 +43,8 @@ __all__ = [
     "Transfer",
     "Updates",
     "Window",
+    "filter_work",
+    "penalty_work",
     "whiten_gains",
     "wiener_gains",
 ]

@@ -22,8 +22,13 @@ class GraphFunction:
         self.operators = operators
         self._made_for: tuple[float, float, int] | None = None
         self._coefficients = torch.empty(0)
-        # a + b · h(L) as a dense matrix, by the id of its eigenbasis.
-        self._matrices: dict[int, torch.Tensor] = {}
+        # Each eigenbasis, and h at its eigenvalues, by the basis's id.
+        self._bases = {
+            id(op.eigenbasis): (op.eigenbasis, transfer.at(op.eigenbasis.values))
+            for op in operators
+            if op.eigenbasis is not None
+        }
+        self._matrices: dict[int, torch.Tensor] = {}  # a + b · h(L), by the same
 
     def set(self, constant: float, factor: float) -> None:
         """Evaluate a + b · h anew if a, b or h have changed; no communication."""
@@ -31,10 +36,8 @@ class GraphFunction:
         if key == self._made_for:
             return
         self._made_for = key
-        bases = {id(op.eigenbasis): op.eigenbasis for op in self.operators if op.eigenbasis}
-        for number, basis in bases.items():
-            values = constant + factor * self.transfer.values(basis.values)
-            self._matrices[number] = basis.function(values)
+        for number, (basis, values) in self._bases.items():
+            self._matrices[number] = basis.function(constant + factor * values())
         if any(op.is_active and op.eigenbasis is None for op in self.operators):
             coefficients = factor * self.transfer.coefficients()
             coefficients[0] += constant

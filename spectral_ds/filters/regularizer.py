@@ -76,7 +76,7 @@ class GraphPenalty:
 
     def largest(self) -> float:
         """The largest r(λ) + ρ on the spectrum (it synchronizes)."""
-        return float(self.transfer.values(np.linspace(-1, 1, 1001)).max()) + self._ridge
+        return float(self.transfer.at(np.linspace(-1, 1, 1001))().max()) + self._ridge
 
     def add(
         self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]

@@ -42,8 +42,8 @@ class Transfer(Protocol):
     def coefficients(self) -> torch.Tensor:
         """Chebyshev coefficients, (hops + 1,), float64."""
 
-    def values(self, x: Values) -> torch.Tensor:
-        """h at x = 2λ/λ_max − 1, float64."""
+    def at(self, x: Values) -> Callable[[], torch.Tensor]:
+        """Gives h, as it is when called, at x = 2λ/λ_max − 1; float64."""
 
     def describe(self) -> str:
         """How it is evaluated, for people."""
@@ -74,6 +74,7 @@ class FixedTransfer:
         device: torch.device,
     ) -> None:
         self._response, self._lambda_max, self._device = response, graph.lambda_max, device
+        self._coefficients: torch.Tensor | None = None
         self._is_exact = order == "auto"
         if isinstance(order, int) and response.degree is not None:
             order = min(order, response.degree)  # higher coefficients are 0 up to rounding
@@ -85,20 +86,24 @@ class FixedTransfer:
         except ToleranceError:
             if not graph.only_paths:
                 raise
-        self.hops = NO_SERIES if self._series is None else self._series.order
-        self.error = 0.0 if self._series is None else self._series.error
-        self.is_identity = self._series is not None and self._series.coefficients == (1.0,)
+        self.hops, self.error, self.is_identity = NO_SERIES, 0.0, False
+        if self._series is not None:
+            found = self._series.coefficients
+            self.hops, self.error = self._series.order, self._series.error
+            self.is_identity = found == (1.0,)
+            self._coefficients = torch.tensor(found, dtype=torch.float64, device=device)
 
     def coefficients(self) -> torch.Tensor:
-        assert self._series is not None, "who needs a series has asked for its hops"
-        return torch.tensor(self._series.coefficients, dtype=torch.float64, device=self._device)
+        assert self._coefficients is not None, "who needs a series has asked for its hops"
+        return self._coefficients
 
-    def values(self, x: Values) -> torch.Tensor:
+    def at(self, x: Values) -> Callable[[], torch.Tensor]:
         if self._is_exact or self._series is None:
             found = self._response(np.maximum(frequency(x, self._lambda_max), 0))
         else:
             found = self._series(x)
-        return torch.from_numpy(found).to(self._device)
+        values = torch.from_numpy(found).to(self._device)
+        return lambda: values
 
     def describe(self) -> str:
         if self._series is None:
@@ -139,10 +144,9 @@ class BandTransfer:
     def coefficients(self) -> torch.Tensor:
         return self._gains() @ self._bands
 
-    def values(self, x: Values) -> torch.Tensor:
-        order = self._bands.shape[1] - 1
-        polynomials = torch.from_numpy(chebyshev.chebvander(x, order)).to(self._device)
-        return polynomials @ self.coefficients()
+    def at(self, x: Values) -> Callable[[], torch.Tensor]:
+        polynomials = torch.from_numpy(chebyshev.chebvander(x, self.hops)).to(self._device)
+        return lambda: polynomials @ self.coefficients()
 
     def describe(self) -> str:
         return f"by bands, of Chebyshev order {self.hops}"

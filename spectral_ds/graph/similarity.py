@@ -15,8 +15,9 @@ import torch
 from spectral_ds.graph.nodes import ParameterNodes
 
 # Cosines are compared to this resolution, so that nodes at equal distance are ordered by number
-# and not by the rounding of a matrix product, which depends on how rows are divided among ranks.
-COSINE_STEPS = 10**9
+# and not by rounding, which depends on how rows are divided among ranks. Sketches of weights are
+# float64 sums; those of gradients add up in float32.
+COSINE_STEPS = {"weights": 10**9, "gradient": 10**6}
 
 # A block of the cosine matrix holds at most this many elements (float64: 128 MiB).
 BLOCK_ELEMENTS = 2**24
@@ -60,7 +61,7 @@ class Similarity:
 
 
 def nearest(
-    features: torch.Tensor, rows: torch.Tensor, neighbours: int
+    features: torch.Tensor, rows: torch.Tensor, neighbours: int, cosine_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The nearest nodes by cosine, ties by node number. A zero feature has no neighbours.
 
@@ -68,6 +69,7 @@ def nearest(
         features: (nodes, feature width), float64.
         rows: (n,), int64: the nodes to find neighbours for.
         neighbours: k >= 1.
+        cosine_steps: cosines that differ by less than 1/cosine_steps may count as equal.
 
     Returns:
         source, target (pairs,), int64, and squared distance d² = 2(1 − cos) (pairs,), float64.
@@ -80,15 +82,15 @@ def nearest(
     number = torch.arange(nodes, device=features.device)
     parts = []
     for block in rows.split(max(1, BLOCK_ELEMENTS // max(nodes, 1))) if count > 0 else ():
-        cosine = ((unit[block] @ unit.T).clamp_(-1, 1) * COSINE_STEPS).round_().long()
+        cosine = ((unit[block] @ unit.T).clamp_(-1, 1) * cosine_steps).round_().long()
         # One integer orders by cosine first, by lower node number second.
-        key = (cosine + COSINE_STEPS) * nodes + (nodes - 1 - number)
+        key = (cosine + cosine_steps) * nodes + (nodes - 1 - number)
         key[:, is_zero] = -1
         key.scatter_(1, block[:, None], -1)
         key, target = key.topk(count, dim=1)
         valid = (key >= 0) & ~is_zero[block][:, None]
-        cosine = key.div(nodes, rounding_mode="floor") - COSINE_STEPS
-        distance = 2 - cosine.double() * (2 / COSINE_STEPS)
+        cosine = key.div(nodes, rounding_mode="floor") - cosine_steps
+        distance = 2 - cosine.double() * (2 / cosine_steps)
         source = block[:, None].expand_as(target)
         parts.append((source[valid], target[valid], distance[valid].clamp_min_(0)))
     if not parts:

@@ -5,6 +5,7 @@ from spectral_ds.laplacian.kernels import KernelName, KernelUnavailableError, re
 from spectral_ds.laplacian.operator import LaplacianOperator
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.plan import ExchangeName, OperatorPlan, make_plan
+from spectral_ds.laplacian.work import Work
 from spectral_ds.laplacian.workspace import Scratch, Workspace
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ParameterGraph",
     "Scratch",
     "WeightFeatures",
+    "Work",
     "Workspace",
     "make_plan",
     "require_kernel",

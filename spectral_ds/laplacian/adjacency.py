@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import EdgeFamily, Edges, Similarity
-from spectral_ds.graph.similarity import gaussian_weight, nearest
+from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
 from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.laplacian.features import FeatureSource
 from spectral_ds.laplacian.owners import RowOwners
@@ -67,7 +67,8 @@ def _similarity_edges(
         if features is None:
             continue
         own = torch.from_numpy(np.flatnonzero(np.isin(nodes, primary))).to(features.device)
-        origin, target, distance = nearest(features, own, family.neighbours)
+        steps = COSINE_STEPS[family.features]
+        origin, target, distance = nearest(features, own, family.neighbours, steps)
         total = torch.stack((distance.sum(), distance.new_tensor(float(distance.numel()))))
         distance_sum, pairs = communicator.sum_(total).tolist()
         weight = gaussian_weight(distance, distance_sum / max(pairs, 1.0))

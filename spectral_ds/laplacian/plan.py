@@ -1,8 +1,8 @@
 """The plan: how each group of parameters is brought together, and the operators that do it.
 
 Boundary: own rows stay, boundary rows come, once a hop. Transpose: all rows come, in slices of
-columns, once a filter. Both are equal in result; `auto` takes the one that sends fewer bytes, group
-of joined parameters by group.
+columns, once a function of L. Both are equal in result; `auto` takes the one that sends fewer
+bytes, group of joined parameters by group.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from spectral_ds.laplacian.operator import LaplacianOperator, chebyshev_block, l
 from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.transpose import Transposition, column_slices
+from spectral_ds.laplacian.work import Work
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
 
 ExchangeName = Literal["auto", "boundary", "transpose"]
@@ -37,32 +38,32 @@ class OperatorPlan:
     Attributes:
         operators: one a bucket.
         meetings: how many groups meet in which way.
-        hops: products with L that one filter takes.
+        work: what is to be done at a step.
         bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
         bytes_per_move: that they send to bring the signal of transposed groups, or to return it.
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
     meetings: dict[Meeting, int] = field(default_factory=dict)
-    hops: int = 0
+    work: Work = field(default_factory=Work)
     bytes_per_hop: int = 0
     bytes_per_move: int = 0
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that all ranks together send for one filter."""
-        return self.bytes_of(self.hops, moves=2)
+        """Bytes that all ranks together send at a step."""
+        return self.bytes_of(self.work)
 
-    def bytes_of(self, hops: int, moves: int) -> int:
-        """Bytes that all ranks together send for so many products, and so many signals moved."""
-        return hops * self.bytes_per_hop + moves * self.bytes_per_move
+    def bytes_of(self, work: Work) -> int:
+        """Bytes that all ranks together send for other work."""
+        return work.hops * self.bytes_per_hop + work.moves * self.bytes_per_move
 
     def describe(self) -> str:
         """One sentence for people."""
         kernels = sorted({op.kernel.name for op in self.operators if op.kernel is not None})
         ways = ", ".join(f"{count} {way}" for way, count in self.meetings.items() if count)
         return (
-            f"groups of joined parameters: {ways} ({self.bytes_sent / 2**20:.2f} MiB a filter over "
+            f"groups of joined parameters: {ways} ({self.bytes_sent / 2**20:.2f} MiB a step over "
             f"all ranks); {len(self.operators)} buckets; kernel {', '.join(kernels) or 'none'}"
         )
 
@@ -73,7 +74,7 @@ def make_plan(
     communicator: Communicator,
     everyone: Communicator,
     *,
-    hops: int,
+    work: Work,
     exchange: ExchangeName,
     kernel: KernelName,
     bucket_elements: int,
@@ -84,14 +85,14 @@ def make_plan(
     Args:
         layout: the fragments of all ranks.
         everyone: all ranks; more than the communicator's if parameters are replicated.
-        hops: products with L that one filter takes.
+        work: what is to be done at a step.
         exchange: which way to bring neighbours together, where a group needs any.
         kernel: the multiply kernel of sparse blocks.
         bucket_elements: no rank stores more of one bucket, unless 16 columns are larger.
         dtype: of the signals.
     """
-    meetings = _meetings(graph.groups, layout, communicator, hops, exchange)
-    plan = OperatorPlan(meetings=_counted(meetings), hops=hops)
+    meetings = _meetings(graph.groups, layout, communicator, work, exchange)
+    plan = OperatorPlan(meetings=_counted(meetings), work=work)
     maker = _Maker(graph, layout, communicator, everyone, kernel, dtype)
     for meeting, members in _packed(graph.groups, meetings, layout.world_size, bucket_elements):
         plan.operators.extend(maker.operators(meeting, members, bucket_elements))
@@ -108,7 +109,7 @@ def _meetings(
     groups: Sequence[Group],
     layout: ShardLayout,
     communicator: Communicator,
-    hops: int,
+    work: Work,
     exchange: ExchangeName,
 ) -> list[Meeting]:
     """How each group's rows meet; one all-reduce."""
@@ -123,15 +124,22 @@ def _meetings(
         needed = intervals.total(LocalBlock.of(width, rectangles, group.edges).needed)
         counts[index] = needed, away
     total = communicator.sum_(torch.from_numpy(counts).to(communicator.device)).tolist()
-    found: list[Meeting] = []
-    for needed, away in total:
-        if needed == 0:
-            found.append("local")
-        elif exchange == "transpose" or (exchange == "auto" and 2 * away < hops * needed):
-            found.append("transpose")
-        else:
-            found.append("boundary")
-    return found
+    return [meeting_of(needed, away, work, exchange) for needed, away in total]
+
+
+def meeting_of(needed: int, away: int, work: Work, exchange: ExchangeName) -> Meeting:
+    """How a group's rows meet.
+
+    Args:
+        needed: elements that ranks need of each other in a hop.
+        away: elements that leave their rank when the group is transposed.
+    """
+    if needed == 0:
+        return "local"
+    is_cheaper = work.moves * away < work.hops * needed
+    if exchange == "transpose" or (exchange == "auto" and is_cheaper):
+        return "transpose"
+    return "boundary"
 
 
 def _counted(meetings: Sequence[Meeting]) -> dict[Meeting, int]:

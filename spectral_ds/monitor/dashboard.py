@@ -33,7 +33,8 @@ class StepFacts:
 
     Attributes:
         before, after: (bands,): share of energy.
-        gains: response at the middles of the density's bins.
+        gains: of the filter, (1 − s) + s · h(λ), at the middles of the density's bins.
+        strength: s.
         signal_to_noise: None before the second sample.
         adaptive: the gain of each band of an adaptive response, else None.
         tables: (title, label, (blocks, roles)) of heat maps.
@@ -43,6 +44,7 @@ class StepFacts:
     before: Values
     after: Values
     gains: Values
+    strength: float
     signal_to_noise: SignalToNoise | None
     adaptive: Values | None
     tables: Sequence[tuple[str, str, Values]]
@@ -93,7 +95,9 @@ class Dashboard:
         highest = float(density.edges[-1])
         draw(
             "density_of_states",
-            lambda: figures.density_figure(density.share, density.edges, step.gains, self.response),
+            lambda: figures.density_figure(
+                density.share, density.edges, step.gains, self.response, step.strength
+            ),
         )
         draw("energy", lambda: figures.energy_figure(step.before, step.after, highest))
         steps, energies = (np.array(part) for part in zip(*self._history, strict=True))

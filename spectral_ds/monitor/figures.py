@@ -59,16 +59,19 @@ def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
 
 
 @_styled
-def density_figure(share: Values, edges: Values, gains: Values, response: str) -> "Figure":
+def density_figure(
+    share: Values, edges: Values, gains: Values, response: str, strength: float
+) -> "Figure":
     """Density of states, and what the filter does to each frequency.
 
     Args:
         share: (bins,): share of the eigenvalues in each bin.
         edges: (bins + 1,): frequencies λ.
-        gains: (bins,): the response at the bins' middles.
+        gains: (bins,): of the filter at the bins' middles.
         response: its name.
+        strength: of the filter.
     """
-    figure, axes = _new("Density of states and response")
+    figure, axes = _new("Density of states and filter")
     edges = edges if edges[-1] > edges[0] else _edges(len(share), 1.0)
     middles = (edges[:-1] + edges[1:]) / 2
     axes.bar(edges[:-1], _finite(share), np.diff(edges), align="edge", color=SKY, edgecolor="white")
@@ -78,7 +81,7 @@ def density_figure(share: Values, edges: Values, gains: Values, response: str) -
     over.plot(middles, _finite(gains), color=RED, lw=2.5, marker="o" if len(gains) <= 32 else "")
     over.spines["right"].set_visible(True)
     over.tick_params(axis="y", labelcolor=RED)
-    over.set_ylabel(f"gain of the response, {response}", color=RED)
+    over.set_ylabel(f"gain, {response} at strength {strength:.3g}", color=RED)
     _few_ticks(over.yaxis)
     over.set_ylim(_limits(gains))
     axes.set_ylim(0, _limits(share)[1])

@@ -12,6 +12,10 @@ from spectral_ds.sharding import Communicator, Fragment
 Signal = Sequence[torch.Tensor | None]
 Values = npt.NDArray[np.float64]
 
+# Of a parameter of more elements than this, `thinned` takes one in a stride; which divides hardly
+# any width, so that all columns are among them.
+LARGE, STRIDE = 2**18, 17
+
 
 class ParameterNorms:
     """Sums of squares by parameter, gathered by block and role.
@@ -36,6 +40,12 @@ class ParameterNorms:
         position = {node.name: index for index, node in enumerate(nodes)}
         owners = [position[fragment.parameter] for fragment in fragments]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=communicator.device)
+        self._is_large = [nodes[position].numel > LARGE for position in owners]
+        # Counted in the whole parameter, so that every sharding takes the same.
+        self._skipped = [-fragment.start % STRIDE for fragment in fragments]
+        self._thinning = np.array(
+            [n.numel / -(-n.numel // STRIDE) if n.numel > LARGE else 1.0 for n in nodes]
+        )
         self._communicator = communicator
         self.names = [node.name for node in nodes]
         self.blocks = sorted({node.block for node in nodes if node.block is not None})
@@ -60,6 +70,15 @@ class ParameterNorms:
                 row.index_add_(0, self._owners, torch.stack(parts).square())
         found: Values = self._communicator.sum_(total).cpu().numpy()
         return found
+
+    def thinned(self, signal: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Views of a signal: of large parameters one element in `STRIDE`, of others all."""
+        found = zip(signal, self._is_large, self._skipped, strict=True)
+        return [part[skipped::STRIDE] if is_large else part for part, is_large, skipped in found]
+
+    def squares_of_thinned(self, signal: Signal) -> Values:
+        """‖x‖² of each parameter, estimated from what `thinned` took; (parameters,); collective."""
+        return np.asarray(self.squares(signal)[0] * self._thinning)
 
     def by_block(self, squares: Values) -> Values:
         """Sums of squares of each block's parameters; (blocks,)."""

@@ -57,7 +57,7 @@ class Monitor:
         self._interval = interval
         self._bands = bands
         self._filter_started = 0.0
-        # The weights of a monitored step, until the next step tells what became of them.
+        # Some weights of a monitored step, until the next step tells what became of them.
         self._weights: list[torch.Tensor] | None = None
         self._weight_squares = np.zeros(0)
 
@@ -79,8 +79,8 @@ class Monitor:
             scale: by which the gradients are multiplied (loss scaling).
         """
         if self._weights is not None:
-            torch._foreach_sub_(self._weights, list(weights()))
-            (squares,) = self._norms.squares(self._weights)
+            torch._foreach_sub_(self._weights, self._norms.thinned(weights()))
+            squares = self._norms.squares_of_thinned(self._weights)
             ratios = self._norms.metrics("update_to_weight", squares, self._weight_squares)
             self.metrics |= ratios
             self._board.scalars(ratios)
@@ -94,7 +94,7 @@ class Monitor:
                 **self._norms.metrics("gradient_norm", self.gradient_squares),
                 **self._norms.metrics("parameter_norm", self._weight_squares),
             }
-            self._weights = [weight.clone() for weight in now_held]
+            self._weights = [weight.clone() for weight in self._norms.thinned(now_held)]
 
     def before_filter(self, step: int, what: str, signal: Signal, scale: float) -> None:
         """Measure the signal as it came (collective on monitored steps).

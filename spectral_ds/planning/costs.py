@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spectral_ds.laplacian import Work
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.packs import Pack
 
@@ -71,13 +72,8 @@ class Cost:
         return near / machine.intra + far / machine.inter + self.collectives * machine.latency
 
 
-def function_cost(packs: Sequence[Pack], hops: int, moves: int, cluster: Cluster) -> Cost:
-    """Of one function of L.
-
-    Args:
-        hops: products with L.
-        moves: signals that come into scratch memory or leave it.
-    """
+def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
+    """Of one function of L that takes so much work."""
     zeros = np.zeros(cluster.world_size)
     total = Cost(Flow.none(cluster), zeros, zeros, 0)
     for pack in packs:
@@ -86,8 +82,8 @@ def function_cost(packs: Sequence[Pack], hops: int, moves: int, cluster: Cluster
             flops, traffic = 2 * pack.rows * elements, 2 * FLOAT * elements
             hop = Cost(Flow.none(cluster), flops, traffic, 0)
         else:
-            hop = _times(_product(pack), hops)
-        total = total + hop + _times(_move(pack, cluster), moves)
+            hop = _times(_product(pack), work.hops)
+        total = total + hop + _times(_move(pack, cluster), work.moves)
     return total
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.laplacian import ExchangeName
+from spectral_ds.laplacian import ExchangeName, Work
 from spectral_ds.laplacian.buckets import linked_parameters
-from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.laplacian.plan import Meeting, meeting_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.chance import USUAL_WEIGHT, expected, most_neighbours
 from spectral_ds.planning.flows import Cluster, Floats, Flow
@@ -53,15 +53,9 @@ class PlannedGroup:
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(parameter.role for parameter in self.parameters))
 
-    def meeting(self, hops: int, exchange: ExchangeName) -> Meeting:
-        """How its nodes meet, by the rule of `laplacian.plan`."""
-        needed = self.boundary.hop.total
-        if needed == 0:
-            return "local"
-        cheaper = 2 * self.move.total < hops * needed
-        if exchange == "transpose" or (exchange == "auto" and cheaper):
-            return "transpose"
-        return "boundary"
+    def meeting(self, work: Work, exchange: ExchangeName) -> Meeting:
+        """How its nodes meet."""
+        return meeting_of(self.boundary.hop.total, self.move.total, work, exchange)
 
 
 def plan_groups(

@@ -117,7 +117,9 @@ def make_plan(
         try:
             # Of an engine, only its holders are asked for.
             families = edge_families(settings, cast(Engine, model))
-            stage = plan_stage(chosen, families, settings, config, cuts, cluster, bucket_elements)
+            stage = plan_stage(
+                chosen, families, settings, config, cuts, cluster, bucket_elements, index == 0
+            )
         except UnknownHeadWidthError as error:
             raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
         stages.append(stage)

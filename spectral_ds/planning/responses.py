@@ -29,10 +29,6 @@ class Hops:
     penalty: int | None
     is_identity: bool
 
-    @property
-    def all(self) -> int:
-        return self.filter + (self.penalty or 0)
-
 
 def hops_of(config: SpectralConfig, spectrum: Spectrum) -> Hops:
     """The hops of a configuration on a graph.

@@ -8,10 +8,10 @@ import numpy as np
 
 from spectral_ds.config import GraphConfig, SpectralConfig
 from spectral_ds.config_sources import SpectralConfigError
-from spectral_ds.filters import NO_SERIES
+from spectral_ds.filters import NO_SERIES, filter_work, penalty_work
 from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
 from spectral_ds.graph.projection import sketch_size
-from spectral_ds.laplacian import ExchangeName
+from spectral_ds.laplacian import ExchangeName, Work
 from spectral_ds.laplacian.plan import Meeting
 from spectral_ds.planning.chance import reached
 from spectral_ds.planning.costs import FLOAT, Cost, function_cost
@@ -36,6 +36,7 @@ class PlannedStage:
     Attributes:
         lambda_max: the bound of its eigenvalues; of similarity, combinatorial, an estimate.
         hops: products with L.
+        work: what a step takes where filter and regularizer act.
         groups, meetings: sets of joined parameters, and how the nodes of each meet.
         packs: what the filter works on.
         nodes: of which a rank owns a part; by rank.
@@ -46,6 +47,7 @@ class PlannedStage:
 
     lambda_max: float
     hops: Hops
+    work: Work
     groups: tuple[PlannedGroup, ...]
     meetings: tuple[Meeting, ...]
     packs: tuple[Pack, ...]
@@ -91,12 +93,14 @@ def plan_stage(
     cuts: Mapping[str, Cuts],
     cluster: Cluster,
     bucket_elements: int,
+    is_first: bool = True,
 ) -> PlannedStage:
     """Plan one graph.
 
     Args:
         settings: the graph's part of the configuration.
         bucket_elements: no rank stores more of one bucket, unless a single column is larger.
+        is_first: of several stacked graphs; the monitor measures that one.
 
     Raises:
         SpectralConfigError: the response cannot be evaluated on it.
@@ -107,8 +111,11 @@ def plan_stage(
     only_paths = all(group.is_path for group in groups)
     hops = hops_of(config, Spectrum(lambda_max, only_paths))
     exchange: ExchangeName = config.operator.exchange  # type: ignore[assignment]
-    meetings = [group.meeting(hops.all, exchange) for group in groups]
-    if hops.all >= NO_SERIES and "boundary" in meetings:
+    of_filter = filter_work(config.filter, hops.filter, hops.is_identity)
+    of_penalty = penalty_work(config.regularizer, hops.penalty or 0)
+    work = of_filter + of_penalty
+    meetings = [group.meeting(work, exchange) for group in groups]
+    if work.hops >= NO_SERIES and "boundary" in meetings:
         raise SpectralConfigError(
             "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
             f"{config.filter.response} is close enough to its exact values on depth paths; use "
@@ -127,22 +134,21 @@ def plan_stage(
         "kernels": sum((pack.kernel_bytes for pack in packs), np.zeros(cluster.world_size)),
         "scratch": FLOAT * scratch.elements,
         "statistics": _statistics(
-            groups, own, families, settings, config, cluster, bucket_elements
+            groups, own, families, settings, config, cluster, bucket_elements, is_first
         ),
     }
-    acts = not hops.is_identity and config.filter.strength > 0
-    moves = 3 if config.regularizer.reference == "pretrained" else 2
     return PlannedStage(
         lambda_max,
         hops,
+        work,
         tuple(groups),
         tuple(meetings),
         tuple(packs),
         nodes,
         edges_held,
         memory,
-        function_cost(packs, hops.filter, 2, cluster) if acts else None,
-        None if hops.penalty is None else function_cost(packs, hops.penalty, moves, cluster),
+        function_cost(packs, of_filter, cluster) if of_filter.moves else None,
+        function_cost(packs, of_penalty, cluster) if of_penalty.moves else None,
     )
 
 
@@ -174,19 +180,21 @@ def _statistics(
     config: SpectralConfig,
     cluster: Cluster,
     bucket_elements: int,
+    is_first: bool,
 ) -> Floats:
-    """Two sketches of each node that a rank owns a part of, and what measures them, about.
+    """Sketches of each node that a rank owns a part of, and what measures them, about.
 
-    Where gradients are compared, two more.
+    The running mean and the sample, for the monitor also the sample before; where gradients are
+    compared, a mean and a sample of other sketches.
     """
     zeros = np.zeros(cluster.world_size)
     shape = sketch_shape(settings, config)
     if shape is None:
         return zeros
-    shapes = [shape]
+    kept = {shape: 3 if config.monitor.enabled and is_first else 2}
     compared = feature_width(settings)
     if compared is not None:
-        shapes.append((compared, 0))
+        kept[compared, 0] = kept.get((compared, 0), 0) + 2
     partial, links = zeros, zeros
     # What is worked on together: groups of sketches of equal length, each group of paths alone.
     signals: dict[int, tuple[Floats, Floats]] = {}
@@ -194,8 +202,8 @@ def _statistics(
         columns = sketch_size(group.parameters[0].width, *shape)
         for parameter in group.parameters:
             parts = own[parameter.name]
-            kept = sum(sketch_size(parameter.width, *each) for each in shapes)
-            partial = partial + kept * cluster.by_rank(parts.rank, parts.touched)
+            values = sum(n * sketch_size(parameter.width, *each) for each, n in kept.items())
+            partial = partial + values * cluster.by_rank(parts.rank, parts.touched)
         all_nodes = sum(parameter.nodes for parameter in group.parameters)
         nodes = all_nodes * group.elements / group.parts.numel
         boundary = columns * _boundary_nodes(group, families, nodes, all_nodes)
@@ -208,9 +216,9 @@ def _statistics(
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
         workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
-    sizes = [(w, sketch_size(w, *each)) for w in wide for each in shapes]
+    sizes = [(w, sketch_size(w, *each)) for w in wide for each in kept]
     projections = sum(columns * w for w, columns in sizes if columns < w)
-    return FLOAT * (2 * partial + workspace + projections) + 8 * links
+    return FLOAT * (partial + workspace + projections) + 8 * links
 
 
 def _compares_gradients(families: Sequence[EdgeFamily]) -> bool:

@@ -74,26 +74,21 @@ def _graph(plan: Plan, stage: PlannedStage) -> dict[str, Any]:
         "meetings": stage.meetings_counted,
         "bytes_per_hop": stage.bytes_per_hop,
         "bytes_per_move": stage.bytes_per_move,
-        "groups": _groups(plan, stage),
+        "groups": _groups(stage),
     }
 
 
-def _groups(plan: Plan, stage: PlannedStage) -> list[dict[str, Any]]:
+def _groups(stage: PlannedStage) -> list[dict[str, Any]]:
     """Groups of equal roles that meet alike, together."""
-    moves = 0 if stage.filter is None else 2
-    hops = 0 if stage.filter is None else stage.hops.filter
-    if stage.hops.penalty is not None:
-        hops += stage.hops.penalty
-        moves += 3 if plan.config.regularizer.reference == "pretrained" else 2
     count: dict[Any, int] = defaultdict(int)
     sent: dict[Any, int] = defaultdict(int)
     for group, meeting in zip(stage.groups, stage.meetings, strict=True):
         key = group.roles, meeting
         count[key] += 1
         if meeting == "boundary":
-            sent[key] += FLOAT * hops * group.boundary.hop.total
+            sent[key] += FLOAT * stage.work.hops * group.boundary.hop.total
         elif meeting == "transpose":
-            sent[key] += FLOAT * moves * group.move.total
+            sent[key] += FLOAT * stage.work.moves * group.move.total
     return [
         {"roles": list(roles), "meets": meeting, "count": number,
          "bytes_per_step": sent[roles, meeting]}

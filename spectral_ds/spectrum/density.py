@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import Group, ParameterGraph, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
 from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.eigenpairs import DENSE_NODES, dense_laplacian
@@ -79,7 +79,7 @@ def _estimated(
         layout,
         communicator,
         communicator,
-        hops=1,
+        work=Work(hops=1, moves=2),
         exchange="boundary",
         kernel="torch_csr",
         bucket_elements=2**24,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian import Group, ParameterGraph, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
 from spectral_ds.laplacian.operator import laplacian_rows
 from spectral_ds.sharding import Communicator
 
@@ -115,7 +115,7 @@ class _ShardedLaplacian:
             layout,
             communicator,
             communicator,
-            hops=1,
+            work=Work(hops=1, moves=2),
             exchange="boundary",
             kernel="torch_csr",
             bucket_elements=2**62,

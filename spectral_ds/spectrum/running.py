@@ -1,6 +1,6 @@
-"""Running mean of a gradient's sketches over steps."""
+"""Running mean of a gradient's sketches over steps, and of what consecutive ones have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -87,6 +87,56 @@ class RunningSketch:
         weights = numbers["weights"].to(self.mean.device, torch.float64)
         self.kept, self.concentration = weights.unbind()
         self.mean.copy_(self.sketches.partial(complete))
+
+
+class ConsecutiveSamples:
+    """Signal and noise in all, from each sample and the one before it.
+
+    ⟨g_t, g_{t−1}⟩ is on average the signal's power and ½‖g_t − g_{t−1}‖² the noise's, less and plus
+    half the square of what the expectation moves between the two; its drift over the window of the
+    running means does not count. Neither depends on a graph. A sample that is not finite is in no
+    pair.
+
+    Args:
+        sketches: how sketches are taken; the last one is kept.
+        decay: of the running means, which forget older pairs by this factor a pair.
+
+    Attributes:
+        means: (3,), float64, equal on all ranks: pairs so far, power of signal and of noise; both
+            unbiased without drift, so that either may come out negative; all 0 before the first.
+    """
+
+    def __init__(self, sketches: Sketches, decay: float) -> None:
+        self._decay = decay
+        self._last = sketches.empty()
+        self.means = torch.zeros(3, dtype=torch.float64, device=self._last.device)
+        self._last_power = torch.zeros((), dtype=torch.float64, device=self._last.device)
+        self._is_last_finite = torch.zeros((), dtype=torch.bool, device=self._last.device)
+
+    def observe(
+        self,
+        sketch: torch.Tensor,
+        power: torch.Tensor,
+        is_finite: torch.Tensor,
+        power_of: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Take one sample (collective; synchronizes nothing with the host).
+
+        Args:
+            sketch: partial, of the sample.
+            power: (), float64: ‖g_t‖².
+            is_finite: (), bool: whether the sample is, on all ranks.
+            power_of: gives ‖X‖² of partial sketches, summed over ranks (collective).
+        """
+        difference = power_of(self._last.sub_(sketch))
+        common = (power + self._last_power - difference) / 2
+        pairs = self.means[0] + 1
+        found = torch.stack((pairs, common, difference / 2))
+        weight = weight_of_newest(pairs, self._decay)
+        moved = torch.stack((pairs, *(self.means + weight * (found - self.means))[1:]))
+        self.means = torch.where(is_finite & self._is_last_finite, moved, self.means)
+        self._last.copy_(sketch)
+        self._last_power, self._is_last_finite = power, is_finite
 
 
 def weight_of_newest(count: torch.Tensor, decay: float) -> torch.Tensor:

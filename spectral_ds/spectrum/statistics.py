@@ -14,7 +14,7 @@ import torch
 
 from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
-from spectral_ds.spectrum.running import RunningSketch, weight_of_newest
+from spectral_ds.spectrum.running import ConsecutiveSamples, RunningSketch, weight_of_newest
 from spectral_ds.spectrum.separation import kept_over_total
 from spectral_ds.spectrum.spectrometer import Spectrometer
 
@@ -67,6 +67,7 @@ class GradientStatistics:
 
     With weights w_t that sum to 1 and ρ = Σ w_t², the mean m of independent gradients has
     E‖P_b m‖² = S_b + ρ N_b, and the mean power E‖P_b g‖² = S_b + N_b: two equations for S and N.
+    What E g drifts over the window of the means counts as noise; not so in `consecutive`.
     Samples that are not finite are left out.
 
     Args:
@@ -83,6 +84,7 @@ class GradientStatistics:
         running: mean of the sketches.
         power: (bands,): mean of ‖P_b g‖² on this graph, S_b + N_b; all 0 before the first sample.
         estimate: S_b and N_b after the last sample; all 0 before the second.
+        consecutive: signal and noise in all by consecutive samples; None unless asked for.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class GradientStatistics:
         self.running = RunningSketch(sketches, decay)
         self.samples = self.samples_on_graph = 0
         self.bands = bands
+        self.consecutive: ConsecutiveSamples | None = None
         self._spectrometer = spectrometer
         self._decay, self._keeps_mean = decay, keeps_mean
         device = self.running.mean.device
@@ -109,6 +112,10 @@ class GradientStatistics:
         # Means of a band's share of a sample's power, and of the share's square.
         self._shares = torch.zeros(2, bands, dtype=torch.float64, device=device)
         self.estimate = SignalAndNoise(self.power, self.power)
+
+    def compare_consecutive(self) -> None:
+        """From now on keep the last sample too, and compare the next one with it."""
+        self.consecutive = ConsecutiveSamples(self.sketches, self._decay)
 
     def use_graph(self, spectrometer: Spectrometer, is_new: bool = True) -> None:
         """Go on with a graph on the same nodes; powers by another graph are forgotten.
@@ -128,7 +135,11 @@ class GradientStatistics:
         self.estimate = SignalAndNoise(self.power, self.power)
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """All of its state but that of `running`, equal on all ranks."""
+        """All of its state but sketches, equal on all ranks.
+
+        The last sample is not among it: who goes on from it lacks one pair of consecutive ones.
+        """
+        pairs = self.consecutive
         # Before the first sample the powers are one tensor; files hold no two of the same memory.
         return {
             "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
@@ -137,6 +148,7 @@ class GradientStatistics:
             "shares": self._shares.reshape(-1).clone(),
             "signal": self.estimate.signal.clone(),
             "noise": self.estimate.noise.clone(),
+            "consecutive": torch.zeros(3, dtype=torch.float64) if pairs is None else pairs.means,
         }
 
     def restore(self, numbers: Mapping[str, torch.Tensor]) -> None:
@@ -146,6 +158,8 @@ class GradientStatistics:
         """
         device = self.power.device
         self.samples, self.samples_on_graph = (int(n) for n in numbers["samples"].tolist())
+        if self.consecutive is not None and "consecutive" in numbers:  # older files have none
+            self.consecutive.means = numbers["consecutive"].to(device, torch.float64)
         if numbers["power"].shape == self.power.shape:
             self._measured = numbers["measured"].to(device, torch.float64).reshape(())
             self.power = numbers["power"].to(device)
@@ -175,6 +189,8 @@ class GradientStatistics:
         share = power / power.sum().clamp_min(torch.finfo(torch.float64).tiny)
         shares = torch.stack((share, share.square()))
         self._shares = self._moved(self._shares, shares, weight, is_finite)
+        if self.consecutive is not None:
+            self.consecutive.observe(current, power.sum(), is_finite, self._power_in_all)
         self.running.add(current, is_finite)
         self.estimate = self._separated(self._power_of(self.running.mean))
         return is_finite
@@ -209,6 +225,10 @@ class GradientStatistics:
         rest = (1 - self.running.concentration).where(known, torch.ones_like(self._measured))
         noise = (self.power - power_of_mean) / rest * known
         return SignalAndNoise((self.power - noise) * known, noise)
+
+    def _power_in_all(self, partial: torch.Tensor) -> torch.Tensor:
+        """‖X‖² of a sketched signal."""
+        return self._spectrometer.moments_of_sketches(partial, 2)[0]
 
     def _power_of(self, partial: torch.Tensor) -> torch.Tensor:
         """‖P_b X‖² per band of a sketched signal."""

@@ -1,0 +1,127 @@
+"""Runs that are saved and gone on with, for the tests of checkpoints.
+
+All with everything that has a state: two edge families, running means, `temporal`, a regularizer.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import tiny
+import torch
+from cells import CELLS, Training
+
+STATEFUL = {
+    "graph": {
+        "edges": [
+            {"family": "similarity", "features": "gradient", "sketch_width": 8},
+            {"family": "depth"},
+        ],
+        "refresh_interval": 3,
+    },
+    "filter": {
+        "response": "wiener",
+        "bands": 4,
+        "strength": 0.8,
+        "warmup_steps": 7,
+        "temporal": {"decay": 0.5, "amplify": 0.3},
+    },
+    "statistics": {"interval": 1, "decay": 0.9},
+    "regularizer": {"strength": 0.05, "ridge": 0.5, "coupling": "decoupled"},
+    "monitor": {"interval": 1},
+}
+RATES = (0.2, 0.1)
+SAVED_AFTER, LATER = 4, 5
+
+
+class Prepared(tiny.TinyLlama):
+    """Begins with weights from a file, if there are any."""
+
+    source: Path | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        if Prepared.source is not None:
+            found = np.load(Prepared.source)
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    parameter.copy_(torch.from_numpy(found[name]))
+
+
+def start(name, weights=None, section=STATEFUL):
+    Prepared.source = weights
+    try:
+        return Training(CELLS[name], section, rates=RATES, model=Prepared)
+    finally:
+        Prepared.source = None
+
+
+def run_on(training, first, last):
+    """Losses of some steps and the weights after them."""
+    losses = [training.step(index) for index in range(first, last)]
+    weights = training.snapshot()
+    metrics = training.plugin.metrics()
+    training.close()
+    return losses, weights, metrics
+
+
+def save_and_go_on(name, folder):
+    """Save the plugin and the weights after four steps, then go on for five."""
+    training = start(name)
+    for index in range(SAVED_AFTER):
+        training.step(index)
+    training.plugin.save(folder / "spectral_ds")
+    if torch.distributed.get_rank() == 0:
+        np.savez(folder / "weights.npz", **training.snapshot())
+    else:
+        training.snapshot()
+    return run_on(training, SAVED_AFTER, SAVED_AFTER + LATER)
+
+
+def remembered(ranks, tmp_path_factory, save):
+    """`save(name, folder)` on n ranks, once for each name and n: the folder and what it gave."""
+
+    @functools.cache
+    def saved(name, world_size):
+        folder = tmp_path_factory.mktemp("checkpoint")
+        return folder, ranks(world_size).run(save, name, folder)
+
+    return saved
+
+
+def check_same_run(results, uninterrupted):
+    """Resumed ranks end with the weights and edges, and had the mean losses, of the others."""
+    _, weights, metrics = uninterrupted[0]
+    for _, got, got_metrics in results:
+        for parameter, value in weights.items():
+            np.testing.assert_allclose(got[parameter], value, atol=1e-4)
+        assert got_metrics["edges"] == metrics["edges"]
+    mean = [np.mean([r[0] for r in runs], axis=0) for runs in (results, uninterrupted)]
+    np.testing.assert_allclose(mean[0], mean[1], atol=1e-4)
+
+
+def resume(name, folder):
+    training = start(name, folder / "weights.npz")
+    if training.cell.engine == "deepspeed":
+        training.engine.global_steps = SAVED_AFTER  # its own checkpoint would restore it
+    training.plugin.load(folder / "spectral_ds")
+    return run_on(training, SAVED_AFTER, SAVED_AFTER + LATER)
+
+
+def adamw_engine(stage, section=STATEFUL, **config):
+    """A new DeepSpeed engine of the tiny model with AdamW, of two learning rates."""
+    config = {**tiny.deepspeed_config(stage), **config}
+    if section is not None:
+        config["spectral_ds"] = section
+    return tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
+
+
+def steps_from(engine, first):
+    losses = []
+    for index in range(first, first + LATER):
+        (tokens,) = tiny.batches(1, index)
+        loss = engine(tokens)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,221 @@
+"""DeepSpeed's own checkpoints carry the plugin's state, also universal ones; a state that is of
+another step than DeepSpeed's files is refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+from checkpoints import SAVED_AFTER, STATEFUL, adamw_engine, steps_from
+
+import spectral_ds
+
+
+def round_trip(stage, folder):
+    """(five more steps, the same after loading into a new engine)."""
+    engine = adamw_engine(stage)
+    tiny.train(engine, SAVED_AFTER)
+    engine.save_checkpoint(str(folder), client_state={"mine": 7})
+    expected = steps_from(engine, SAVED_AFTER)
+    engine.destroy()
+    engine = adamw_engine(stage)
+    _, client_state = engine.load_checkpoint(str(folder))
+    got = steps_from(engine, SAVED_AFTER)
+    engine.destroy()
+    return expected, got, client_state["mine"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_checkpoints_carry_the_state(ranks, tmp_path, stage):
+    for expected, got, mine in ranks(2).run(round_trip, stage, tmp_path):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        assert mine == 7
+    tag = (tmp_path / "latest").read_text().strip()
+    manifest = json.loads((tmp_path / tag / "spectral_ds" / "manifest.json").read_text())
+    assert len(manifest["files"]) == 2
+
+
+def save_one_step(folder, section):
+    engine = adamw_engine(2, section)
+    tiny.train(engine, 1)
+    engine.save_checkpoint(str(folder))
+    engine.destroy()
+
+
+def load_with(folder, section):
+    engine = adamw_engine(2, section)
+    try:
+        path, _ = engine.load_checkpoint(str(folder))
+        return path is not None, steps_from(engine, 1)
+    finally:
+        engine.destroy()
+
+
+def test_checkpoints_made_with_or_without_the_plugin_load_without_or_with_it(ranks, tmp_path):
+    ranks(2).run(save_one_step, tmp_path / "bare", None)
+    assert ranks(2).run(load_with, tmp_path / "bare", STATEFUL)[0][0]
+    ranks(2).run(save_one_step, tmp_path / "with", STATEFUL)
+    assert ranks(2).run(load_with, tmp_path / "with", None)[0][0]
+
+
+def save_for_conversion(stage, folder):
+    engine = adamw_engine(stage)
+    tiny.train(engine, SAVED_AFTER)
+    engine.save_checkpoint(str(folder), tag="mine")
+    losses = steps_from(engine, SAVED_AFTER)
+    engine.destroy()
+    return losses
+
+
+def load_converted(stage, folder, section):
+    engine = adamw_engine(stage, section, checkpoint={"load_universal": True})
+    engine.load_checkpoint(str(folder), tag="mine_universal")
+    if stage == 3:
+        set_right(engine.optimizer)
+    losses = steps_from(engine, SAVED_AFTER)
+    engine.destroy()
+    return losses
+
+
+def set_right(optimizer):
+    """What DeepSpeed 0.19.8 restores wrongly in stage 3, with or without the plugin.
+
+    Every group gets the first one's learning rate, and all sub-groups one tensor that counts the
+    steps, which each of them then increments.
+    """
+    for group, rate in zip(optimizer.param_groups, tiny.ADAM_RATES, strict=True):
+        group["lr"] = rate
+    for state in optimizer.optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
+@pytest.mark.parametrize(
+    ("stage", "other", "world_size"),
+    [(2, 1, 3), (3, 3, 3)],
+)
+def test_universal_checkpoints_find_the_state_at_another_world_size(
+    ranks, tmp_path, stage, other, world_size
+):
+    """Between stage 3 and the others, DeepSpeed 0.19.8 itself does not load them.
+
+    It looks for the model's file under the name of its own stage, finds none, and raises an
+    AssertionError without a message.
+    """
+    expected = np.mean(ranks(2).run(save_for_conversion, stage, tmp_path), axis=0)
+    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal"]
+    folders = ["--input_folder", tmp_path / "mine", "--output_folder", tmp_path / "mine_universal"]
+    options = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    if stage < 3:
+        options.append("--inject_missing_state")
+    subprocess.run([*command, *map(str, folders), *options], check=True, capture_output=True)
+    pool = ranks(world_size)
+    got = np.mean(pool.run(load_converted, other, tmp_path, STATEFUL), axis=0)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    bare = np.mean(pool.run(load_converted, other, tmp_path, None), axis=0)
+    assert np.abs(bare - expected).max() > 1e-5
+
+
+def test_saving_can_be_switched_off(ranks, tmp_path):
+    ranks(1).run(save_switched_off, tmp_path)
+    assert not list(tmp_path.glob("*/spectral_ds"))
+
+
+def save_switched_off(folder):
+    engine = adamw_engine(2, {**STATEFUL, "checkpoint": {"enabled": False}})
+    engine.save_checkpoint(str(folder))
+    assert spectral_ds.plugin_of(engine) is not None
+    engine.destroy()
+
+
+def save_twice_cut_off(folder):
+    """Tag "cut" was saved at step 1 and, but for DeepSpeed's files, at step 2; "good" at step 1."""
+    engine = adamw_engine(2)
+    tiny.train(engine, 1)
+    engine.save_checkpoint(str(folder), tag="good")
+    engine.save_checkpoint(str(folder), tag="cut")
+    tiny.train(engine, 1)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    engine.checkpoint_engine.create = fail
+    with pytest.raises(OSError, match="no space left"):
+        engine.save_checkpoint(str(folder), tag="cut")
+    engine.destroy()
+
+
+@pytest.fixture(scope="module")
+def cut_off(ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    ranks(2).run(save_twice_cut_off, folder)
+    return folder
+
+
+def load(folder, tag, strict, *arguments, **options):
+    """(what was raised, what was said, the engine's step, whether the graph is as it was)."""
+    engine = adamw_engine(2, {**STATEFUL, "checkpoint": {"strict": strict}})
+    plugin, said, error = spectral_ds.plugin_of(engine), [], ""
+    plugin.engine.log = lambda message, level=0: said.append(message)
+    graph = plugin.graph
+    try:
+        engine.load_checkpoint(str(folder), tag, *arguments, **options)
+    except spectral_ds.checkpoint.CheckpointError as problem:
+        error = str(problem)
+    found = error, said, engine.global_steps, plugin.graph is graph
+    engine.destroy()
+    return found
+
+
+def load_cut(folder):
+    return load(folder, "cut", True), load(folder, "cut", False)
+
+
+def test_a_state_of_another_step_than_deepspeeds_files_is_refused(ranks, cut_off):
+    for strict, lenient in ranks(2).run(load_cut, cut_off):
+        error, _, _, is_same = strict
+        assert "state is of step 2" in error
+        assert "the checkpoint is of step 1" in error
+        assert is_same
+        error, [message], step, is_same = lenient
+        assert not error
+        assert "state is of step 2" in message
+        assert "goes on with a new graph" in message
+        assert step == 1
+        assert not is_same
+
+
+def load_in_part(folder):
+    return {
+        "weights": load(folder, "cut", True, load_module_only=True),
+        "weights, by position": load(folder, "cut", True, True, False, False, True),
+        "no optimizer": load(folder, "good", True, load_optimizer_states=False),
+    }
+
+
+def test_where_deepspeed_does_not_restore_its_step_the_plugin_loads_nothing(ranks, cut_off):
+    for found in ranks(2).run(load_in_part, cut_off):
+        for name in ("weights", "weights, by position"):
+            assert found[name] == ("", [], 0, True), name
+        assert found["no optimizer"] == ("", [], 1, False)
+
+
+def load_by_hand(folder, step):
+    engine = adamw_engine(2)
+    plugin, said = spectral_ds.plugin_of(engine), []
+    engine.global_steps = step
+    plugin.engine.log = lambda message, level=0: said.append(message)
+    graph = plugin.graph
+    plugin.load(folder / "good" / "spectral_ds")
+    is_new = plugin.graph is not graph
+    engine.destroy()
+    return said, is_new
+
+
+def test_loading_by_hand_warns_where_the_engine_is_at_another_step(ranks, cut_off):
+    for said, is_new in ranks(2).run(load_by_hand, cut_off, 0):
+        [message] = said
+        assert "state is of step 1, but the engine is at step 0" in message
+        assert is_new
+    assert ranks(2).run(load_by_hand, cut_off, 1) == [([], True)] * 2
