@@ -207,6 +207,7 @@ def main() -> None:
             share = 100 * value / rest_of_step
             print(f"{f'plugin: {kind}':34} {value:9.4f} s  {share:7.2f} % of a step")
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

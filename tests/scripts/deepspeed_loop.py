@@ -29,4 +29,6 @@ if engine.global_rank == 0:
     after = {name: p.detach() for name, p in model.named_parameters()}
     norm = float(engine.get_global_grad_norm())
     torch.save({"before": before, "after": after, "norm": norm}, args.output)
-torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
+# Together: a process that ends while a thread of gloo still holds tensors may abort.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()

@@ -25,4 +25,6 @@ optimizer.zero_grad()
 after = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
 if dist.get_rank() == 0:
     torch.save({"before": before, "after": after, "norm": norm.item()}, output)
+# Together: a process that ends while a thread of gloo still holds tensors may abort.
+dist.barrier()
 dist.destroy_process_group()

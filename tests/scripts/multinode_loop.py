@@ -32,5 +32,6 @@ dist.all_gather_object(ranks, here)
 engine.destroy()
 if dist.get_rank() == 0:
     torch.save({"weights": weights, "ranks": ranks}, args.output)
-if is_own:  # a process that ends while gloo's threads live may abort
+if is_own:  # together: a process that ends while a thread of gloo holds tensors may abort
+    dist.barrier()
     dist.destroy_process_group()

@@ -24,5 +24,7 @@ if trainer.is_world_process_zero():
     after = {name: p.detach() for name, p in model.named_parameters()}
     [norm] = [float(log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
     torch.save({"before": before, "after": after, "norm": norm}, args.output)
-torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
+# Together: a process that ends while a thread of gloo still holds tensors may abort.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 sys.exit(0)
