@@ -241,18 +241,30 @@ def train_step(engine: Any, data: Iterator[Batch], seed: int, step: int) -> floa
 
 def resume(engine: Any, folder: Path) -> list[float]:
     """Loads a checkpoint folder, or its newest one; returns the losses of the steps before."""
-    tag = None
-    if not (folder / "latest").is_file():  # perhaps one checkpoint of the folder
-        folder, tag = folder.parent, folder.name
-    found = (folder / "latest").is_file() and (tag is None or (folder / tag).is_dir())
-    end_together(None if found else UserError(f"--resume {folder / (tag or '')}: no checkpoint"))
+    tag = folder.name  # of one checkpoint, unless the folder has them all
+    if (folder / "latest").is_file():
+        tag = (folder / "latest").read_text("utf-8").strip()
+    else:
+        folder = folder.parent
+    what = f"--resume {folder / tag}"
+    found = (folder / "latest").is_file() and (folder / tag).is_dir()
+    end_together(None if found else UserError(f"{what}: no checkpoint"))
+    # At another, ranks of ZeRO-3 would fail one by one.
+    ranks = len(list((folder / tag).glob("*zero_pp_rank_*_optim_states.pt")))
+    if not engine.load_universal_checkpoint() and ranks not in (0, dist.get_world_size()):
+        end_together(
+            UserError(
+                f"{what}: was saved at world size {ranks}, and this run has {dist.get_world_size()}"
+                "; DeepSpeed resumes at another only from a universal checkpoint"
+            )
+        )
     error, state = None, {}
     try:
         _, state = engine.load_checkpoint(str(folder), tag=tag)
         if "losses" not in state:
-            error = UserError(f"--resume {folder / (tag or '')}: finetune.py has not saved it")
+            error = UserError(f"{what}: finetune.py has not saved it")
     except (CheckpointError, ZeRORuntimeException) as problem:
-        error = UserError(f"--resume {folder / (tag or '')}: {problem}")
+        error = UserError(f"{what}: {problem}")
     end_together(error)
     return list(state["losses"])
 

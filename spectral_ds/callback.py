@@ -199,8 +199,9 @@ class SpectralCallback(TrainerCallback):
     def _resume(self, plugin: SpectralPlugin, args: TrainingArguments, step: int) -> None:
         """Go on from the state in the checkpoint that the Trainer has resumed from (collective)."""
         checkpoint = Path(self._resumed_from or _checkpoint(args, step))
-        by_engine = sorted(checkpoint.glob(f"global_step*/{FOLDER}"))
-        folder = by_engine[-1] if by_engine else checkpoint / FOLDER
+        newest = checkpoint / "latest"  # DeepSpeed's, with the name of its tag
+        tag = newest.read_text("utf-8").strip() if newest.is_file() else ""
+        folder = checkpoint / tag / FOLDER
         is_there = plugin.engine.everyone.maximum(float(folder.is_dir())) > 0
         if plugin.config.checkpoint.enabled and is_there:
             plugin.load(folder)

@@ -7,7 +7,7 @@ plugin has `state_dict` and `load_state_dict`.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,15 @@ import torch
 
 from spectral_ds.checkpoint import (
     CheckpointError,
-    PieceReader,
     Pieces,
     PluginState,
+    SavedState,
+    difference_of_graphs,
     from_tensors,
     read_state,
     to_tensors,
     write_state,
 )
-from spectral_ds.graph import Edges
 
 if TYPE_CHECKING:
     from spectral_ds.plugin import SpectralPlugin
@@ -42,9 +42,8 @@ class Persistence:
     def state(self) -> PluginState:
         """The state as this rank holds it (collective)."""
         plugin, engine = self._plugin, self._engine
-        seed = plugin.config.seed
-        graphs = [_digest({**asdict(graph), "seed": seed}) for graph in plugin.config.stack]
-        state = PluginState({name: tuple(s) for name, s in engine.shapes.items()}, graphs)
+        shapes = {name: tuple(shape) for name, shape in engine.shapes.items()}
+        state = PluginState(shapes, self._graphs())
         state.numbers["step"] = torch.tensor([float(engine.step)], dtype=torch.float64)
         for index, stage in enumerate(plugin.stages):
             state.edges.append(stage.graph.primary_edges())
@@ -67,6 +66,11 @@ class Persistence:
             state.pieces[REFERENCE] = self._of_filtered(plugin.regularizer.reference.fragments)
         return state
 
+    def _graphs(self) -> list[str]:
+        """A digest of the configuration of each graph."""
+        config = self._plugin.config
+        return [_digest({**asdict(graph), "seed": config.seed}) for graph in config.stack]
+
     def _of_filtered(self, values: Sequence[torch.Tensor | None]) -> Pieces:
         filtered = self._plugin.is_filtered
         chosen = [
@@ -85,70 +89,91 @@ class Persistence:
         communicator = self._engine.communicator
         return communicator.sum_(found.to(communicator.device)).sign().cpu()
 
-    def restore(
-        self,
-        numbers: dict[str, torch.Tensor],
-        edges: list[Edges],
-        pieces: PieceReader,
-        engine_step: int | None = None,
-    ) -> None:
+    def restore(self, saved: SavedState, engine_step: int | None = None) -> None:
         """Go on from a state (collective). All ranks raise before anything is changed, or none.
+
+        Of a state of other graphs, unless `checkpoint.strict`, all is used that depends on none.
 
         Args:
             engine_step: that the state must be of; None: the engine is set to the state's step.
 
         Raises:
-            CheckpointError: a part that the configuration needs is missing, or the state is of
-                another step.
+            CheckpointError: a part that the configuration needs is missing, the state is of another
+                step, or, if strict, of other graphs.
         """
         plugin, engine = self._plugin, self._engine
+        difference = self._other_graphs(saved)
+        stages = [] if difference else plugin.stages
         own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
         temporal, regularizer = plugin.filter.temporal, plugin.regularizer
         means = references = None
         sketches: list[dict[str, list[torch.Tensor]]] = []
         with engine.everyone.all_or_none():
-            for name in ("step", *(f"graph.{index}.is_ready" for index in range(len(edges)))):
-                if name not in numbers:
-                    raise CheckpointError(f"the plugin's state lacks {name!r}")
-            step = int(numbers["step"].item())
+            step = int(saved.number("step"))
+            is_ready = [saved.number(f"graph.{index}.is_ready") > 0 for index in range(len(stages))]
             if engine_step not in (None, step):
                 raise CheckpointError(
                     f"the plugin's state is of step {step}, but the engine's own part of the "
                     f"checkpoint is of step {engine_step}: saving was cut off between the two, or "
                     "one of them was replaced"
                 )
-            if temporal is not None and "temporal.has_mean" in numbers:
-                means = pieces(TEMPORAL, own)
+            if temporal is not None and "temporal.has_mean" in saved.numbers:
+                means = saved.pieces(TEMPORAL, own)
             if regularizer is not None and regularizer.reference.fragments is not None:
-                references = pieces(REFERENCE, own)
-            for index, stage in enumerate(plugin.stages):
+                references = saved.pieces(REFERENCE, own)
+            for index, stage in enumerate(stages):
                 found = {}
                 for kind, running in stage.running.items():
-                    if running.fits(_of(f"{kind}.{index}", numbers)):
-                        found[kind] = pieces(f"{kind}.{index}", running.sketches.layout.own)
+                    if running.fits(_of(f"{kind}.{index}", saved.numbers)):
+                        found[kind] = saved.pieces(f"{kind}.{index}", running.sketches.layout.own)
                 sketches.append(found)
-        for index, (stage, found) in enumerate(zip(plugin.stages, sketches, strict=True)):
+        for index, (stage, found) in enumerate(zip(stages, sketches, strict=True)):
             for kind, complete in found.items():
-                stage.running[kind].restore(_of(f"{kind}.{index}", numbers), complete)
+                stage.running[kind].restore(_of(f"{kind}.{index}", saved.numbers), complete)
             if stage.statistics is not None and "sketch" in found:
-                stage.statistics.restore(_of(f"statistics.{index}", numbers))
-            stage.restore(edges[index], bool(numbers[f"graph.{index}.is_ready"].item()))
+                stage.statistics.restore(_of(f"statistics.{index}", saved.numbers))
+            stage.restore(saved.edges[index], is_ready[index])
         if temporal is not None and means is not None:
             self._fill(temporal.means, means)
             position = {name: i for i, name in enumerate(engine.shapes)}
-            has_mean = numbers["temporal.has_mean"].tolist()
+            has_mean = saved.numbers["temporal.has_mean"].tolist()
             flags = [has_mean[position[f.parameter]] > 0 for f in engine.fragments]
             temporal.has_mean = torch.tensor(flags, device=temporal.has_mean.device)
         if regularizer is not None and references is not None:
             assert regularizer.reference.fragments is not None
             self._fill(regularizer.reference.fragments, references)
+        if difference:
+            self._build_anew()
+            self._warn(
+                f"{difference}; checkpoint.strict is false: it goes on with a new graph, and with "
+                "step, reference and running mean of the saved state"
+            )
         engine.restore_step(step)
         if engine.step != step:
-            engine.log(
-                f"spectral_ds: the plugin's state is of step {step}, but the engine is at step "
-                f"{engine.step} and counts by itself; schedules and intervals go by the engine",
-                logging.WARNING,
+            self._warn(
+                f"the plugin's state is of step {step}, but the engine is at step {engine.step} "
+                "and counts by itself; schedules and intervals go by the engine"
             )
+
+    def _other_graphs(self, saved: SavedState) -> str:
+        """How the saved graphs are others; empty if they are not.
+
+        Raises:
+            CheckpointError: they are, and `checkpoint.strict` is true.
+        """
+        difference = difference_of_graphs(saved.graphs, self._graphs())
+        if not difference:
+            return ""
+        difference = (
+            f"{saved.where} is of another graph configuration (spectral_ds.graph, graphs or seed): "
+            f"{difference}"
+        )
+        if self._plugin.config.checkpoint.strict:
+            raise CheckpointError(
+                f"{difference}; restore it, or set spectral_ds.checkpoint.strict to false to start "
+                "with a new graph"
+            )
+        return difference
 
     def _fill(self, targets: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor]) -> None:
         incoming = iter(values)
@@ -175,37 +200,52 @@ class Persistence:
             CheckpointError: what is there cannot be used, and `checkpoint.strict` is true.
         """
         if not is_expected:
-            self._engine.log(
-                "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
-                "graph of the present weights"
-            )
             self._build_anew()
             self._plugin.resumed()
+            self._engine.log(
+                "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
+                "graph of the present weights, and with the reference of before"
+            )
             return
         self._go_on(lambda: read_state(folder, self.state(), self._engine.everyone), engine_step)
 
-    def _go_on(
-        self,
-        read: Callable[[], tuple[dict[str, torch.Tensor], list[Edges], PieceReader]],
-        engine_step: int | None = None,
-    ) -> None:
-        """Go on from what `read` gives; with a new graph if it cannot, unless strict."""
+    def begin_anew(self) -> None:
+        """Begin a new training from weights that were loaded alone (collective).
+
+        They are the reference now, and the graph is made of them.
+        """
+        regularizer = self._plugin.regularizer
+        if regularizer is not None and regularizer.reference.fragments is not None:
+            weights = self._of_filtered(self._engine.weights()).values
+            self._fill(regularizer.reference.fragments, [w for w in weights if w is not None])
+        self._build_anew()
+        self._plugin.resumed()
+        self._engine.log(
+            "spectral_ds: weights were loaded alone; the graph is made of them, and they are the "
+            "reference"
+        )
+
+    def _go_on(self, read: Callable[[], SavedState], engine_step: int | None = None) -> None:
+        """Go on from what `read` gives; with nothing of it if it cannot be used, unless strict."""
         try:
-            self.restore(*read(), engine_step)
+            self.restore(read(), engine_step)
         except CheckpointError as error:
             if self._plugin.config.checkpoint.strict:
                 raise
-            self._engine.log(
-                f"spectral_ds: {error}; checkpoint.strict is false: it goes on with a new graph",
-                logging.WARNING,
-            )
             self._build_anew()
+            self._warn(
+                f"{error}; checkpoint.strict is false: it goes on with a new graph, and with "
+                "nothing of the saved state"
+            )
         self._plugin.resumed()
 
     def _build_anew(self) -> None:
         """Graphs of what the model is now (collective)."""
         for stage in self._plugin.stages:
             stage.build()
+
+    def _warn(self, message: str) -> None:
+        self._engine.log(f"spectral_ds: {message}", logging.WARNING)
 
     def tensors(self) -> dict[str, Any]:
         """The state for `torch.distributed.checkpoint` (collective)."""
@@ -219,8 +259,14 @@ class Persistence:
             for index, stage in enumerate(self._plugin.stages)
             for kind, running in stage.running.items()
         }
+        engine = self._engine
         return to_tensors(
-            self.state(), capacity, whole, self._engine.distributed, self._engine.communicator
+            self.state(),
+            capacity,
+            whole,
+            engine.distributed,
+            engine.local_part,
+            engine.communicator,
         )
 
     def use_tensors(self, tensors: dict[str, Any]) -> None:
@@ -230,10 +276,14 @@ class Persistence:
             CheckpointError: it cannot be used, and `checkpoint.strict` is true.
         """
         engine = self._engine
-        self._go_on(lambda: from_tensors(tensors, engine.local_part, self.state(), engine.everyone))
+        self._go_on(
+            lambda: from_tensors(
+                tensors, engine.local_part, self.state(), engine.everyone, engine.communicator
+            )
+        )
 
 
-def _of(prefix: str, numbers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _of(prefix: str, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Numbers below a prefix, by the rest of their names."""
     start = f"{prefix}."
     return {n.removeprefix(start): t for n, t in numbers.items() if n.startswith(start)}

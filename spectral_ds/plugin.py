@@ -106,7 +106,8 @@ class SpectralPlugin:
         engine.watch_loss(self.measurement.observe_loss)
         self._persistence = Persistence(self)
         if config.checkpoint.enabled:
-            engine.carry(self._persistence.save, self._persistence.load)
+            keeper = self._persistence
+            engine.carry(keeper.save, keeper.load, keeper.begin_anew)
         self._warn_of_unstable_pull()
 
     def before_step(self) -> None:

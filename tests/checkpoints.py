@@ -10,6 +10,9 @@ import numpy as np
 import tiny
 import torch
 from cells import CELLS, Training
+from torch.distributed.checkpoint.api import CheckpointException
+
+from spectral_ds.persistence import Persistence
 
 STATEFUL = {
     "graph": {
@@ -65,16 +68,20 @@ def run_on(training, first, last):
     return losses, weights, metrics
 
 
+def save(training, folder):
+    """The plugin's state and the weights."""
+    training.plugin.save(folder / "spectral_ds")
+    weights = training.snapshot()
+    if torch.distributed.get_rank() == 0:
+        np.savez(folder / "weights.npz", **weights)
+
+
 def save_and_go_on(name, folder):
     """Save the plugin and the weights after four steps, then go on for five."""
     training = start(name)
     for index in range(SAVED_AFTER):
         training.step(index)
-    training.plugin.save(folder / "spectral_ds")
-    if torch.distributed.get_rank() == 0:
-        np.savez(folder / "weights.npz", **training.snapshot())
-    else:
-        training.snapshot()
+    save(training, folder)
     return run_on(training, SAVED_AFTER, SAVED_AFTER + LATER)
 
 
@@ -100,12 +107,26 @@ def check_same_run(results, uninterrupted):
     np.testing.assert_allclose(mean[0], mean[1], atol=1e-4)
 
 
-def resume(name, folder):
+def resumed(name, folder, step=SAVED_AFTER):
+    """A new training that goes on from a folder of `save`."""
     training = start(name, folder / "weights.npz")
     if training.cell.engine == "deepspeed":
-        training.engine.global_steps = SAVED_AFTER  # its own checkpoint would restore it
+        training.engine.global_steps = step  # its own checkpoint would restore it
     training.plugin.load(folder / "spectral_ds")
-    return run_on(training, SAVED_AFTER, SAVED_AFTER + LATER)
+    return training
+
+
+def resume(name, folder, step=SAVED_AFTER):
+    return run_on(resumed(name, folder, step), step, SAVED_AFTER + LATER)
+
+
+def resume_and_save(name, folder, until, target):
+    """Go on for a few steps, and save anew."""
+    training = resumed(name, folder)
+    for index in range(SAVED_AFTER, until):
+        training.step(index)
+    save(training, target)
+    training.close()
 
 
 def adamw_engine(stage, section=STATEFUL, **config):
@@ -125,3 +146,34 @@ def steps_from(engine, first):
         engine.step()
         losses.append(loss.item())
     return losses
+
+
+def attempt(training, action):
+    """The error of loading, and whether nothing was changed by it."""
+    before, graphs = state_of(training), [stage.graph for stage in training.plugin.stages]
+    error = ""
+    try:
+        action(training)
+    except (Exception, CheckpointException) as problem:  # DCP's is no Exception
+        error = f"{type(problem).__name__}: {problem}"
+    after = state_of(training)
+    is_same = all(
+        stage.graph is graph for stage, graph in zip(training.plugin.stages, graphs, strict=True)
+    )
+    is_same &= before.keys() == after.keys() and all(
+        np.array_equal(before[key], after[key]) for key in before
+    )
+    return error, is_same
+
+
+def state_of(training):
+    """All that this rank would save (collective)."""
+    state = Persistence(training.plugin).state()
+    found = {name: number.numpy() for name, number in state.numbers.items()}
+    for index, edges in enumerate(state.edges):
+        found[f"edges {index}"] = np.stack((edges.source, edges.target, edges.weight))
+    for kind, pieces in state.pieces.items():
+        for fragment, value in zip(pieces.fragments, pieces.values, strict=True):
+            if value is not None:
+                found[f"{kind} {fragment}"] = value.numpy()
+    return {name: values.copy() for name, values in found.items()}

@@ -13,6 +13,7 @@ from checkpoints import (
     check_same_run,
     remembered,
     resume,
+    resume_and_save,
     run_on,
     save_and_go_on,
     start,
@@ -56,6 +57,15 @@ def test_a_resumed_run_is_the_run_that_would_have_happened(
             got_metrics["signal_to_noise/total"], metrics["signal_to_noise/total"], rtol=1e-2
         )
         np.testing.assert_allclose(got_metrics["regularizer"], metrics["regularizer"], rtol=1e-2)
+
+
+def test_a_run_resumed_twice_on_other_engines_and_ranks_is_still_that_run(ranks, saved, tmp_path):
+    folder, uninterrupted = saved("zero2", 2)
+    until = SAVED_AFTER + 2
+    ranks(3).run(resume_and_save, "zero3", folder, until, tmp_path)
+    results = ranks(4).run(resume, "fsdp2", tmp_path, until)
+    later = [(losses[2:], *rest) for losses, *rest in uninterrupted]
+    check_same_run(results, later)
 
 
 def test_without_the_state_the_run_would_differ(ranks, saved):

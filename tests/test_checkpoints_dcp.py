@@ -1,6 +1,8 @@
 """`torch.distributed.checkpoint` carries the state between engines and world sizes, and what it
 brings of another model or graph is refused on all ranks."""
 
+import functools
+
 import numpy as np
 import pytest
 import tiny
@@ -12,11 +14,14 @@ from checkpoints import (
     RATES,
     SAVED_AFTER,
     STATEFUL,
+    attempt,
     check_same_run,
     remembered,
     run_on,
     start,
 )
+
+from spectral_ds.checkpoint.checksums import add, checksum
 
 
 def through_dcp(name, folder):
@@ -135,31 +140,6 @@ def refused(cases, folder):
     return found
 
 
-def attempt(training, action):
-    """The error of loading, and whether nothing was changed by it."""
-    before, graphs = state_of(training), [stage.graph for stage in training.plugin.stages]
-    error = ""
-    try:
-        action(training)
-    except (Exception, dcp.api.CheckpointException) as problem:  # DCP's is no Exception
-        error = f"{type(problem).__name__}: {problem}"
-    after = state_of(training)
-    is_same = all(
-        stage.graph is graph for stage, graph in zip(training.plugin.stages, graphs, strict=True)
-    )
-    is_same &= before.keys() == after.keys() and all(
-        torch.equal(before[key], after[key]) for key in before
-    )
-    return error, is_same
-
-
-def state_of(training):
-    return {
-        key: getattr(value, "to_local", lambda value=value: value)().clone()
-        for key, value in training.plugin.state_dict().items()
-    }
-
-
 def test_what_is_of_another_model_or_graph_is_refused_on_every_rank(ranks, tmp_path):
     for found in ranks(2).run(refused, REFUSALS, tmp_path):
         for name, (error, is_same) in found.items():
@@ -195,30 +175,108 @@ def test_what_one_rank_lacks_is_an_error_of_all_and_changes_nothing(ranks):
 
 
 def not_strict(folder):
-    """Whether there is a new graph, what was said, and whether the run goes on."""
-    training = Training(CELLS["fsdp2"], STATEFUL, rates=RATES)
+    """Of a new training from other weights: whether there is a new graph, what was said, the step,
+    the references of now and of the saved state, and the loss of a step."""
+    training = start("fsdp2")
     training.step(0)
+    training.step(1)
     dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
+    saved = reference_of(training)
+    others = {name: value + 1 for name, value in training.snapshot().items()}
     training.close()
+    if torch.distributed.get_rank() == 0:
+        np.savez(folder / "others.npz", **others)
+    torch.distributed.barrier()
     section = changed(COMBINATORIAL, checkpoint={"strict": False})
-    training = Training(CELLS["fsdp2"], section, rates=RATES)
+    training = start("fsdp2", folder / "others.npz", section)
+    assert not torch.equal(reference_of(training), saved)
     (stage,), said = training.plugin.stages, []
     training.plugin.engine.log = lambda message, level=0: said.append(message)
     graph = stage.graph
     load(training, folder)
-    is_new = stage.graph is not graph
-    loss = training.step(0)
+    found = stage.graph is not graph, said, training.plugin.engine.step
+    found += (torch.equal(reference_of(training), saved), training.step(0))
     training.close()
-    return is_new, said, loss
+    return found
 
 
-def test_unless_strict_a_new_graph_is_made(ranks, tmp_path):
-    for is_new, said, loss in ranks(2).run(not_strict, tmp_path):
+def reference_of(training):
+    held = training.plugin.regularizer.reference.fragments
+    return torch.cat([part for part in held if part is not None])
+
+
+def test_unless_strict_a_new_graph_is_made_and_the_rest_is_gone_on_with(ranks, tmp_path):
+    for is_new, said, step, is_saved_reference, loss in ranks(2).run(not_strict, tmp_path):
         assert is_new
+        assert (step, is_saved_reference) == (2, True)
         assert np.isfinite(loss)
         [message] = said
         assert "graph 0 of 1 differs" in message
-        assert "goes on with a new graph" in message
+        assert "goes on with a new graph, and with step, reference" in message
+
+
+def altered(keys):
+    """Change one element of a part of the state: as `attempt`, by key."""
+    found = {}
+    for key in keys:
+        training = start("fsdp2")
+        training.step(0)
+        state = training.plugin.state_dict()
+        tensor = state[key]
+        part = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
+        if torch.distributed.get_rank() == 1 or part is tensor:
+            part.view(-1)[-1] += 1
+        training.step(1)
+        found[key] = attempt(training, lambda each, state=state: each.plugin.load_state_dict(state))
+        training.close()
+    return found
+
+
+def test_what_was_altered_is_named_on_every_rank_and_changes_nothing(ranks):
+    weight = "llama.model.layers.0.self_attn.q_proj.weight"
+    keys = [f"{kind}.{weight}" for kind in ("reference", "temporal", "sketch.0", "features.0")]
+    keys += ["numbers.step", "edges.0.ends", "numbers.statistics.0.power"]
+    for found in ranks(2).run(altered, keys):
+        for key, (error, is_same) in found.items():
+            assert error.startswith("CheckpointError"), (key, error)
+            assert f"{key!r} has another checksum" in error
+            assert is_same, key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.uint8])
+def test_checksums_do_not_depend_on_cuts_but_on_bits_and_places(dtype):
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 200, (1000,), generator=generator).to(dtype)
+    expected = checksum(whole, 0)
+    parts = zip((0, 1, 1, 700), whole.split([1, 0, 699, 300]), strict=True)
+    assert functools.reduce(add, (checksum(part, start) for start, part in parts)) == expected
+    for change in (lambda t: t[[1, 0, *range(2, 1000)]], lambda t: t.roll(1), lambda t: t + 1):
+        assert checksum(change(whole), 0) != expected
+
+
+def damage_files(folder, how):
+    """A DCP checkpoint of which rank 0 has cut or removed a file; the error of loading it."""
+    training = start("fsdp2")
+    training.step(0)
+    dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        path = sorted((folder / "dcp").glob("*.distcp"))[0]
+        if how == "cut":
+            path.write_bytes(path.read_bytes()[:100])
+        else:
+            path.unlink()
+    torch.distributed.barrier()
+    found = attempt(training, lambda training: load(training, folder))
+    training.close()
+    return found
+
+
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_damaged_files_are_an_error_of_dcp_and_change_nothing(ranks, tmp_path, how):
+    for error, is_same in ranks(2).run(damage_files, tmp_path, how):
+        assert error
+        assert is_same
 
 
 def other_shapes(folder):

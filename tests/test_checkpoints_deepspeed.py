@@ -2,39 +2,76 @@
 another step than DeepSpeed's files is refused."""
 
 import json
+import pickletools
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from checkpoints import SAVED_AFTER, STATEFUL, adamw_engine, steps_from
 
 import spectral_ds
 
 
-def round_trip(stage, folder):
-    """(five more steps, the same after loading into a new engine)."""
-    engine = adamw_engine(stage)
+def round_trip(stage, config, folder):
+    """(five more steps, the same after loading into a new engine): losses and float32 weights."""
+
+    def go_on():
+        losses = steps_from(engine, SAVED_AFTER)
+        weights = spectral_ds.plugin_of(engine).engine.weights()
+        return losses, torch.cat([weight.reshape(-1) for weight in weights]).numpy().copy()
+
+    engine = adamw_engine(stage, **config)
     tiny.train(engine, SAVED_AFTER)
     engine.save_checkpoint(str(folder), client_state={"mine": 7})
-    expected = steps_from(engine, SAVED_AFTER)
+    expected = go_on()
     engine.destroy()
-    engine = adamw_engine(stage)
+    engine = adamw_engine(stage, **config)
     _, client_state = engine.load_checkpoint(str(folder))
-    got = steps_from(engine, SAVED_AFTER)
+    got = go_on()
     engine.destroy()
     return expected, got, client_state["mine"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_checkpoints_carry_the_state(ranks, tmp_path, stage):
-    for expected, got, mine in ranks(2).run(round_trip, stage, tmp_path):
-        np.testing.assert_allclose(got, expected, atol=1e-6)
+OFFLOAD = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        (1, {}),
+        (2, {"bf16": {"enabled": True}}),
+        (2, OFFLOAD),
+        (3, {}),
+        (3, {"bf16": {"enabled": True}}),
+    ],
+)
+def test_deepspeed_checkpoints_carry_the_state(ranks, tmp_path, stage, config):
+    for expected, got, mine in ranks(2).run(round_trip, stage, config, tmp_path):
+        for after, again in zip(expected, got, strict=True):
+            np.testing.assert_allclose(again, after, atol=1e-6)
         assert mine == 7
     tag = (tmp_path / "latest").read_text().strip()
     manifest = json.loads((tmp_path / tag / "spectral_ds" / "manifest.json").read_text())
     assert len(manifest["files"]) == 2
+    for path in (tmp_path / tag).glob("*.pt"):  # where the plugin is not installed
+        assert not [name for name in modules_in(path) if name.startswith("spectral_ds")]
+
+
+def modules_in(path):
+    """Modules, and whatever else a file's pickle says in words, from which loading imports."""
+    with zipfile.ZipFile(path) as archive:
+        [pickled] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        words = [word for _, word, _ in pickletools.genops(archive.read(pickled))]
+    found = {word.split(" ")[0] for word in words if isinstance(word, str)} - {"spectral_ds"}
+    assert "torch" in {name.split(".")[0] for name in found}
+    return found
 
 
 def save_one_step(folder, section):
@@ -186,19 +223,55 @@ def test_a_state_of_another_step_than_deepspeeds_files_is_refused(ranks, cut_off
         assert not is_same
 
 
-def load_in_part(folder):
-    return {
-        "weights": load(folder, "cut", True, load_module_only=True),
-        "weights, by position": load(folder, "cut", True, True, False, False, True),
-        "no optimizer": load(folder, "good", True, load_optimizer_states=False),
-    }
+def load_without_optimizer(folder):
+    return load(folder, "good", True, load_optimizer_states=False)
 
 
-def test_where_deepspeed_does_not_restore_its_step_the_plugin_loads_nothing(ranks, cut_off):
-    for found in ranks(2).run(load_in_part, cut_off):
-        for name in ("weights", "weights, by position"):
-            assert found[name] == ("", [], 0, True), name
-        assert found["no optimizer"] == ("", [], 1, False)
+def test_without_the_optimizers_states_the_plugins_is_loaded(ranks, cut_off):
+    for found in ranks(2).run(load_without_optimizer, cut_off):
+        assert found == ("", [], 1, False)
+
+
+def save_weights(stage, folder):
+    engine = adamw_engine(stage)
+    tiny.train(engine, 2)
+    engine.save_checkpoint(str(folder), tag=f"{stage}")
+    engine.destroy()
+
+
+def warm_start(stage, folder, is_by_position):
+    """Of a new engine: what was said, its step, R, ‖Δ‖ and how far edges are from a new graph's."""
+    engine = adamw_engine(stage, {**STATEFUL, "graph": {"edges": [{"family": "similarity"}]}})
+    plugin, said = spectral_ds.plugin_of(engine), []
+    plugin.engine.log = lambda message, level=0: said.append(message)
+    before = plugin.regularizer.metrics(plugin._weights())
+    old = plugin.graph.laplacian().toarray()
+    if is_by_position:
+        engine.load_checkpoint(str(folder), f"{stage}", True, False, False, True)
+    else:
+        engine.load_checkpoint(str(folder), f"{stage}", load_module_only=True)
+    new = plugin.graph.laplacian().toarray()
+    metrics = plugin.regularizer.metrics(plugin._weights())
+    plugin.stages[0].build()
+    fresh = plugin.graph.laplacian().toarray()
+    step = engine.global_steps
+    engine.destroy()
+    assert before["perturbation"] == 0
+    return said, step, metrics, np.abs(new - fresh).max(), np.abs(new - old).max()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_weights_loaded_alone_begin_a_new_training(ranks, tmp_path, stage):
+    """Not of stage 3, whose weights lie in the optimizer's files: DeepSpeed 0.19.8 loads none."""
+    ranks(2).run(save_weights, stage, tmp_path)
+    for is_by_position in (False, True)[: 2 if stage == 2 else 1]:
+        for found in ranks(2).run(warm_start, stage, tmp_path, is_by_position):
+            [message], step, metrics, distance, change = found
+            assert "weights were loaded alone" in message
+            assert step == 0
+            assert metrics == {"regularizer": 0, "perturbation": 0}
+            assert distance < 1e-6
+            assert change > 1e-3
 
 
 def load_by_hand(folder, step):

@@ -4,7 +4,11 @@ import json
 import shutil
 
 import pytest
-from checkpoints import SAVED_AFTER, STATEFUL, start
+from checkpoints import SAVED_AFTER, STATEFUL, attempt, start
+from safetensors import SafetensorError
+
+from spectral_ds.checkpoint import folder as state_files
+from spectral_ds.checkpoint.folder import manifest_digest
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,7 @@ def change_manifest(folder, key, value):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest[key] = value(manifest[key])
+    manifest["sha256"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -55,16 +60,22 @@ def make_unreadable(folder):
 DAMAGES = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "cut manifest": (
-        lambda f: (f / "manifest.json").write_text('{"version": 2'),
+        lambda f: (f / "manifest.json").write_text('{"version": 3'),
         "manifest.json cannot be read",
     ),
     "other version": (
         lambda f: change_manifest(f, "version", lambda v: v + 1),
-        "is of version 3",
+        "is of version 4",
     ),
-    "file without checksum": (
-        lambda f: change_manifest(f, "files", lambda files: [{"name": files[0]["name"]}]),
-        "must have name, bytes and sha256",
+    "no checksum": (
+        lambda f: (f / "manifest.json").write_text('{"version": 3}'),
+        "must be an object with a version and a checksum",
+    ),
+    "altered manifest": (
+        lambda f: (f / "manifest.json").write_text(
+            (f / "manifest.json").read_text().replace("llama.model.norm", "llama.model.form")
+        ),
+        "manifest.json is altered",
     ),
     "no file": (lambda f: first_file(f).unlink(), "safetensors is missing"),
     "cut file": (
@@ -81,7 +92,6 @@ DAMAGES = {
         "another graph configuration (spectral_ds.graph, graphs or seed): graph 0 of 1 differs",
     ),
     "nothing": (shutil.rmtree, "manifest.json is missing"),
-    "no files": (lambda f: change_manifest(f, "files", lambda files: []), "lacks the edges"),
     "unreadable file": (make_unreadable, "safetensors cannot be read: "),
     "unreadable manifest": (
         lambda f: ((f / "manifest.json").unlink(), (f / "manifest.json").mkdir()),
@@ -96,19 +106,84 @@ def test_what_cannot_be_used_is_named_on_every_rank(ranks, tmp_path, saved, dama
     shutil.copytree(saved, folder)
     harm, message = DAMAGES[damage]
     harm(folder)
-    for outcome in ranks(2).outcomes(load_damaged, folder, True):
-        assert outcome.kind == "CheckpointError"
-        assert message in outcome.message
-    assert ranks(2).run(load_damaged, folder, False) == [True, True]
+    for error, is_same in ranks(2).run(load_damaged, folder):
+        assert error.startswith("CheckpointError")
+        assert message in error
+        assert is_same
+    for is_new, [said] in ranks(2).run(load_anyway, folder):
+        assert is_new
+        assert message in said
+        assert ("with step" in said) == (damage == "other graph")
+        assert ("nothing of the saved state" in said) == (damage != "other graph")
 
 
-def load_damaged(folder, strict):
-    training = start("zero2", section={**STATEFUL, "checkpoint": {"strict": strict}})
-    (stage,) = training.plugin.stages
+def load_damaged(folder):
+    """The error, and whether the plugin is as it was before."""
+    training = start("zero2")
+    found = attempt(training, lambda training: training.plugin.load(folder))
+    training.close()
+    return found
+
+
+def load_anyway(folder):
+    """Whether there is a new graph, and what was said."""
+    training = start("zero2", section={**STATEFUL, "checkpoint": {"strict": False}})
+    (stage,), said = training.plugin.stages, []
+    training.engine.global_steps = SAVED_AFTER
+    training.plugin.engine.log = lambda message, level=0: said.append(message)
     graph = stage.graph
+    training.plugin.load(folder)
+    training.step()
+    training.close()
+    return stage.graph is not graph, said
+
+
+def fail_to_save(folder):
+    """Rank 1 finds the disk full, as safetensors says it."""
+    training = start("zero2")
+    if training.plugin.engine.everyone.rank == 1:
+
+        def full(*_):
+            raise SafetensorError("I/O error: No space left on device")
+
+        usual, state_files.save_file = state_files.save_file, full
     try:
-        training.plugin.load(folder)
-        training.step()
-        return stage.graph is not graph
+        training.plugin.save(folder)
+    finally:
+        if training.plugin.engine.everyone.rank == 1:
+            state_files.save_file = usual
+        training.close()
+
+
+def fail_to_see(folder):
+    """Rank 1 saves into a folder of its own, as on a disk of another node."""
+    training = start("zero2")
+    try:
+        training.plugin.save(folder / str(training.plugin.engine.everyone.rank))
     finally:
         training.close()
+
+
+def load(folder):
+    training = start("zero2")
+    training.engine.global_steps = SAVED_AFTER
+    training.plugin.load(folder)
+    training.close()
+
+
+def test_a_rank_that_cannot_write_is_an_error_of_all_and_what_was_saved_stays(
+    ranks, tmp_path, saved
+):
+    folder = tmp_path / "spectral_ds"
+    shutil.copytree(saved, folder)
+    for outcome in ranks(2).outcomes(fail_to_save, folder):
+        assert outcome.kind == "OSError"
+        assert "cannot be written: I/O error: No space left on device" in outcome.message
+    ranks(2).run(load, folder)
+
+
+def test_folders_that_nodes_do_not_share_are_an_error_of_all(ranks, tmp_path):
+    for outcome in ranks(2).outcomes(fail_to_see, tmp_path):
+        assert outcome.kind == "OSError"
+        assert "must be on a file system that all nodes share" in outcome.message
+    assert not list(tmp_path.glob("*/manifest.json"))

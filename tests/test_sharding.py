@@ -64,6 +64,20 @@ def test_an_error_of_one_rank_reaches_all(ranks):
     assert "rank 2" in outcomes[0].message
 
 
+def fail_by_a_type_that_is_nowhere(rank):
+    """As compiled extensions have them, whose types name a module that there is not."""
+    kind = type("LostError", (Exception,), {"__module__": "no_such_module"})
+    with Communicator(None, torch.device("cpu")).all_or_none():
+        if dist.get_rank() == rank:
+            raise kind("the disk of this rank is full")
+
+
+def test_an_error_that_cannot_be_sent_reaches_all_by_its_message(ranks):
+    first, second = ranks(2).outcomes(fail_by_a_type_that_is_nowhere, 1)
+    assert (first.kind, second.kind) == ("RuntimeError", "LostError")
+    assert "rank 1 failed: the disk of this rank is full" in first.message
+
+
 def exchange(counts):
     communicator = Communicator(None, torch.device("cpu"))
     rank = communicator.rank

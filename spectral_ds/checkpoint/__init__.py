@@ -6,13 +6,20 @@ the engine's own files; `distributed.py` turns it into tensors for `torch.distri
 
 from spectral_ds.checkpoint.distributed import from_tensors, to_tensors
 from spectral_ds.checkpoint.folder import read_state, write_state
-from spectral_ds.checkpoint.state import CheckpointError, PieceReader, Pieces, PluginState
+from spectral_ds.checkpoint.state import (
+    CheckpointError,
+    Pieces,
+    PluginState,
+    SavedState,
+    difference_of_graphs,
+)
 
 __all__ = [
     "CheckpointError",
-    "PieceReader",
     "Pieces",
     "PluginState",
+    "SavedState",
+    "difference_of_graphs",
     "from_tensors",
     "read_state",
     "to_tensors",

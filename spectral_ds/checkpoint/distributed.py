@@ -2,29 +2,30 @@
 
 DCP loads into tensors that exist: edges are padded to the most that a graph can have, and the rest
 is whole on every rank or a DTensor laid out like its parameter. Digests tell another model or graph
-whose tensors have the same shapes; DCP itself refuses other shapes, and names the tensor.
+whose tensors have the same shapes, and checksums what was altered; DCP itself refuses other shapes,
+and names the tensor.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from spectral_ds.checkpoint.state import (
-    CheckpointError,
-    PieceReader,
-    PluginState,
-    assemble,
-    check_graphs,
-)
+from spectral_ds.checkpoint.checksums import add, checksum
+from spectral_ds.checkpoint.state import CheckpointError, PluginState, SavedState, assemble
 from spectral_ds.graph import Edges
 from spectral_ds.sharding import Communicator, Fragment
 
 # Makes a tensor that DCP saves sharded, of a fragment's values; None where it cannot.
 Wrapper = Callable[[Fragment, torch.Tensor], Any]
+# Gives this rank's flat part of what a Wrapper made.
+Unwrapper = Callable[[Any], torch.Tensor]
+
+WHERE = "the plugin's state_dict"
+CHECKSUM = "checksum."
 
 
 def to_tensors(
@@ -32,6 +33,7 @@ def to_tensors(
     capacity: Sequence[int],
     whole: dict[str, dict[str, int]],
     wrap: Wrapper,
+    unwrap: Unwrapper,
     communicator: Communicator,
 ) -> dict[str, Any]:
     """The state as a flat dictionary of tensors (collective).
@@ -41,7 +43,7 @@ def to_tensors(
     Args:
         capacity: the most directed edges that each graph can have.
         whole: by kind, the pieces that are to be whole on every rank: elements by parameter.
-        wrap: for the other kinds.
+        wrap, unwrap: for the other kinds.
         communicator: the ranks that share the parameters.
     """
     found: dict[str, Any] = _digests(state)
@@ -65,56 +67,100 @@ def to_tensors(
             for fragment, value in zip(pieces.fragments, pieces.values, strict=True):
                 if value is not None:
                     found[f"{kind}.{fragment.parameter}"] = wrap(fragment, value.clone())
-    return found
+    sums = _checksums(found, unwrap, state, communicator)
+    return found | {f"{CHECKSUM}{key}": torch.tensor([value]) for key, value in sums.items()}
 
 
 def from_tensors(
     tensors: dict[str, Any],
-    unwrap: Callable[[Any], torch.Tensor],
+    unwrap: Unwrapper,
     state: PluginState,
     everyone: Communicator,
-) -> tuple[dict[str, torch.Tensor], list[Edges], PieceReader]:
-    """Numbers, edges and a reader of pieces, as `read_state` gives them (collective).
+    communicator: Communicator,
+) -> SavedState:
+    """What `to_tensors` gave, loaded and checked (collective).
 
     Args:
         tensors: what `to_tensors` gave, loaded.
-        unwrap: gives this rank's flat part of what `Wrapper` made.
-        state: the running plugin's, to compare the model and the graphs with; its fragments say
-            which part each tensor holds.
+        unwrap: see `to_tensors`.
+        state: the running plugin's, to compare the model with; its fragments say which part each
+            tensor holds.
         everyone: all ranks.
+        communicator: the ranks that share the parameters.
 
     Raises:
-        CheckpointError: a tensor is missing, or the model or a graph is another; on all ranks.
+        CheckpointError: a tensor is missing or altered, or the model is another; on all ranks.
     """
-    edges = []
     with everyone.all_or_none():
-        _check_same(tensors, state)
+        graphs = _check_model(tensors, state)
         numbers = {name: _get(tensors, f"numbers.{name}") for name in state.numbers}
-        for index in range(len(state.edges)):
+        edges = []
+        for index in range(min(len(graphs), len(state.edges))):
             weight = _get(tensors, f"edges.{index}.weight").cpu().numpy()
             ends = _get(tensors, f"edges.{index}.ends").cpu().numpy()[weight > 0]
             edges.append(Edges(ends[:, 0], ends[:, 1], weight[weight > 0]))
+        checked = {
+            key.removeprefix(CHECKSUM): int(value.item())
+            for key, value in tensors.items()
+            if key.startswith(CHECKSUM)
+        }
+        held = {key: _get(tensors, key) for key in checked}
+    sums = _checksums(held, unwrap, state, communicator)
+    with everyone.all_or_none():
+        for key, expected in checked.items():
+            if sums.get(key) != expected:
+                raise CheckpointError(f"{WHERE} is altered: {key!r} has another checksum")
+
+    starts = _starts(tensors, state)
 
     def pieces(kind: str, wanted: Sequence[Fragment]) -> list[torch.Tensor]:
-        here = {f.parameter: f for f in state.pieces[kind].fragments if f.length > 0}
         available: dict[str, list[Any]] = {}
         for fragment in wanted:
             key = f"{kind}.{fragment.parameter}"
             if key in tensors:
-                values = unwrap(tensors[key])
-                own = here.get(fragment.parameter)
-                start = 0 if own is None or values.numel() != own.length else own.start
+                values, start = unwrap(tensors[key]), starts.get(key, 0)
                 read = lambda first, last, values=values: values[first:last]  # noqa: E731
                 available[fragment.parameter] = [(start, values.numel(), read)]
         return assemble(kind, wanted, available)
 
-    return numbers, edges, pieces
+    return SavedState(WHERE, graphs, numbers, edges, pieces)
 
 
-def _get(tensors: dict[str, Any], key: str) -> Any:
+def _get(tensors: Mapping[str, Any], key: str) -> Any:
     if key not in tensors:
-        raise CheckpointError(f"the plugin's state_dict lacks {key!r}")
+        raise CheckpointError(f"{WHERE} lacks {key!r}")
     return tensors[key]
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def _starts(tensors: Mapping[str, Any], state: PluginState) -> dict[str, int]:
+    """Where in its parameter this rank's part of each sharded tensor begins."""
+    return {
+        f"{kind}.{fragment.parameter}": fragment.start
+        for kind, pieces in state.pieces.items()
+        for fragment in pieces.fragments
+        if _is_sharded(tensors.get(f"{kind}.{fragment.parameter}"))
+    }
+
+
+def _checksums(
+    tensors: Mapping[str, Any], unwrap: Unwrapper, state: PluginState, communicator: Communicator
+) -> dict[str, int]:
+    """Of each tensor, whole, on all ranks, as int64 (collective)."""
+    starts, own = _starts(tensors, state), {}
+    for key, tensor in tensors.items():
+        if _is_sharded(tensor):
+            own[key] = checksum(unwrap(tensor), starts[key])
+        elif communicator.rank == 0:
+            own[key] = checksum(tensor.reshape(-1), 0)
+    total: dict[str, int] = {}
+    for sums in communicator.gather_objects(own):
+        for key, value in sums.items():
+            total[key] = add(total.get(key, 0), value)
+    return total
 
 
 def _digests(state: PluginState) -> dict[str, Any]:
@@ -136,16 +182,17 @@ def _digest(value: Any) -> torch.Tensor:
     return torch.tensor(list(digest), dtype=torch.uint8)
 
 
-def _check_same(tensors: dict[str, Any], state: PluginState) -> None:
-    where, here = "the plugin's state_dict", _digests(state)
+def _check_model(tensors: Mapping[str, Any], state: PluginState) -> list[str]:
+    """The digests of the saved graphs, of the same model."""
+    here = _digests(state)
     for key, what in (
         ("digest.names", "parameters have other names, or are in another order"),
         ("digest.shapes", "parameters have other shapes"),
     ):
         if not torch.equal(_get(tensors, key).cpu(), here[key]):
-            raise CheckpointError(f"{where} is of another model: {what}")
+            raise CheckpointError(f"{WHERE} is of another model: {what}")
     count = int(_get(tensors, "digest.graphs").item())
+    # DCP loads into the graphs that are here: of more than these, only their number is known.
     both = range(min(count, len(state.graphs)))
-    graphs = [_get(tensors, f"digest.graph.{index}") for index in both]
-    saved = [bytes(graph.tolist()).hex() for graph in graphs]
-    check_graphs(saved + [""] * (count - len(both)), state.graphs, where)
+    graphs = [bytes(_get(tensors, f"digest.graph.{index}").tolist()).hex() for index in both]
+    return graphs + [""] * (count - len(both))

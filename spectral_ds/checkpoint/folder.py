@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,15 @@ from safetensors.torch import save_file
 
 from spectral_ds.checkpoint.state import (
     CheckpointError,
-    PieceReader,
     PluginState,
+    SavedState,
     assemble,
-    check_graphs,
 )
 from spectral_ds.graph import Edges
 from spectral_ds.sharding import Communicator, Fragment
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 SEPARATOR = "|"
 
 
@@ -44,7 +43,8 @@ def write_state(folder: Path, state: PluginState, shard: int, everyone: Communic
         everyone: all ranks.
 
     Raises:
-        OSError: a rank could not write; on all ranks. What was there before is still valid.
+        OSError: a rank could not write, or rank 0 does not see what it wrote; on all ranks. What
+            was there before is still valid.
     """
     token = everyone.gather_objects(secrets.token_hex(8))[0]
     is_replica = everyone.gather_objects(shard).index(shard) < everyone.rank
@@ -53,7 +53,10 @@ def write_state(folder: Path, state: PluginState, shard: int, everyone: Communic
     with everyone.all_or_none():
         folder.mkdir(parents=True, exist_ok=True)
         if not is_replica:
-            save_file(_tensors(state, everyone.rank), folder / name)
+            try:
+                save_file(_tensors(state, everyone.rank), folder / name)
+            except SafetensorError as error:  # also of a full disk
+                raise OSError(f"{folder / name} cannot be written: {error}") from error
             _synchronize(folder / name)
             entry = {"name": name, "bytes": (folder / name).stat().st_size} | {
                 "sha256": _digest(folder / name)
@@ -61,16 +64,36 @@ def write_state(folder: Path, state: PluginState, shard: int, everyone: Communic
     files = [each for each in everyone.gather_objects(entry) if each is not None]
     with everyone.all_or_none():
         if everyone.rank == 0:
+            _require_visible(folder, files)
             manifest = {
                 "version": VERSION,
                 "model": state.model,
                 "graphs": state.graphs,
                 "files": files,
             }
+            manifest["sha256"] = manifest_digest(manifest)
             _replace(folder / MANIFEST, json.dumps(manifest, indent=1))
             for old in folder.glob("rank-*.safetensors"):
                 if token not in old.name:
-                    old.unlink()
+                    with suppress(OSError):  # the state is saved; what is left does no harm
+                        old.unlink()
+
+
+def _require_visible(folder: Path, files: Sequence[dict[str, Any]]) -> None:
+    """Raise OSError unless the files of all ranks lie in the folder that this rank sees."""
+    for entry in files:
+        path = folder / entry["name"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise OSError(
+                f"{path} was written by another rank, but rank 0 does not see it: the folder must "
+                "be on a file system that all nodes share"
+            )
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a manifest but its own digest."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(state: PluginState, rank: int) -> dict[str, torch.Tensor]:
@@ -113,42 +136,25 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-class StateReader:
-    """A state on disk. All ranks raise if one cannot read it.
-
-    Args:
-        folder: that `write_state` wrote.
-        expected: the running plugin's state, to compare the model and the graphs with.
-        everyone: all ranks; each checks a part of the files.
-
-    Raises:
-        CheckpointError: a file is missing, unreadable, cut or altered, or is of another model or
-            graph.
+class _Files:
+    """The files of a checked manifest.
 
     Attributes:
         numbers: as saved.
         edges: of each graph, all edges.
     """
 
-    def __init__(self, folder: Path, expected: PluginState, everyone: Communicator) -> None:
-        with everyone.all_or_none():
-            manifest = _manifest(folder)
-            _check_same(manifest, expected, folder / MANIFEST)
-            for index, entry in enumerate(manifest["files"]):
-                _check_file(folder / entry["name"], entry, index, everyone)
-        self._files = [folder / entry["name"] for entry in manifest["files"]]
+    def __init__(self, paths: Sequence[Path], graphs: int) -> None:
+        # By kind and parameter: (start, length, reader) of each run.
         self._runs: dict[str, dict[str, list[Any]]] = {}
         self.numbers: dict[str, torch.Tensor] = {}
-        with everyone.all_or_none():
-            parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in manifest["graphs"]]
-            for path in self._files:
-                self._read_header(path, parts)
-            if not all(parts):
-                raise CheckpointError(f"{folder} lacks the edges of a graph")
-            self.edges = [
-                Edges(*(torch.cat(part[name]).numpy() for name in ("source", "target", "weight")))
-                for part in parts
-            ]
+        parts: list[dict[str, list[torch.Tensor]]] = [{} for _ in range(graphs)]
+        for path in paths:
+            self._read_header(path, parts)
+        self.edges = [
+            Edges(*(torch.cat(part[name]).numpy() for name in ("source", "target", "weight")))
+            for part in parts
+        ]
 
     def _read_header(self, path: Path, edges: list[dict[str, list[torch.Tensor]]]) -> None:
         with _reading(path), safe_open(path, "pt") as file:
@@ -166,20 +172,33 @@ class StateReader:
                     runs.append((int(start), length, partial(_read_run, path, key)))
 
     def pieces(self, kind: str, wanted: Sequence[Fragment]) -> list[torch.Tensor]:
-        """Values of wanted fragments, however they were cut when saved; no communication.
-
-        Raises:
-            CheckpointError: elements of a parameter are missing, or a file cannot be read.
-        """
+        """Values of wanted fragments, however they were cut when saved; no communication."""
         return assemble(kind, wanted, self._runs.get(kind, {}))
 
 
-def read_state(
-    folder: Path, expected: PluginState, everyone: Communicator
-) -> tuple[dict[str, torch.Tensor], list[Edges], PieceReader]:
-    """Numbers, edges and a reader of pieces; see `StateReader` (collective)."""
-    reader = StateReader(folder, expected, everyone)
-    return reader.numbers, reader.edges, reader.pieces
+def read_state(folder: Path, expected: PluginState, everyone: Communicator) -> SavedState:
+    """Read what `write_state` wrote, at any world size (collective).
+
+    Args:
+        folder: on a file system that all ranks see.
+        expected: the running plugin's state, to compare the model with.
+        everyone: all ranks; each checks a part of the files.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, cut or altered, or is of another model; on
+            all ranks.
+    """
+    with everyone.all_or_none():
+        manifest = _manifest(folder / MANIFEST)
+        _check_model(manifest, expected, folder / MANIFEST)
+        for index, entry in enumerate(manifest["files"]):
+            is_mine = index % everyone.world_size == everyone.rank
+            _check_file(folder / entry["name"], entry, is_mine)
+    with everyone.all_or_none():
+        paths = [folder / entry["name"] for entry in manifest["files"]]
+        files = _Files(paths, len(manifest["graphs"]))
+    where = str(folder / MANIFEST)
+    return SavedState(where, manifest["graphs"], files.numbers, files.edges, files.pieces)
 
 
 def _read_run(path: Path, key: str, first: int, last: int) -> torch.Tensor:
@@ -199,26 +218,21 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
+def _manifest(path: Path) -> dict[str, Any]:
     with _reading(path):
         manifest = json.loads(path.read_text("utf-8"))
-        keys = {"version", "model", "graphs", "files"}
-        if not isinstance(manifest, dict) or not keys <= manifest.keys():
-            raise ValueError(f"it must have the keys {sorted(keys)}")
-        if not isinstance(manifest["model"], dict) or not isinstance(manifest["files"], list):
-            raise ValueError("model must be an object, and files a list")
-        for entry in manifest["files"]:
-            if not isinstance(entry, dict) or not {"name", "bytes", "sha256"} <= entry.keys():
-                raise ValueError(f"each file must have name, bytes and sha256, unlike {entry}")
+        if not isinstance(manifest, dict) or not manifest.keys() >= {"version", "sha256"}:
+            raise ValueError("it must be an object with a version and a checksum")
     if manifest["version"] != VERSION:
         raise CheckpointError(
             f"{path} is of version {manifest['version']}; this version reads {VERSION}"
         )
+    if manifest["sha256"] != manifest_digest(manifest):
+        raise CheckpointError(f"{path} is altered: its SHA-256 is not that of its content")
     return manifest
 
 
-def _check_same(manifest: dict[str, Any], expected: PluginState, path: Path) -> None:
+def _check_model(manifest: Mapping[str, Any], expected: PluginState, path: Path) -> None:
     saved = {name: tuple(shape) for name, shape in manifest["model"].items()}
     for name in (*saved, *expected.model):
         if saved.get(name) != expected.model.get(name):
@@ -228,15 +242,14 @@ def _check_same(manifest: dict[str, Any], expected: PluginState, path: Path) -> 
             )
     if list(saved) != list(expected.model):
         raise CheckpointError(f"{path} is of another model: parameters are in another order")
-    check_graphs(manifest["graphs"], expected.graphs, str(path))
 
 
-def _check_file(path: Path, entry: dict[str, Any], index: int, everyone: Communicator) -> None:
+def _check_file(path: Path, entry: Mapping[str, Any], is_mine: bool) -> None:
     with _reading(path):
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, not {entry['bytes']}")
-        if index % everyone.world_size == everyone.rank and _digest(path) != entry["sha256"]:
+        if is_mine and _digest(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is altered: its SHA-256 is not that of the manifest")
         with safe_open(path, "pt"):
             pass

@@ -1,7 +1,8 @@
 """PluginState: everything the plugin carries from step to step, as this rank holds it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -50,28 +51,43 @@ class PluginState:
 PieceReader = Callable[[str, Sequence[Fragment]], list[torch.Tensor]]
 
 
-def check_graphs(saved: Sequence[str], expected: Sequence[str], where: str) -> None:
-    """Compare the digests of two states' graphs.
+class SavedState(NamedTuple):
+    """A state that has been read and checked, of this model.
 
-    Args:
-        where: the saved state, for the error.
-
-    Raises:
-        CheckpointError: they differ; says in which graph.
+    Attributes:
+        where: it is, for people.
+        graphs: as in `PluginState`; perhaps others than the running plugin's.
+        numbers: as saved.
+        edges: of each graph, all edges.
+        pieces: gives parts of the pieces; raises CheckpointError where elements are missing.
     """
+
+    where: str
+    graphs: Sequence[str]
+    numbers: Mapping[str, torch.Tensor]
+    edges: Sequence[Edges]
+    pieces: PieceReader
+
+    def number(self, name: str) -> float:
+        """A number of the state.
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        if name not in self.numbers:
+            raise CheckpointError(f"{self.where} lacks {name!r}")
+        return float(self.numbers[name].item())
+
+
+def difference_of_graphs(saved: Sequence[str], expected: Sequence[str]) -> str:
+    """How the digests of two states' graphs differ; empty if they do not."""
     if len(saved) != len(expected):
-        difference = f"{len(saved)} graphs there and {len(expected)} here"
-    else:
-        pairs = enumerate(zip(saved, expected, strict=True))
-        numbers = [str(index) for index, (there, here) in pairs if there != here]
-        if not numbers:
-            return
-        difference = f"graph {', '.join(numbers)} of {len(expected)} differs, counted from 0"
-    raise CheckpointError(
-        f"{where} is of another graph configuration (spectral_ds.graph, graphs or seed): "
-        f"{difference}; restore it, or set spectral_ds.checkpoint.strict to false to start with a "
-        "new graph"
-    )
+        return f"{len(saved)} graphs there and {len(expected)} here"
+    pairs = enumerate(zip(saved, expected, strict=True))
+    numbers = [str(index) for index, (there, here) in pairs if there != here]
+    if not numbers:
+        return ""
+    return f"graph {', '.join(numbers)} of {len(expected)} differs, counted from 0"
 
 
 def assemble(

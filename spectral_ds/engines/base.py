@@ -64,7 +64,11 @@ class Engine(ABC):
 
     @abstractmethod
     def learning_rates(self) -> list[float]:
-        """The current learning rate of each fragment's parameter group."""
+        """The current learning rate of each fragment's parameter group.
+
+        Raises:
+            UnsupportedEngineError: a group has none, as the optimizer finds its own.
+        """
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor | None]:
@@ -104,7 +108,10 @@ class Engine(ABC):
         """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
 
     def carry(  # noqa: B027
-        self, save: Callable[[Path], None], load: Callable[[Path, bool, int], None]
+        self,
+        save: Callable[[Path], None],
+        load: Callable[[Path, bool, int], None],
+        begin_anew: Callable[[], None],
     ) -> None:
         """Have the engine's own checkpoints carry the plugin's state, if it makes any.
 
@@ -112,6 +119,7 @@ class Engine(ABC):
             save: writes the state into a folder of the checkpoint.
             load: reads it; is also told whether the checkpoint says that it has one, and the step
                 that the engine has restored from it.
+            begin_anew: called when the engine has loaded weights alone.
         """
 
     def restore_step(self, step: int) -> None:  # noqa: B027
@@ -163,6 +171,20 @@ class Engine(ABC):
     @abstractmethod
     def write(self, metrics: Mapping[str, float]) -> None:
         """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""
+
+
+def learning_rate_of(group: Mapping[str, Any]) -> float:
+    """That of a torch optimizer's parameter group.
+
+    Raises:
+        UnsupportedEngineError: it has none.
+    """
+    if group["lr"] is None:
+        raise UnsupportedEngineError(
+            "the optimizer has no learning rate (lr is None), by which coupling: decoupled "
+            "multiplies; set one, or use coupling: joint"
+        )
+    return float(group["lr"])
 
 
 def canonical_name(name: str) -> str:

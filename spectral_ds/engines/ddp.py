@@ -12,7 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from spectral_ds.engines.base import Engine, UnsupportedEngineError, canonical_name
+from spectral_ds.engines.base import (
+    Engine,
+    UnsupportedEngineError,
+    canonical_name,
+    learning_rate_of,
+)
 from spectral_ds.engines.hooks import after_step_of, before_step_of
 from spectral_ds.sharding import Communicator, Fragment
 
@@ -82,8 +87,8 @@ class TorchEngine(Engine):
 
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
-        rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-        return [float(rates[id(parameter)]) for parameter in self._parameters]
+        group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+        return [learning_rate_of(group_of[id(parameter)]) for parameter in self._parameters]
 
     def gradients(self) -> list[torch.Tensor | None]:
         return [None if p.grad is None else self._local(p.grad) for p in self._parameters]

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 
-from spectral_ds.engines.base import Engine, UnsupportedEngineError, canonical_name
+from spectral_ds.engines.base import (
+    Engine,
+    UnsupportedEngineError,
+    canonical_name,
+    learning_rate_of,
+)
 from spectral_ds.engines.hooks import WrappedMethod, require_method
 from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator, Fragment
@@ -100,7 +105,7 @@ class DeepSpeedEngine(Engine):
 
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
-        return [float(groups[group]["lr"]) for group in self._groups]
+        return [learning_rate_of(groups[group]) for group in self._groups]
 
     def _has_gradient(self, parameter: torch.nn.Parameter) -> bool:
         """Whether the parameter got a gradient since the last step."""
@@ -142,7 +147,12 @@ class DeepSpeedEngine(Engine):
 
         self._handles.append(WrappedMethod(self._engine, "backward", backward))
 
-    def carry(self, save: Callable[[Path], None], load: Callable[[Path, bool, int], None]) -> None:
+    def carry(
+        self,
+        save: Callable[[Path], None],
+        load: Callable[[Path, bool, int], None],
+        begin_anew: Callable[[], None],
+    ) -> None:
         """See `Engine.carry`; the state is in `<tag>/spectral_ds`.
 
         It is written before DeepSpeed's own files, and these before DeepSpeed names the newest tag.
@@ -171,8 +181,11 @@ class DeepSpeedEngine(Engine):
         ) -> Any:
             path, client_state = original(load_dir, tag, *args, **kwargs)
             given = signature.bind(load_dir, tag, *args, **kwargs).arguments
-            # Weights alone: DeepSpeed does not set its step either.
-            if path is not None and not given.get("load_module_only", False):
+            if path is None:
+                return path, client_state
+            if given.get("load_module_only", False):  # DeepSpeed does not set its step either
+                begin_anew()
+            else:
                 mark = (client_state or {}).get(FOLDER)
                 folder = Path(path).parent / FOLDER
                 if mark and not folder.is_dir():

@@ -3,6 +3,7 @@
 Works without torch.distributed too (one process), so that nothing above has a special case.
 """
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -91,20 +92,33 @@ class Communicator:
     def all_or_none(self) -> Iterator[None]:
         """Run a body without collectives; if it raises on any rank, raise on every rank.
 
-        A rank whose own body raised re-raises it; the others raise an error of the same type that
-        names the failing rank and repeats its message.
+        A rank whose own body raised re-raises it; the others raise an error of the same type, where
+        they can have it, that names the failing rank and repeats its message.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        failures = self.gather_objects(None if error is None else (type(error), str(error)))
+        failure = None if error is None else (_sendable(type(error)), str(error))
+        failures = self.gather_objects(failure)
         if error is not None:
             raise error
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise _same_error(*failure, rank)
+
+
+def _sendable(kind: type[Exception]) -> type[Exception]:
+    """The type, or RuntimeError for one that other processes could not find, as of some extensions.
+
+    Failing to send an error would leave the other ranks waiting for it.
+    """
+    try:
+        pickle.dumps(kind)
+    except (pickle.PicklingError, AttributeError, ImportError):
+        return RuntimeError
+    return kind
 
 
 def _same_error(kind: type[Exception], message: str, rank: int) -> Exception:
