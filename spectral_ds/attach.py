@@ -112,7 +112,7 @@ def attach(
     reference = weakref.ref(plugin)
     for holder in engine.holders:
         _plugins[holder] = reference
-    engine.log(f"spectral_ds: {plugin.describe()}")
+    engine.log(plugin.describe())
     return plugin
 
 

@@ -292,7 +292,8 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
     """Problems of values that are valid each, but not together."""
     low, high = config.filter.low, config.filter.high
     penalty = config.regularizer.response if config.regularizer.strength > 0 else None
-    if "bandpass" in (config.filter.response, penalty) and low >= high:
+    responses = config.filter.response, penalty
+    if "bandpass" in responses and low >= high:
         yield f"{SECTION}.filter.low = {low:g}: must be below {SECTION}.filter.high = {high:g}"
     for index, graph in enumerate(config.stack):
         key = f"{SECTION}.graphs[{index}]" if config.graphs else f"{SECTION}.graph"
@@ -301,6 +302,13 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
             yield (
                 f"{key}.refresh_interval = 0: edges by features gradient are made when the graph "
                 "is rebuilt; must be an integer >= 1"
+            )
+        fewest = 2 * config.statistics.interval
+        if by_gradient and "wiener" in responses and 0 < graph.refresh_interval < fewest:
+            yield (
+                f"{key}.refresh_interval = {graph.refresh_interval}: response wiener needs two "
+                f"samples on each graph of features gradient; must be >= {fewest}, twice "
+                f"{SECTION}.statistics.interval"
             )
         widths = sorted({edge.sketch_width for edge in by_gradient})
         if len(widths) > 1:

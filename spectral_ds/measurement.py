@@ -69,8 +69,9 @@ class Measurement:
         return self._stages[0].spectrometer.moments(signal, count)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
-        """Note the task loss of a micro-batch."""
-        self._losses.append(loss.detach().float().mean())
+        """Note the task loss of a micro-batch, of which the joint loss is made."""
+        if self._regularizer is not None:
+            self._losses.append(loss.detach().float().mean())
 
     def before_step(
         self, is_due: bool, weights: Callable[[], Signal], norms: ParameterNorms
@@ -136,13 +137,13 @@ class Measurement:
         stage = self._stages[0]
         if self._has_judged or stage.statistics is None or not stage.filter.is_ready:
             return
-        if stage.statistics.samples_on_graph < fewest:
+        if stage.statistics.samples_on_graph < fewest or stage.graph.num_edges == 0:
             return
         found = stage.statistics.signal_to_noise()
         said = verdict(found.signal, found.noise, self._fixed_gains(found), found.error)
         self._has_judged = said != TOO_NOISY
         if self._has_judged or not self._is_too_noisy:
-            self._engine.log(f"spectral_ds: {said}")
+            self._engine.log(said)
         self._is_too_noisy = not self._has_judged
 
     def _fixed_gains(self, found: SignalToNoise) -> npt.NDArray[np.float64]:

@@ -203,7 +203,7 @@ class Persistence:
             self._build_anew()
             self._plugin.resumed()
             self._engine.log(
-                "spectral_ds: the checkpoint was made without the plugin; it goes on with the "
+                "the checkpoint was made without the plugin; it goes on with the "
                 "graph of the present weights, and with the reference of before"
             )
             return
@@ -221,8 +221,7 @@ class Persistence:
         self._build_anew()
         self._plugin.resumed()
         self._engine.log(
-            "spectral_ds: weights were loaded alone; the graph is made of them, and they are the "
-            "reference"
+            "weights were loaded alone; the graph is made of them, and they are the reference"
         )
 
     def _go_on(self, read: Callable[[], SavedState], engine_step: int | None = None) -> None:
@@ -245,7 +244,7 @@ class Persistence:
             stage.build()
 
     def _warn(self, message: str) -> None:
-        self._engine.log(f"spectral_ds: {message}", logging.WARNING)
+        self._engine.log(message, logging.WARNING)
 
     def tensors(self) -> dict[str, Any]:
         """The state for `torch.distributed.checkpoint` (collective)."""

@@ -6,6 +6,7 @@ The only place that sees both engines and graphs. `stage.py` reads the configura
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,19 @@ class SpectralPlugin:
         self._is_used = [gradient is not None for gradient in whole]
         gradients, scale = self._only_filtered(whole), self.engine.loss_scale
         self.monitor.before_step(step, whole, self.engine.weights, scale)
+        is_finite = self._others_are_finite(step, whole)
         self.measurement.before_step(self.monitor.is_due(step), self._weights, self.norms)
         for stage in self.stages:
             if stage.is_due(step):
                 stage.build()  # a new graph, every refresh_interval
-            stage.observe(step, gradients, scale)  # signal and noise, every statistics.interval
+            # Signal and noise, every statistics.interval.
+            stage.observe(step, gradients, scale, is_finite)
         if self.regularizer is not None and not self._pulls:
             self.regularizer.add_gradient(gradients, self._weights(), scale)
         if self._updates is not None and self._filters_update(step):
             self._updates.remember(self._filtered_weights())
         else:
-            self._apply(step, "gradient", gradients, scale)
+            self._apply(step, "gradient", gradients, scale, is_finite)
         if self._edits_gradients(step):
             self.engine.gradients_changed()  # norms that were taken too early
 
@@ -154,10 +157,17 @@ class SpectralPlugin:
         if self.regularizer is not None and self._pulls:
             self.regularizer.pull(self._weights(), self.engine.learning_rates())
 
-    def _apply(self, step: int, what: str, signal: Signal, scale: float) -> None:
+    def _apply(
+        self,
+        step: int,
+        what: str,
+        signal: Signal,
+        scale: float,
+        is_finite: torch.Tensor | None = None,
+    ) -> None:
         """Y = (1 − s) X + s · h(L) X, measured before and after on monitor steps."""
         self.monitor.before_filter(step, what, signal, scale)
-        self.filter.apply(signal, step, scale)  # neighbours are exchanged on the way
+        self.filter.apply(signal, step, scale, is_finite)  # neighbours are exchanged on the way
         if self.monitor.is_due(step):
             is_changed = not self.filter.is_idle(step)
             self.monitor.after_filter(
@@ -178,6 +188,7 @@ class SpectralPlugin:
         """What a checkpoint calls that sets the engine to another moment."""
         self._is_handled = False
         self._skipped_steps = self.engine.skipped_steps
+        self.monitor.forget()
 
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
@@ -270,8 +281,10 @@ class SpectralPlugin:
 
         Raises:
             NotConvergedError: the solver did not reach its residual; on all ranks.
+            ValueError: k is not an integer >= 1, or there is no such graph.
         """
-        stage = self.stages[graph]
+        stage = self._stage(graph)
+        _require_count("k", k)
         is_shown = self.engine.everyone.rank == 0
         with progress("eigenpairs", len(stage.graph.groups), "group", is_shown) as update:
             return lowest_eigenpairs(
@@ -283,10 +296,17 @@ class SpectralPlugin:
             )
 
     def density(self, bins: int, graph: int = 0) -> Density:
-        """Share of the graph's eigenvalues in each of equal bins of [0, λ_max] (collective)."""
-        return density_of_states(
-            self.stages[graph].graph, bins, self.engine.communicator, seed=self.config.seed
-        )
+        """Share of the graph's eigenvalues in each of equal bins of [0, λ_max] (collective).
+
+        Args:
+            graph: which of several stacked graphs.
+
+        Raises:
+            ValueError: bins is not an integer >= 1, or there is no such graph.
+        """
+        stage = self._stage(graph)
+        _require_count("bins", bins)
+        return density_of_states(stage.graph, bins, self.engine.communicator, seed=self.config.seed)
 
     def band_energies(self) -> dict[str, npt.NDArray[np.float64]]:
         """Shares of energy in equal bands of frequency at the last monitored step.
@@ -307,14 +327,22 @@ class SpectralPlugin:
 
         Raises:
             RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
+            ValueError: there is no such graph.
         """
-        statistics = self.stages[graph].statistics
+        statistics = self._stage(graph).statistics
         if statistics is None:
             raise RuntimeError(
                 "signal and noise are not measured: set spectral_ds.monitor.enabled to true, and "
                 "graph.node to row or column"
             )
         return statistics.signal_to_noise()
+
+    def _stage(self, graph: int) -> Stage:
+        if graph not in range(len(self.stages)):
+            raise ValueError(
+                f"graph = {graph!r}: must be the number of one of {len(self.stages)} graphs, from 0"
+            )
+        return self.stages[graph]
 
     @property
     def _acts_on_updates(self) -> bool:
@@ -336,6 +364,18 @@ class SpectralPlugin:
     def _only_filtered(self, fragments: Signal) -> Signal:
         pairs = zip(fragments, self.is_filtered, strict=True)
         return [fragment if chosen else None for fragment, chosen in pairs]
+
+    def _others_are_finite(self, step: int, whole: Signal) -> torch.Tensor | None:
+        """Whether the gradients that are not filtered are finite, on all ranks; (), bool.
+
+        None where nobody asks: it matters to means over steps, since engines skip such a step.
+        """
+        means = self.filter.temporal is not None and not self._acts_on_updates
+        if not (means or any(stage.takes_sample(step) for stage in self.stages)):
+            return None
+        pairs = zip(whole, self.is_filtered, strict=True)
+        others = [gradient for gradient, chosen in pairs if not chosen]
+        return squared_norm(others, self.engine.communicator).isfinite()
 
     def _of_used(self, updates: Signal) -> Signal:
         """Less those of parameters without a gradient, which stay as they are."""
@@ -367,7 +407,7 @@ class SpectralPlugin:
                 )
 
     def _warn(self, message: str) -> None:
-        self.engine.log(f"spectral_ds: {message}", logging.WARNING)
+        self.engine.log(message, logging.WARNING)
 
     def _agree_on_parameters(self) -> list[list[ParameterNodes]]:
         """The parameters of each graph; all ranks raise if one cannot go on."""
@@ -420,6 +460,12 @@ class SpectralPlugin:
             return Board(write, writer, lambda: engine.board_step, is_own)
         writer = engine.summary_writer
         is_open = engine.everyone.maximum(float(writer is not None)) > 0
+        if self.config.monitor.enabled and not (is_open or engine.has_monitor):
+            engine.log(
+                "what is monitored is written nowhere, plugin.metrics() has it; set "
+                "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
+                '"tensorboard": {"enabled": true})'
+            )
         return Board(engine.write, writer, lambda: engine.board_step, is_open)
 
     def _build_regularizer(self) -> Regularizer | None:
@@ -460,6 +506,11 @@ class SpectralPlugin:
         return SpectralFilter(
             lambda: [stage.filter for stage in self.stages], schedule, norms, temporal
         )
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
 
 
 def _difference(

@@ -3,6 +3,7 @@
 In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at each step.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from spectral_ds.config import ADAPTIVE, FilterConfig, GraphConfig, SpectralConf
 from spectral_ds.config_sources import SpectralConfigError
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
+    MAX_ORDER,
     NO_SERIES,
     BandTransfer,
     FixedTransfer,
@@ -147,7 +149,9 @@ class Stage:
             # In the projection that has chosen them, neighbours look more alike than they are.
             seed = (seed + 1) % 2**63
         self._sketches = None if shape is None else self._make_sketches(*shape, seed)
+        self._is_in_use = False
         self.build()
+        self._is_in_use = True
 
     @property
     def _decay(self) -> float:
@@ -268,7 +272,7 @@ class Stage:
 
     def _gradient_features(self) -> FeatureSource:
         running = self.features
-        if running is None or running.samples == 0:
+        if running is None or not running.kept:  # samples that are not finite tell nothing
             return no_features
 
         def features(parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
@@ -333,7 +337,13 @@ class Stage:
                 smooth_response(settings), self.graph, settings.order, settings.tolerance, device
             )
         except ToleranceError as error:
-            raise SpectralConfigError(f"spectral_ds.{error}") from error
+            if not self._is_in_use:
+                raise SpectralConfigError(f"spectral_ds.{error}") from error
+            # A new graph has another spectrum: training must not end of it.
+            self._engine.log(f"{error}; order {MAX_ORDER} is used", logging.WARNING)
+            return FixedTransfer(
+                smooth_response(settings), self.graph, MAX_ORDER, settings.tolerance, device
+            )
 
     def most_edges(self) -> int:
         """The most directed edges that the edge families can make of these nodes."""
@@ -350,10 +360,24 @@ class Stage:
         acts = not self.filter.is_identity(strength)
         return self.plan.bytes_of(self._penalty_work + (self._filter_work if acts else Work()))
 
-    def observe(self, step: int, gradients: Sequence[torch.Tensor | None], scale: float) -> None:
-        """Take a sample of the gradient on steps where it is due (collective)."""
-        if self.statistics is not None and step % self._whole.statistics.interval == 0:
-            is_finite = self.statistics.observe(gradients, scale)
+    def takes_sample(self, step: int) -> bool:
+        """Whether a sample of the gradient is due."""
+        return self.statistics is not None and step % self._whole.statistics.interval == 0
+
+    def observe(
+        self,
+        step: int,
+        gradients: Sequence[torch.Tensor | None],
+        scale: float,
+        is_finite: torch.Tensor | None = None,
+    ) -> None:
+        """Take a sample of the gradient on steps where it is due (collective).
+
+        Args:
+            is_finite: (), bool: whether all other gradients are, on all ranks; None: yes.
+        """
+        if self.statistics is not None and self.takes_sample(step):
+            is_finite = self.statistics.observe(gradients, scale, is_finite)
             if self.features is not None:
                 self.features.add(self.features.take(gradients, scale), is_finite)
 

@@ -581,7 +581,6 @@ def test_no_two_batches_share_text(tmp_path):
             ["inspect", "{f}/model", "--data", "{f}/reviews.tsv", "--sequence-length", "65"],
             "the model's longest is 64",
         ),
-        (["inspect", "{f}/bert", "--data", "{f}/reviews.tsv"], "is a BertModel"),
         (["inspect", "{f}/remote"], "trust_remote_code"),
         (["inspect", "{f}/model", "--out", "{f}/reviews.tsv"], "is not a folder"),
         (["inspect", "{f}/model", "--steps", "3"], "'3' is not a whole number from 4 on"),

@@ -253,14 +253,14 @@ def test_graphs_filter_one_after_another_then_comes_the_norm_then_time():
             order.append("restored")
 
     class Time:
-        def apply(self, signal, scale):
-            order.append(("time", scale))
+        def apply(self, signal, scale, is_finite):
+            order.append(("time", scale, is_finite))
 
     whole = SpectralFilter(
         lambda: [Part("rows"), Part("columns")], StrengthSchedule(0.5, interval=2), Part(""), Time()
     )
     whole.apply([], 0, scale=4.0)
-    assert order == ["norms", ("rows", 0.5), ("columns", 0.5), "restored", ("time", 4.0)]
+    assert order == ["norms", ("rows", 0.5), ("columns", 0.5), "restored", ("time", 4.0, None)]
     assert not whole.is_idle(1)  # the running mean goes on
 
 

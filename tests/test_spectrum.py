@@ -629,7 +629,7 @@ def test_the_verdict_waits_where_there_is_no_signal_or_no_noise(signal, noise):
 
 
 class Messages(logging.Handler):
-    """What the plugin says about its graph through DeepSpeed's logger."""
+    """What the plugin says about its graph, by the levels that there are."""
 
     def __init__(self):
         super().__init__(logging.INFO)
@@ -640,24 +640,15 @@ class Messages(logging.Handler):
             self.verdicts.append(record.getMessage())
 
     def __enter__(self):
-        self.logger = logging.getLogger("spectral_ds")
-        self.level = self.logger.level
-        self.logger.addHandler(self)
-        self.logger.setLevel(logging.INFO)
+        logging.getLogger("spectral_ds").addHandler(self)
         return self
 
     def __exit__(self, *failure):
-        self.logger.removeHandler(self)
-        self.logger.setLevel(self.level)
+        logging.getLogger("spectral_ds").removeHandler(self)
 
 
 def verdicts_of_a_run():
     """How many were said after each step, what, and what the plugin knew at the first."""
-    from deepspeed.utils import logger
-
-    messages, level = Messages(), logger.level
-    logger.addHandler(messages)
-    logger.setLevel("INFO")
     section = {
         "graph": {"include": ["*.mlp.gate_proj.*"]},
         # Keeps high frequencies: that this separates nothing needs no significance.
@@ -665,7 +656,7 @@ def verdicts_of_a_run():
         "monitor": {"interval": 1},
         "statistics": {"interval": 1},
     }
-    try:
+    with Messages() as messages:
         training = Training(CELLS["zero2"], section, rates=(0.5, 0.25))
         said = []
         for index in range(ENOUGH_SAMPLES + 3):
@@ -674,9 +665,6 @@ def verdicts_of_a_run():
             if index == ENOUGH_SAMPLES - 1:
                 snr, metrics = training.plugin.snr(), training.plugin.metrics()
         training.close()
-    finally:
-        logger.removeHandler(messages)
-        logger.setLevel(level)
     return dist.get_rank(), said, messages.verdicts, vars(snr), metrics
 
 

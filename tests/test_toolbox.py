@@ -277,7 +277,7 @@ def test_steps_are_series_that_jackson_damps(name, edges):
 def test_laplacian_smoothing_inverts_a_circulant(tau):
     section = {
         "preset": "laplacian_smoothing",
-        "filter": {"tau": tau, "tolerance": 1e-6},
+        "filter": {"tau": tau},
         "monitor": {"enabled": False},
     }
     gradients, filtered, _ = filtered_by_hand(section, tiny.TinyLlama())
@@ -556,7 +556,7 @@ def test_rebuilding_the_graph_leaves_nothing_behind():
             {"edges": [{"family": "similarity", "features": "gradient"}], "refresh_interval": 1},
             {"node": "column", "edges": SIMILARITY, "refresh_interval": 2},
         ],
-        "filter": {"response": "wiener", "bands": 3},
+        "filter": {"response": "whiten", "bands": 3},
         "statistics": {"interval": 1},
     }
     model = Blocks(2)

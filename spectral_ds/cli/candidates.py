@@ -15,7 +15,7 @@ import yaml
 from spectral_ds.config import EdgeConfig, GraphConfig
 from spectral_ds.config_sources import SECTION
 from spectral_ds.filters import Heat
-from spectral_ds.monitor import verdict
+from spectral_ds.monitor import TOO_NOISY, verdict
 from spectral_ds.monitor.verdict import BARELY, SEPARATES
 from spectral_ds.spectrum import SignalToNoise, kept_over_total
 
@@ -145,7 +145,8 @@ def judged(name: str, edges: int, found: SignalToNoise, lambda_max: float) -> Ve
     low = (np.arange(bands) < max(1, bands // 8)).astype(np.float64)
     alike = np.ones(bands)
     positive = np.maximum(signal, 0), np.maximum(noise, 0)
-    is_known = min(float(power.sum()) for power in positive) > 0
+    words = verdict(signal, noise, alike, found.error)
+    is_known = words != TOO_NOISY
     kept = [float(low @ power / power.sum()) if is_known else None for power in positive]
     return Verdict(
         name=name,
@@ -157,7 +158,7 @@ def judged(name: str, edges: int, found: SignalToNoise, lambda_max: float) -> Ve
         noise_kept=kept[1],
         kept_over_total=kept_over_total(signal, noise, low) if is_known else None,
         alignment=alignments(found, lambda_max) if is_known else {},
-        words=verdict(signal, noise, alike),
+        words=words,
     )
 
 

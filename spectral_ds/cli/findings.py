@@ -4,7 +4,7 @@ Half of the gradients make the graphs that follow gradients, the other half judg
 the gradients it was made from, a graph of similar gradients looks smooth even where all is noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from spectral_ds.cli.gradients import Gradients, MeanGradient, gradients_of, sta
 from spectral_ds.cli.inspection import Facts, Inspection
 from spectral_ds.cli.subject import Subject
 from spectral_ds.cli.summary import GraphSummary
+from spectral_ds.cli.text import Batch
 from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
@@ -46,14 +47,10 @@ class Findings:
         self.candidates: list[Candidate] = candidates(config.stack)
         self._means: dict[GraphConfig, MeanGradient] = {}
         self._made: dict[tuple[GraphConfig, GraphConfig], ParameterGraph] = {}
-        self._judging = torch.empty(0)
+        self._judging: Sequence[Batch] = ()
 
-    def take_means(self, batches: torch.Tensor) -> None:
-        """Take the mean gradient of the first half of the batches; the rest is to judge by.
-
-        Args:
-            batches: (batches, batch size, sequence length), int64.
-        """
+    def take_means(self, batches: Sequence[Batch]) -> None:
+        """Take the mean gradient of the first half of the batches; the rest is to judge by."""
         half = len(batches) // 2
         self._judging = batches[half:]
         by_key: dict[object, MeanGradient] = {}
@@ -141,7 +138,7 @@ class Findings:
             self._made[graph, whole] = built
         return self._made[graph, whole]
 
-    def _gradients(self, batches: torch.Tensor, what: str) -> Iterator[Gradients]:
+    def _gradients(self, batches: Sequence[Batch], what: str) -> Iterator[Gradients]:
         with progress(what, len(batches), "step", True) as update:
             for gradients in gradients_of(self._subject, batches):
                 yield gradients

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from spectral_ds.cli.subject import Subject
+from spectral_ds.cli.text import Batch
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph, Work, Workspace, make_plan
 from spectral_ds.laplacian.sketches import Sketches
@@ -19,16 +20,12 @@ NO_DECAY = 1 - 1e-9
 Gradients = Sequence[torch.Tensor | None]
 
 
-def gradients_of(subject: Subject, batches: Iterable[torch.Tensor]) -> Iterator[Gradients]:
-    """The gradient of the mean loss over each batch; valid until the next is asked for.
-
-    Args:
-        batches: (batch size, sequence length), int64.
-    """
+def gradients_of(subject: Subject, batches: Iterable[Batch]) -> Iterator[Gradients]:
+    """The gradient of the mean loss over each batch; valid until the next is asked for."""
     subject.model.train()
-    for tokens in batches:
+    for batch in batches:
         subject.model.zero_grad()
-        subject.model(input_ids=tokens, labels=tokens).loss.backward()
+        subject.model(**batch).loss.backward()
         yield subject.gradients()
     subject.model.zero_grad()
 

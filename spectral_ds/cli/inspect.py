@@ -19,6 +19,7 @@ from spectral_ds.config import load_config
 if TYPE_CHECKING:
     from spectral_ds.cli.models import Source
     from spectral_ds.cli.summary import Summary
+    from spectral_ds.cli.text import Batch
 
 # Gradients: both halves must be able to tell a mean from its noise.
 FEWEST_STEPS = 4
@@ -92,14 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     source = Source.of(arguments.model)
-    model, is_causal = load_model(source)
-    if has_data and not is_causal:
-        kind = type(model).__name__
-        raise UserError(f"--data needs a causal language model; {arguments.model} is a {kind}")
+    model, is_causal = load_model(source, trains=has_data)
     subject = Subject(model, config.seed)
     findings = Findings(subject, config, arguments.eigenvalues)
     if has_data:
-        findings.take_means(_batches(arguments, source, model, config.seed))
+        findings.take_means(_batches(arguments, source, model, is_causal, config.seed))
     graphs = findings.graphs()
     verdicts = findings.verdicts() if has_data else None
     names = {candidate.name: candidate.graph for candidate in findings.candidates}
@@ -117,24 +115,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _batches(arguments: argparse.Namespace, source: "Source", model: Any, seed: int) -> Any:
+def _batches(
+    arguments: argparse.Namespace, source: "Source", model: Any, is_causal: bool, seed: int
+) -> "list[Batch]":
     from spectral_ds.cli.models import load_tokenizer
-    from spectral_ds.cli.text import token_batches
+    from spectral_ds.cli.text import causal, masked, token_batches
 
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and arguments.sequence_length > longest:
         raise UserError(
             f"--sequence-length {arguments.sequence_length}: the model's longest is {longest}"
         )
-    return token_batches(
+    tokenizer = load_tokenizer(source)
+    tokens = token_batches(
         arguments.data,
         arguments.text_column,
-        load_tokenizer(source),
+        tokenizer,
         batches=arguments.steps,
         batch_size=arguments.batch_size,
         sequence_length=arguments.sequence_length,
         seed=seed,
     )
+    return causal(tokens) if is_causal else masked(tokens, tokenizer, seed)
 
 
 def _deliver(summary: "Summary", arguments: argparse.Namespace) -> None:

@@ -67,11 +67,15 @@ class Source:
             raise UserError(f"{self.given}: cannot be loaded{offline}: {reason}") from error
 
 
-def load_model(source: Source) -> tuple[torch.nn.Module, bool]:
+def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
     """The model in float32, and whether it is a causal language model.
 
     It has the head that it was saved with, so that its parameters have the names they have in
     training.
+
+    Args:
+        trains: whether its loss is wanted: other models than causal ones then get the head of a
+            masked language model, a new one if they were saved with another.
 
     Raises:
         UserError: it cannot be loaded.
@@ -82,6 +86,9 @@ def load_model(source: Source) -> tuple[torch.nn.Module, bool]:
     architecture = (settings.architectures or [f"Unnamed{CAUSAL[0]}"])[0]
     if architecture.endswith(CAUSAL):
         kind: Any = transformers.AutoModelForCausalLM
+    elif trains:
+        torch.manual_seed(0)  # of a new head
+        kind = transformers.AutoModelForMaskedLM
     else:
         kind = getattr(transformers, architecture, transformers.AutoModel)
     model: torch.nn.Module = source.load(kind, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Local text as batches of tokens for a causal language model.
+"""Local text as batches of tokens for a causal or a masked language model.
 
 In:  a TSV, JSONL or plain text file, or a folder written by `datasets.save_to_disk`.
        TSV         with a header: the text column; without one: the last column
@@ -9,13 +9,20 @@ Out: batches of sequences of equal length; no two hold the same text.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectral_ds.cli.errors import UserError
+
+# Keyword arguments of a model, each (batch size, sequence length), int64.
+Batch = Mapping[str, torch.Tensor]
+
+# Share of the tokens that a masked language model is to guess (Devlin et al., arXiv 1810.04805).
+MASKED_SHARE = 0.15
+NOT_GUESSED = -100  # by the convention of torch's cross-entropy
 
 # Texts are encoded so many at a time, until there are tokens enough.
 TEXTS_AT_ONCE = 256
@@ -131,7 +138,11 @@ def token_batches(
     texts = read_texts(path, column)
     end = tokenizer.eos_token_id
     if end is None:
-        raise UserError(f"{path}: the model's tokenizer has no end-of-text token to join texts by")
+        end = tokenizer.sep_token_id
+    if end is None:
+        raise UserError(
+            f"{path}: the model's tokenizer has no end-of-text or separator token to join texts by"
+        )
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     needed = batches * batch_size * sequence_length
     stream: list[int] = []
@@ -145,3 +156,34 @@ def token_batches(
         f"{path}: has {len(stream):,} tokens, and {batches} batches of {batch_size} x "
         f"{sequence_length} need {needed:,}; lower --steps, --batch-size or --sequence-length"
     )
+
+
+def causal(tokens: torch.Tensor) -> list[Batch]:
+    """Batches on which a model guesses each next token.
+
+    Args:
+        tokens: (batches, batch size, sequence length), int64.
+    """
+    return [{"input_ids": batch, "labels": batch} for batch in tokens]
+
+
+def masked(tokens: torch.Tensor, tokenizer: Any, seed: int) -> list[Batch]:
+    """Batches on which a model guesses tokens that are masked at random.
+
+    Args:
+        tokens: (batches, batch size, sequence length), int64.
+
+    Raises:
+        UserError: the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            "--data needs a causal or a masked language model; this one's tokenizer has no mask"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    is_masked = torch.rand(tokens.shape, generator=generator) < MASKED_SHARE
+    is_masked[:, 0, 0] = True  # a loss needs something to guess
+    inputs = tokens.masked_fill(is_masked, tokenizer.mask_token_id)
+    labels = tokens.masked_fill(~is_masked, NOT_GUESSED)
+    pairs = zip(inputs, labels, strict=True)
+    return [{"input_ids": batch, "labels": wanted} for batch, wanted in pairs]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from spectral_ds.messages import logger
 from spectral_ds.sharding import Communicator, Fragment
 
 # What torch.compile and activation checkpointing put into parameter names.
@@ -149,9 +150,10 @@ class Engine(ABC):
     def remove(self) -> None:
         """Undo `install`."""
 
-    @abstractmethod
     def log(self, message: str, level: int = logging.INFO) -> None:
-        """Say something once, on rank 0, through the engine's own logger."""
+        """Say something once, on rank 0."""
+        if self.everyone.rank == 0:
+            logger.log(level, message)
 
     @property
     def batch_size(self) -> int | None:
@@ -167,6 +169,11 @@ class Engine(ABC):
     def summary_writer(self) -> Any:
         """The `SummaryWriter` of the engine's own monitor; None without one and on other ranks."""
         return None
+
+    @property
+    def has_monitor(self) -> bool:
+        """Whether the engine has a monitor that `write` writes to; equal on all ranks."""
+        return False
 
     @abstractmethod
     def write(self, metrics: Mapping[str, float]) -> None:

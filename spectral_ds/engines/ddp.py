@@ -5,7 +5,6 @@ training loop does between backward and `step()`. A loop that clips calls
 `plugin.filter_gradients()` before.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +19,6 @@ from spectral_ds.engines.base import (
 )
 from spectral_ds.engines.hooks import after_step_of, before_step_of
 from spectral_ds.sharding import Communicator, Fragment
-
-logger = logging.getLogger(__name__)
 
 
 class TorchEngine(Engine):
@@ -139,10 +136,6 @@ class TorchEngine(Engine):
 
     def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
         return values.reshape(self.shapes[fragment.parameter])
-
-    def log(self, message: str, level: int = logging.INFO) -> None:
-        if self.everyone.rank == 0:
-            logger.log(level, message)
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """These engines have no monitor; `plugin.metrics()` has the figures."""

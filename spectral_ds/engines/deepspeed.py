@@ -6,7 +6,6 @@ once per parameter group.) `after_update` has its place in the step of each kind
 """
 
 import inspect
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -239,11 +238,6 @@ class DeepSpeedEngine(Engine):
             handle.remove()
         self._handles = []
 
-    def log(self, message: str, level: int = logging.INFO) -> None:
-        from deepspeed.utils import log_dist
-
-        log_dist(message, ranks=[0], level=level)
-
     @property
     def batch_size(self) -> int | None:
         return int(self._engine.train_batch_size())
@@ -257,11 +251,14 @@ class DeepSpeedEngine(Engine):
     def summary_writer(self) -> Any:
         return getattr(self._engine.monitor.tb_monitor, "summary_writer", None)
 
+    @property
+    def has_monitor(self) -> bool:
+        return bool(self._engine.monitor.enabled)
+
     def write(self, metrics: Mapping[str, float]) -> None:
-        monitor = self._engine.monitor
-        if monitor.enabled:
+        if self.has_monitor:
             samples = self.board_step
-            monitor.write_events(
+            self._engine.monitor.write_events(
                 [(f"spectral_ds/{name}", value, samples) for name, value in metrics.items()]
             )
 

@@ -1,7 +1,7 @@
 """Responses h(λ), how they are evaluated, and the filter that applies them to signals."""
 
 from spectral_ds.filters.adaptive import whiten_gains, wiener_gains
-from spectral_ds.filters.chebyshev import ChebyshevSeries, ToleranceError
+from spectral_ds.filters.chebyshev import MAX_ORDER, ChebyshevSeries, ToleranceError
 from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.filters.regularizer import GraphPenalty, Reference, Regularizer
 from spectral_ds.filters.rescale import NormKeeper
@@ -21,6 +21,7 @@ from spectral_ds.filters.updates import Updates
 from spectral_ds.filters.work import filter_work, penalty_work
 
 __all__ = [
+    "MAX_ORDER",
     "NO_SERIES",
     "BandTransfer",
     "ChebyshevSeries",

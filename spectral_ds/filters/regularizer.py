@@ -10,7 +10,7 @@ import torch
 
 from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.laplacian import LaplacianOperator, Workspace
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, squared_norm_of
 
 Signal = Sequence[torch.Tensor | None]
 
@@ -54,8 +54,8 @@ class Reference:
         for weight, reference in zip(weights, references, strict=True):
             if weight is not None:
                 moved = weight if reference is None else weight - reference.to(weight.device)
-                norm = torch.linalg.vector_norm(moved, dtype=torch.float32).double()
-                total = total.to(norm.device) + norm.square()
+                square = squared_norm_of(moved)
+                total = total.to(square.device) + square
         return total
 
 

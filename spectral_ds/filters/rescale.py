@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, squared_norm_of
 
 
 class NormKeeper:
@@ -22,16 +22,14 @@ class NormKeeper:
         self._communicator = communicator
 
     def norms(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """(parameters,), float32, equal on all ranks (one all-reduce)."""
+        """(parameters,), float64, equal on all ranks (one all-reduce)."""
         device = self._communicator.device
-        zero = torch.zeros((), device=device)
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         squares = [
-            zero
-            if fragment is None
-            else torch.linalg.vector_norm(fragment, dtype=torch.float32).square().to(device)
+            zero if fragment is None else squared_norm_of(fragment).to(device)
             for fragment in signal
         ]
-        total = torch.zeros(self._parameters, device=device)
+        total = torch.zeros(self._parameters, dtype=torch.float64, device=device)
         if squares:
             total.index_add_(0, self._owners, torch.stack(squares))
         return self._communicator.sum_(total).sqrt()

@@ -83,7 +83,13 @@ class SpectralFilter:
         strength = self.schedule.at(step)
         return self.temporal is None and all(g.is_identity(strength) for g in self._graphs())
 
-    def apply(self, signal: Sequence[torch.Tensor | None], step: int, scale: float = 1.0) -> None:
+    def apply(
+        self,
+        signal: Sequence[torch.Tensor | None],
+        step: int,
+        scale: float = 1.0,
+        is_finite: torch.Tensor | None = None,
+    ) -> None:
         """Filter in place (collective).
 
         Args:
@@ -91,6 +97,7 @@ class SpectralFilter:
                 None is a parameter without gradient: it counts as zeros and stays as it is.
             step: optimizer step, from 0, equal on all ranks.
             scale: by which the signal is multiplied (loss scaling).
+            is_finite: (), bool: whether all other gradients are, on all ranks; None: yes.
         """
         if self.is_idle(step):
             return
@@ -101,4 +108,4 @@ class SpectralFilter:
         if self._norms is not None and before is not None:
             self._norms.restore(signal, before)
         if self.temporal is not None:
-            self.temporal.apply(signal, scale)
+            self.temporal.apply(signal, scale, is_finite)

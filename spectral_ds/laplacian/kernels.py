@@ -4,7 +4,6 @@ Kernels of one interface, equal in result: torch-sparse, torch's native CSR, and
 few nodes of depth paths.
 """
 
-import logging
 import math
 import time
 import warnings
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
+from spectral_ds.messages import logger
 from spectral_ds.sharding import Communicator
 
 KernelName = Literal["auto", "torch_sparse", "torch_csr"]
-
-logger = logging.getLogger(__name__)
 
 INSTALL_TORCH_SPARSE = (
     "install it after torch: pip install --no-build-isolation torch-scatter torch-sparse"

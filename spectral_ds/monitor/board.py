@@ -1,5 +1,6 @@
 """Board: where scalars, histograms and figures go, and how TensorBoard lays the charts out."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,9 +37,10 @@ class Board:
         self._charts: dict[str, Any] = {}
 
     def scalars(self, metrics: Mapping[str, float]) -> None:
-        """Write numbers by name."""
-        self._tags |= metrics.keys()
-        self._write_scalars(metrics)
+        """Write numbers by name, but none that is not finite, as where gradients overflow."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._tags |= finite.keys()
+        self._write_scalars(finite)
         self.flush()
 
     def figure(self, name: str, make: Callable[[], Any]) -> None:
@@ -76,8 +78,13 @@ class Board:
             "energy by frequency, before": ("band_energy_before/",),
             "energy by frequency, after": ("band_energy_after/",),
             "signal to noise by frequency": ("signal_to_noise/",),
+            "gradient noise scale": ("gradient_noise_scale",),
             "update to weight by block": ("update_to_weight_by_block/",),
+            "update to weight by role": ("update_to_weight_by_role/",),
             "gradient norm by block": ("gradient_norm_by_block/",),
+            "gradient norm by role": ("gradient_norm_by_role/",),
+            "parameter norm by block": ("parameter_norm_by_block/",),
+            "parameter norm by role": ("parameter_norm_by_role/",),
             "regularizer": ("regularizer", "perturbation", "joint_loss"),
         }.items():
             held = [f"{PREFIX}/{tag}" for tag in known if tag.startswith(starts)]

@@ -12,6 +12,9 @@ from spectral_ds.spectrum import Density, SignalToNoise
 
 Values = npt.NDArray[np.float64]
 
+# Steps in the heat map over training time.
+MOST_COLUMNS = 512
+
 
 @dataclass(frozen=True)
 class GraphFacts:
@@ -80,9 +83,14 @@ class Dashboard:
         return self.board.is_open and is_first
 
     def record(self, step: int, before: Values) -> None:
-        """Keep a monitored step for the heat map over training time."""
-        if self.board.is_open:
+        """Keep a monitored step for the heat map over training time.
+
+        Of a long run every second, then every fourth, and so on: a picture shows no more.
+        """
+        if self.board.is_open and np.isfinite(before).all():
             self._history.append((step, before))
+            if len(self._history) > MOST_COLUMNS:
+                del self._history[1::2]
 
     def show_graph(self, graph: GraphFacts) -> None:
         """Histograms of a new graph."""
@@ -100,11 +108,12 @@ class Dashboard:
             ),
         )
         draw("energy", lambda: figures.energy_figure(step.before, step.after, highest))
-        steps, energies = (np.array(part) for part in zip(*self._history, strict=True))
-        draw(
-            "energy_over_time",
-            lambda: figures.energy_history_figure(steps, energies, highest),
-        )
+        if self._history:
+            steps, energies = (np.array(part) for part in zip(*self._history, strict=True))
+            draw(
+                "energy_over_time",
+                lambda: figures.energy_history_figure(steps, energies, highest),
+            )
         found = step.signal_to_noise
         if found is not None:
             draw(

@@ -7,14 +7,16 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.sharding import Communicator, Fragment
+from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
 
 Signal = Sequence[torch.Tensor | None]
 Values = npt.NDArray[np.float64]
 
-# Of a parameter of more elements than this, `thinned` takes one in a stride; which divides hardly
-# any width, so that all columns are among them.
-LARGE, STRIDE = 2**18, 17
+# Of a parameter of more elements than this, `thinned` takes one in a stride.
+LARGE = 2**18
+# The first that has no divisor in common with the width, so that all columns are among them; no
+# width has one with each.
+STRIDES = (17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
 class ParameterNorms:
@@ -40,12 +42,13 @@ class ParameterNorms:
         position = {node.name: index for index, node in enumerate(nodes)}
         owners = [position[fragment.parameter] for fragment in fragments]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=communicator.device)
-        self._is_large = [nodes[position].numel > LARGE for position in owners]
+        strides = [_stride(node) for node in nodes]
+        self._strides = [strides[position] for position in owners]
         # Counted in the whole parameter, so that every sharding takes the same.
-        self._skipped = [-fragment.start % STRIDE for fragment in fragments]
-        self._thinning = np.array(
-            [n.numel / -(-n.numel // STRIDE) if n.numel > LARGE else 1.0 for n in nodes]
-        )
+        starts = zip(fragments, self._strides, strict=True)
+        self._skipped = [-fragment.start % stride for fragment, stride in starts]
+        pairs = zip(nodes, strides, strict=True)
+        self._thinning = np.array([node.numel / -(-node.numel // stride) for node, stride in pairs])
         self._communicator = communicator
         self.names = [node.name for node in nodes]
         self.blocks = sorted({node.block for node in nodes if node.block is not None})
@@ -60,21 +63,16 @@ class ParameterNorms:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         total = torch.zeros(len(signals), len(self.names), dtype=torch.float64, device=device)
         for row, signal in zip(total, signals, strict=True):
-            parts = [
-                zero
-                if part is None
-                else torch.linalg.vector_norm(part, dtype=torch.float32).double().to(device)
-                for part in signal
-            ]
+            parts = [zero if part is None else squared_norm_of(part).to(device) for part in signal]
             if parts:
-                row.index_add_(0, self._owners, torch.stack(parts).square())
+                row.index_add_(0, self._owners, torch.stack(parts))
         found: Values = self._communicator.sum_(total).cpu().numpy()
         return found
 
     def thinned(self, signal: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Views of a signal: of large parameters one element in `STRIDE`, of others all."""
-        found = zip(signal, self._is_large, self._skipped, strict=True)
-        return [part[skipped::STRIDE] if is_large else part for part, is_large, skipped in found]
+        """Views of a signal: of large parameters one element in a stride, of others all."""
+        found = zip(signal, self._skipped, self._strides, strict=True)
+        return [part[skipped::stride] for part, skipped, stride in found]
 
     def squares_of_thinned(self, signal: Signal) -> Values:
         """‖x‖² of each parameter, estimated from what `thinned` took; (parameters,); collective."""
@@ -109,6 +107,12 @@ class ParameterNorms:
         total = None if over is None else over.sum(keepdims=True)
         found[f"{what}/all"] = float(_ratio(squares.sum(keepdims=True), total)[0])
         return found
+
+
+def _stride(node: ParameterNodes) -> int:
+    if node.numel <= LARGE:
+        return 1
+    return next(stride for stride in STRIDES if node.width % stride)
 
 
 def _ratio(squares: Values, over: Values | None) -> Values:

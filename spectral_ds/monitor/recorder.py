@@ -78,6 +78,7 @@ class Monitor:
             weights: gives those of the same.
             scale: by which the gradients are multiplied (loss scaling).
         """
+        ratios: dict[str, float] = {}
         if self._weights is not None:
             torch._foreach_sub_(self._weights, self._norms.thinned(weights()))
             squares = self._norms.squares_of_thinned(self._weights)
@@ -91,10 +92,15 @@ class Monitor:
             self.gradient_squares = self.gradient_squares / scale**2
             self.metrics = {
                 "step": float(step),
+                **ratios,  # of the step before, if that was monitored too
                 **self._norms.metrics("gradient_norm", self.gradient_squares),
                 **self._norms.metrics("parameter_norm", self._weight_squares),
             }
             self._weights = [weight.clone() for weight in self._norms.thinned(now_held)]
+
+    def forget(self) -> None:
+        """The weights are to be others than the last step left: nothing is known of its update."""
+        self._weights = None
 
     def before_filter(self, step: int, what: str, signal: Signal, scale: float) -> None:
         """Measure the signal as it came (collective on monitored steps).
@@ -133,7 +139,8 @@ class Monitor:
                 energy = self.metrics[f"band_energy_before/{band}"]
                 self.metrics[f"band_energy_after/{band}"] = energy
         self.metrics |= {"filter_seconds": seconds, **facts()}
-        self._board.scalars({n: value for n, value in self.metrics.items() if n != "step"})
+        written = ("step", "update_to_weight")  # the latter at its own step
+        self._board.scalars({n: v for n, v in self.metrics.items() if not n.startswith(written)})
 
     def _measure(self, what: str, when: str, signal: Signal, scale: float) -> dict[str, float]:
         count = COEFFICIENTS_PER_BAND * self._bands

@@ -2,7 +2,7 @@
 
 LOBPCG (Knyazev 2001) in float64, with a Chebyshev polynomial of L (Zhou 2006) for a preconditioner:
 block iterations that need only products with L, one exchange each, and small Gram matrices summed
-over ranks. Depth paths and small groups are solved exactly.
+over ranks. Depth paths, rings and small groups are solved exactly.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from spectral_ds.graph import Edges
 from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
 from spectral_ds.laplacian.operator import laplacian_rows
 from spectral_ds.sharding import Communicator
+from spectral_ds.spectrum.rings import ring_eigenpairs, ring_weight
 
+# Largest ‖L u − λ u‖, relative to half of λ_max where that is below 1.
 RESIDUAL = 1e-6
 MAX_ITERATIONS = 1000
 # Vectors beyond the k asked for, so that the k-th converges as fast as the others.
@@ -74,12 +76,15 @@ def lowest_eigenpairs(
         progress: called with the number of groups done since the last call.
 
     Raises:
-        NotConvergedError: a residual is above 1e-6 after 1,000 iterations; on all ranks.
+        NotConvergedError: a residual is above 1e-6 (times λ_max/2, if that is below 1) after 1,000
+            iterations; on all ranks.
     """
     found = []
     for group in graph.groups:
         if group.is_path or group.bucket.nodes <= max(dense_nodes, 3 * (count + GUARD)):
             found.append(_dense(graph, group, count, communicator))
+        elif (weight := ring_weight(group, communicator)) is not None:
+            found.append(_ring(graph, group, weight, count, communicator))
         else:
             found.append(_lobpcg(graph, group, count, communicator, seed))
         progress(1)
@@ -96,6 +101,16 @@ def _dense(
     rows = group.primary_rows(communicator.rank)
     names = tuple(parameter.name for parameter in group.parameters)
     return Eigenpairs(names, group.copies, values, rows, vectors[rows], residuals)
+
+
+def _ring(
+    graph: ParameterGraph, group: Group, weight: float, count: int, communicator: Communicator
+) -> Eigenpairs:
+    values, vectors, residuals = ring_eigenpairs(
+        group, weight, count, graph.normalized, communicator
+    )
+    rows = group.primary_rows(communicator.rank)
+    return Eigenpairs((group.parameters[0].name,), 1, values, rows, vectors, residuals)
 
 
 class _ShardedLaplacian:
@@ -160,6 +175,7 @@ def _lobpcg(
         values, turn = torch.linalg.eigh((projected + projected.T) / 2)
         return values, turn
 
+    enough = RESIDUAL * min(1.0, graph.lambda_max / 2)
     space = _orthonormal([space], gram)
     x, direction, residual = space, space[:, :0], torch.ones(count, device=device)
     for _ in range(MAX_ITERATIONS):
@@ -169,7 +185,7 @@ def _lobpcg(
         x, image = basis @ turn, image @ turn
         defect = image - x * values
         residual = communicator.sum_(defect.square().sum(dim=0)).sqrt()[:count]
-        if float(residual.max()) <= RESIDUAL:
+        if float(residual.max()) <= enough:
             break
         smooth = _smoothed(laplacian, x, float(values[-1]), graph.lambda_max)
         basis = _orthonormal([x, smooth - x @ gram(x, smooth), direction], gram)
@@ -181,7 +197,7 @@ def _lobpcg(
     else:
         raise NotConvergedError(
             f"eigenpairs of {group.parameters[0].name!r} and the parameters joined to it: residual "
-            f"{float(residual.max()):.1e} > {RESIDUAL:g} after {MAX_ITERATIONS} iterations"
+            f"{float(residual.max()):.1e} > {enough:g} after {MAX_ITERATIONS} iterations"
         )
     return Eigenpairs(
         tuple(parameter.name for parameter in group.parameters),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from spectral_ds.laplacian import LaplacianOperator, Workspace
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, squared_norm_of
 
 
 def chebyshev_moments(
@@ -61,8 +61,8 @@ def squared_norm(signal: Sequence[torch.Tensor | None], communicator: Communicat
     Args:
         signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
     """
-    norms = torch.zeros(len(signal) + 1, dtype=torch.float64, device=communicator.device)
+    squares = torch.zeros(len(signal) + 1, dtype=torch.float64, device=communicator.device)
     for index, fragment in enumerate(signal):
         if fragment is not None:
-            norms[index] = torch.linalg.vector_norm(fragment, dtype=torch.float32)
-    return communicator.sum_(norms.square().sum())
+            squares[index] = squared_norm_of(fragment)
+    return communicator.sum_(squares.sum())

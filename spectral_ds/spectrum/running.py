@@ -113,6 +113,11 @@ class ConsecutiveSamples:
         self._last_power = torch.zeros((), dtype=torch.float64, device=self._last.device)
         self._is_last_finite = torch.zeros((), dtype=torch.bool, device=self._last.device)
 
+    def go_on_from(self, means: torch.Tensor) -> None:
+        """Go on from a state's `means`; the next sample begins a new pair."""
+        self.means = means.to(self.means.device, torch.float64)
+        self._is_last_finite = torch.zeros_like(self._is_last_finite)
+
     def observe(
         self,
         sketch: torch.Tensor,

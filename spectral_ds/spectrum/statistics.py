@@ -159,7 +159,7 @@ class GradientStatistics:
         device = self.power.device
         self.samples, self.samples_on_graph = (int(n) for n in numbers["samples"].tolist())
         if self.consecutive is not None and "consecutive" in numbers:  # older files have none
-            self.consecutive.means = numbers["consecutive"].to(device, torch.float64)
+            self.consecutive.go_on_from(numbers["consecutive"])
         if numbers["power"].shape == self.power.shape:
             self._measured = numbers["measured"].to(device, torch.float64).reshape(())
             self.power = numbers["power"].to(device)
@@ -168,21 +168,28 @@ class GradientStatistics:
                 numbers["signal"].to(device), numbers["noise"].to(device)
             )
 
-    def observe(self, gradients: Sequence[torch.Tensor | None], scale: float) -> torch.Tensor:
+    def observe(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        scale: float,
+        is_finite: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Take one sample (collective; synchronizes nothing with the host).
 
         Args:
             gradients: this rank's fragments, flat; None counts as zeros.
             scale: by which they are multiplied (loss scaling).
+            is_finite: (), bool: whether all other gradients are, on all ranks; None: yes.
 
         Returns:
-            Whether the gradient is finite on all ranks; (), bool, on the device.
+            Whether all are finite on all ranks; (), bool, on the device.
         """
         self.samples += 1
         self.samples_on_graph += 1
         current = self.running.take(gradients, scale)
         power = self._power_of(current)
-        is_finite = power.sum().isfinite()
+        is_kept = power.sum().isfinite()
+        is_finite = is_kept if is_finite is None else is_kept & is_finite
         self._measured = self._measured + is_finite
         weight = weight_of_newest(self._measured, self._decay)
         self.power = self._moved(self.power, power, weight, is_finite)
