@@ -88,11 +88,10 @@ def _deliver(directed: Edges, owners: RowOwners, communicator: Communicator) -> 
     """Send each edge, in both directions, to every rank that owns a part of its source."""
     both = Edges.concatenate([directed, directed.reversed()])
     position, rank = owners.all_of(both.source)
-    ends, _ = communicator.exchange_rows(
-        np.stack((both.source, both.target), axis=1)[position], rank
-    )
-    weight, _ = communicator.exchange_rows(both.weight[position, None], rank)
-    return Edges(ends[:, 0], ends[:, 1], weight[:, 0])
+    bits = both.weight.astype(np.float64).view(np.int64)
+    rows = np.stack((both.source, both.target, bits), axis=1)[position]
+    source, target, bits = communicator.exchange_rows(rows, rank)[0].T.copy()
+    return Edges(source, target, bits.view(np.float64))
 
 
 def degrees(

@@ -100,6 +100,8 @@ class Communicator:
             yield
         except Exception as caught:
             error = caught
+        if self.maximum(float(error is not None)) == 0:
+            return
         failure = None if error is None else (_sendable(type(error)), str(error))
         failures = self.gather_objects(failure)
         if error is not None:
