@@ -279,6 +279,7 @@ def test_wrong_coefficients_are_reported_once() -> None:
 
 BY_GRADIENT = {"family": "similarity", "features": "gradient"}
 REBUILT = "edges by features gradient are made when the graph is rebuilt; must be an integer >= 1"
+TWO_SAMPLES = "response wiener needs two samples on each graph of features gradient; must be >="
 IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
 
 
@@ -311,6 +312,19 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
             },
             "graph.edges[].sketch_width = [8, 64]: must be the same for all edges by features "
             "gradient",
+        ),
+        (
+            {"preset": "denoise", "graph": {"refresh_interval": 1}},
+            f"graph.refresh_interval = 1: {TWO_SAMPLES} 2, twice spectral_ds.statistics.interval",
+        ),
+        (
+            {
+                "graphs": [{}, {"edges": [BY_GRADIENT], "refresh_interval": 9}],
+                "statistics": {"interval": 5},
+                "regularizer": {"response": "wiener", "strength": 1.0},
+            },
+            f"graphs[1].refresh_interval = 9: {TWO_SAMPLES} 10, twice "
+            "spectral_ds.statistics.interval",
         ),
         ({"graph": {"node": "element"}}, f'graph.node = "element": {IN_ONE_NUMBER}'),
         ({"graphs": [{"node": "element"}]}, f'graphs[0].node = "element": {IN_ONE_NUMBER}'),
@@ -352,6 +366,11 @@ def test_contradictions_are_reported_together() -> None:
                    "refresh_interval": 1}},
         {"graph": {"node": "element", "edges": [{"family": "ring"}]}},
         {"preset": "whiten", "graph": {"edges": [{"family": "depth"}], "refresh_interval": 0}},
+        {"preset": "whiten", "graph": {"refresh_interval": 1}},
+        {"preset": "denoise", "graph": {"refresh_interval": 2}},
+        {"graph": {"refresh_interval": 1}, "filter": {"response": "wiener"}},
+        {"graph": {"edges": [BY_GRADIENT], "refresh_interval": 1},
+         "regularizer": {"response": "wiener"}},
     ],
 )  # fmt: skip
 def test_what_only_looks_like_a_contradiction_loads(section: dict[str, Any]) -> None:

@@ -16,7 +16,15 @@ import pytest
 import tiny
 import torch
 from cells import CELLS, Training
-from test_spectrum import CPU, Sharded, nodes_of, random_arrays, shards, smooth_bands
+from test_spectrum import (
+    CPU,
+    Messages,
+    Sharded,
+    nodes_of,
+    random_arrays,
+    shards,
+    smooth_bands,
+)
 from traffic import counting_bytes
 
 import spectral_ds
@@ -30,6 +38,7 @@ from spectral_ds.filters import (
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.monitor import ENOUGH_SAMPLES
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
 
@@ -550,6 +559,81 @@ def test_edges_by_gradient_join_what_the_running_mean_says(scope, kind, sketch_w
     )
 
 
+def test_a_graph_of_gradients_that_were_never_finite_stays_unknown():
+    section = {
+        "graph": {
+            "edges": [{"family": "similarity", "features": "gradient"}],
+            "refresh_interval": 3,
+        },
+        "filter": {"response": "highpass", "strength": 1.0},  # nodes without edges would lose all
+        "statistics": {"interval": 1},
+        "monitor": {"interval": 1},
+    }
+    model = Blocks(2)
+    with Messages() as messages, attached(model, section) as (stepper, plugin):
+        for step in range(10):
+            gradients = smooth_gradients(model, step)
+            if step < 3:
+                gradients["0.weight"][2, 3] = (torch.inf, torch.nan, -torch.inf)[step]
+            set_gradients(model, gradients)
+            stepper.step()
+            is_known = step >= 6  # the first refresh after finite samples
+            assert plugin.stages[0].filter.is_ready == is_known
+            assert (plugin.graph.num_edges > 0) == is_known
+            same = [
+                np.array_equal(gradient, gradients[name], equal_nan=True)
+                for name, gradient in gradients_now(model).items()
+            ]
+            assert all(same) != is_known
+            if step < 9:  # before this refresh too few samples on the graph
+                assert messages.verdicts == []
+    assert len(messages.verdicts) == 1
+
+
+def test_nothing_is_said_of_a_graph_without_edges():
+    section = {
+        "graph": {"include": ["*.bias"], "edges": SIMILARITY},  # one node each
+        "statistics": {"interval": 1},
+        "monitor": {"interval": 1},
+    }
+    model = Blocks(2)
+    with Messages() as messages, attached(model, section) as (stepper, plugin):
+        for step in range(ENOUGH_SAMPLES + 1):
+            set_gradients(model, smooth_gradients(model, step))
+            stepper.step()
+        assert plugin.snr().samples > ENOUGH_SAMPLES
+    assert messages.verdicts == []
+
+
+def test_a_response_that_no_longer_fits_a_new_graph_is_a_warning_and_training_goes_on(caplog):
+    edge = {"family": "similarity", "features": "gradient", "neighbours": 64}
+    section = {
+        "graph": {"edges": [edge], "refresh_interval": 1, "laplacian": "combinatorial"},
+        "filter": {"response": "tikhonov", "tau": 3e3, "strength": 1.0, "tolerance": 0.1},
+        "monitor": {"enabled": False},
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(6, 400, bias=False))
+    with attached(model, section) as (stepper, plugin):
+        before = model[0].weight.detach().clone()
+        for step in range(2):
+            gradients = gradients_of(model, step)
+            set_gradients(model, gradients)
+            warned = len(caplog.records)
+            stepper.step()
+        [warning] = caplog.records[warned:]
+        assert warning.levelname == "WARNING"
+        assert "filter.tau" in warning.getMessage()
+        # It is filtered by the highest order that there is.
+        transfer = plugin.stages[0].filter.transfer
+        assert 0.1 < transfer.error < 0.5
+        values, vectors = np.linalg.eigh(plugin.graph.laplacian().toarray())
+        smooth = (vectors / (1 + 3e3 * values.clip(0))) @ vectors.T @ gradients["0.weight"].numpy()
+        filtered = model[0].weight.grad.numpy()
+        off = np.linalg.norm(filtered - smooth) / np.linalg.norm(gradients["0.weight"])
+        assert off <= transfer.error
+        assert np.abs(model[0].weight.detach().numpy() - before.numpy()).max() > 0
+
+
 def test_rebuilding_the_graph_leaves_nothing_behind():
     section = {
         "graphs": [
@@ -613,22 +697,26 @@ METHODS = {
         "preset": "gradient_smoothing",
         "filter": {"rescale": "norm", "temporal": {"decay": 0.5, "amplify": 0.3}},
     },
+    "laplacian_smoothing": {"preset": "laplacian_smoothing", "monitor": {"enabled": False}},
+    "grokfast": {"preset": "grokfast", "monitor": {"enabled": False}},
 }
 
 
 def trained(name, method, optimizer=torch.optim.SGD):
-    """Weights after a few steps; edges and dense Laplacians after each step."""
+    """Weights after a few steps; after each: edges and dense Laplacian, signal and noise."""
     section = METHODS[method] if method else None
     training = Training(CELLS[name], section, optimizer, RATES)
-    graphs = []
+    graphs, powers = [], []
     for index in range(STEPS_RUN):
         training.step(index)
         if method in ("wiener", "whiten"):
             graph = training.plugin.graph
             graphs.append((graph.num_edges, graph.laplacian().toarray()))
+            found = training.plugin.snr()
+            powers.append((found.signal, found.noise))
     weights = training.snapshot()
     training.close()
-    return weights, graphs
+    return weights, graphs, np.array(powers)
 
 
 @pytest.fixture(scope="module")
@@ -642,11 +730,15 @@ def on_one_process(ranks):
 def test_sharded_training_equals_that_on_one_process(
     ranks, on_one_process, method, name, world_size
 ):
-    weights, graphs = on_one_process(method)
-    unfiltered, _ = on_one_process(None)
+    weights, graphs, powers = on_one_process(method)
+    unfiltered, *_ = on_one_process(None)
     moved = max(np.abs(weights[n] - unfiltered[n]).max() for n in weights)
     assert moved > 5e-3
-    for other_weights, other_graphs in ranks(world_size).run(trained, name, method):
+    # The second sample on a graph tells signal from noise.
+    assert not graphs or powers[-1].all()
+    for other_weights, other_graphs, other_powers in ranks(world_size).run(trained, name, method):
+        largest = np.abs(powers).max(initial=0)
+        np.testing.assert_allclose(other_powers, powers, rtol=0, atol=1e-4 * largest)
         for parameter, value in weights.items():
             np.testing.assert_allclose(other_weights[parameter], value, atol=1e-6)
         for (edges, laplacian), (other_edges, other) in zip(graphs, other_graphs, strict=True):

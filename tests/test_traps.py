@@ -101,6 +101,43 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_leaves_no_trace(ranks
         assert np.isfinite(list(metrics.values())).all()
 
 
+MEANS = {
+    **SECTION,
+    "filter": {**SECTION["filter"], "temporal": {"decay": 0.5, "amplify": 0.5}},
+    "statistics": {"interval": 1},
+}
+
+
+def overflow_of_what_is_not_filtered(name):
+    """Skipped steps, and means over steps, after a sound step, one that overflows, a sound one."""
+    training = Training(CELLS[name], MEANS)
+    plugin = training.plugin
+    statistics, temporal = plugin.stages[0].statistics, plugin.filter.temporal
+    embedding = training.module.llama.model.embed_tokens.weight
+    assert not any("embed" in p.name for p in plugin.graph.parameters)
+    found = []
+    for index in range(3):
+        factor = torch.inf if index == 1 and dist.get_rank() == 1 else 1
+        hook = embedding.register_hook(lambda gradient, factor=factor: gradient * factor)
+        training.step(index)
+        hook.remove()
+        means = [statistics.running.mean, statistics.power, *temporal.means]
+        found.append((training.engine.skipped_steps, torch.cat([m.flatten() for m in means])))
+    training.close()
+    return found
+
+
+@pytest.mark.parametrize("name", ["zero2-fp16", "zero3-fp16", "zero2-fp16-offload"])
+def test_an_overflow_of_parameters_that_are_not_filtered_reaches_no_mean(ranks, name):
+    for (before, first), (skipped, same), (after, other) in ranks(2).run(
+        overflow_of_what_is_not_filtered, name
+    ):
+        assert (before, skipped, after) == (0, 1, 1)
+        assert first.isfinite().all()
+        assert torch.equal(same, first)
+        assert not torch.equal(other, first)
+
+
 def step_with_infinite_gradient(name):
     """What is logged when a gradient of a torch engine, which skips no step, is not finite."""
     import logging
