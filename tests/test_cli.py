@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -472,6 +471,14 @@ def test_planted_clusters_of_gradients_are_found(monkeypatch):
     assert edge.features == "gradient"
 
 
+@pytest.mark.parametrize(("size", "steps"), [((400, 32), 8), ((64, 32), 32)])
+def test_no_graph_is_recommended_for_noise(monkeypatch, size, steps):
+    for seed in range(12):
+        seeds = 2 * seed + 1, 2 * seed + 2
+        verdicts, recommendation = judge(monkeypatch, torch.zeros(size), 1.0, steps, seeds)
+        assert recommendation.config == {"spectral_ds": {"preset": "observe"}}, (seed, verdicts)
+
+
 def test_noise_is_signal_only_to_the_graph_that_was_made_from_it(monkeypatch):
     def signal_to_noise(seeds):
         verdicts, _ = judge(monkeypatch, torch.zeros(400, 32), 1.0, 24, seeds)
@@ -590,11 +597,6 @@ def test_no_two_batches_share_text(tmp_path):
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(folder, capsys, words, message):
-    if not (folder / "bert").exists():
-        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        BertModel(BertConfig(vocab_size=13, intermediate_size=8, **size)).save_pretrained(
-            folder / "bert"
-        )
     (folder / "remote").mkdir(exist_ok=True)
     (folder / "remote" / "own.py").write_text("raise SystemExit('not to be run')")
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}

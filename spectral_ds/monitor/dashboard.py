@@ -71,6 +71,8 @@ class Dashboard:
     roles: Sequence[str]
     interval: int
     _history: list[tuple[int, Values]] = field(default_factory=list)
+    _recorded: int = 0
+    _stride: int = 1  # of the recorded steps that are kept
 
     def is_due(self, step: int, monitored: int) -> bool:
         """Whether a monitored step is the first at or after a multiple of `interval`.
@@ -87,10 +89,14 @@ class Dashboard:
 
         Of a long run every second, then every fourth, and so on: a picture shows no more.
         """
-        if self.board.is_open and np.isfinite(before).all():
+        if not (self.board.is_open and np.isfinite(before).all()):
+            return
+        if self._recorded % self._stride == 0:
             self._history.append((step, before))
-            if len(self._history) > MOST_COLUMNS:
-                del self._history[1::2]
+        self._recorded += 1
+        if len(self._history) > MOST_COLUMNS:
+            del self._history[1::2]
+            self._stride *= 2
 
     def show_graph(self, graph: GraphFacts) -> None:
         """Histograms of a new graph."""
