@@ -2,6 +2,8 @@
 # Sets the environment up and runs every check: lint, format, types, tests.
 #
 #   bash launch/test.sh [PYTEST ARGUMENTS]
+#
+# Tests run in two processes, of one core each.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,4 +16,4 @@ run() { printf '\n== %s\n' "$*"; "$@"; }
 run ruff check
 run ruff format --check
 run mypy
-run pytest "$@"
+run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,4 +1,8 @@
-"""What tests share in a session: pools of ranks, and one run of the quickstart."""
+"""What tests share in a session: pools of ranks, and one run of the quickstart.
+
+With pytest-xdist (`-n 2 --dist loadfile`) each worker, and all that it starts, stays on a core of
+its own: ranks that hand each other small messages gain nothing from a second one.
+"""
 
 import os
 import subprocess
@@ -7,10 +11,24 @@ from pathlib import Path
 
 import corpus
 import pytest
+from filelock import FileLock
 from ranks import RankPool
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+# The files that take longest come first, so that workers end together.
+FIRST = ("test_multinode", "test_launch", "test_oracle", "test_engines", "test_updates")
 
 QUICKSTART_STEPS = 11
 TIMEOUT_SECONDS = 300
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {name: place for place, name in enumerate(FIRST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +54,19 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """
     if there := os.environ.get("SPECTRAL_DS_QUICKSTART"):
         return Path(there).resolve(), ""
-    folder = tmp_path_factory.mktemp("quickstart")
-    corpus.write(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quickstart"
+    printed = folder / "printed.txt"
+    with FileLock(f"{folder}.lock"):  # of several workers, the first runs it
+        if not printed.exists():
+            folder.mkdir()
+            corpus.write(folder)
+            printed.write_text(run_quickstart(folder))
+    return folder / "runs", printed.read_text()
+
+
+def run_quickstart(folder: Path) -> str:
+    """What it printed."""
     command = ["bash", Path(__file__).parent.parent / "launch" / "quickstart.sh"]
     command += ["--steps", QUICKSTART_STEPS, "--tokens", 16, "--out", folder / "runs"]
     command += ["--model", folder / "model", "--data", folder / "reviews.tsv"]
@@ -49,4 +78,4 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    return folder / "runs", done.stdout
+    return done.stdout

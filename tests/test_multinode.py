@@ -121,6 +121,8 @@ def started(*words, cwd=ROOT, **environment):
         text=True,
         cwd=cwd,
         env={**ENVIRONMENT, **environment},
+        # A shell cannot trap what was ignored when it began, as Ctrl-C is in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
