@@ -102,7 +102,8 @@ class Persistence:
                 step, or, if strict, of other graphs.
         """
         plugin, engine = self._plugin, self._engine
-        difference = self._other_graphs(saved)
+        with engine.everyone.all_or_none():
+            difference = self._other_graphs(saved)
         stages = [] if difference else plugin.stages
         own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
         temporal, regularizer = plugin.filter.temporal, plugin.regularizer
