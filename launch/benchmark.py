@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Response, Window
+from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
 from spectral_ds.laplacian import (
     KernelName,
@@ -31,7 +32,6 @@ from spectral_ds.laplacian import (
     make_plan,
 )
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
-from spectral_ds.stage import bucket_elements
 
 BLOCK = {
     "self_attn.q_proj": (576, 576),

@@ -39,7 +39,7 @@ from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Ring, Similarit
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, SignalAndNoise, equal_edges
-from spectral_ds.stage import smooth_response, step_gains
+from spectral_ds.stack.responses import smooth_response, step_gains
 
 Values = npt.NDArray[np.float64]
 

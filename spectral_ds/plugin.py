@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.config import SpectralConfig
-from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.checkpoint.persistence import Persistence
+from spectral_ds.config import SpectralConfig, SpectralConfigError
+from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
     NormKeeper,
@@ -28,15 +29,12 @@ from spectral_ds.filters import (
 )
 from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
 from spectral_ds.laplacian import (
-    KernelName,
     KernelUnavailableError,
     ParameterGraph,
     require_kernel,
 )
-from spectral_ds.measurement import Measurement
 from spectral_ds.monitor import Board, Dashboard, Monitor, ParameterNorms
-from spectral_ds.persistence import Persistence
-from spectral_ds.progress import progress
+from spectral_ds.monitor.measurement import Measurement
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.spectrum import (
     Density,
@@ -46,7 +44,7 @@ from spectral_ds.spectrum import (
     lowest_eigenpairs,
     squared_norm,
 )
-from spectral_ds.stage import Stage, choose_parameters, edge_families
+from spectral_ds.stack import Stage, choose_parameters, edge_families, head_width_of
 
 Signal = Sequence[torch.Tensor | None]
 
@@ -422,13 +420,12 @@ class SpectralPlugin:
                 key = f"graphs[{index}]" if config.graphs else "graph"
                 chosen.append(choose_parameters(engine.shapes, graph, key))
                 try:
-                    for family in edge_families(graph, engine):
+                    for family in edge_families(graph, head_width_of(engine.holders)):
                         family.links(chosen[-1])
                 except UnknownHeadWidthError as error:
                     raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
-            kernel: KernelName = config.operator.kernel  # type: ignore[assignment]
             try:
-                require_kernel(kernel)
+                require_kernel(config.operator.kernel)
             except KernelUnavailableError as error:
                 raise SpectralConfigError(f"spectral_ds.{error}") from error
         return chosen

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spectral_ds.config_sources import SpectralConfigError
-from spectral_ds.runner import Runner, config_of_environment, rank
+from spectral_ds.attach.runner import Runner, config_of_environment, rank
+from spectral_ds.config import SpectralConfigError
 
 # What a script leaves lives as long as the interpreter, as it does without the runner: models that
 # wait for other threads when they are destroyed would hang here.

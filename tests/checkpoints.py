@@ -12,7 +12,7 @@ import torch
 from cells import CELLS, Training
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spectral_ds.persistence import Persistence
+from spectral_ds.checkpoint.persistence import Persistence
 
 STATEFUL = {
     "graph": {

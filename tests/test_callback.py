@@ -321,7 +321,7 @@ def train_under_the_runner(engine, output):
     import io
 
     import spectral_ds
-    from spectral_ds.runner import Runner
+    from spectral_ds.attach.runner import Runner
 
     runner = Runner(spectral_ds.load_config(SECTION))
     runner.watch()

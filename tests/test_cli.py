@@ -374,7 +374,7 @@ def test_summary_and_figures_are_written(judged):
 
 
 def test_a_log_file_gets_lines_and_no_bars(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys.modules["spectral_ds.progress"], "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys.modules["spectral_ds.console.progress"], "SECONDS_BETWEEN_LINES", 0.0)
     words = ["--data", folder / "reviews.tsv", "--steps", 4, "--batch-size", 1]
     inspect(folder, {}, *words, "--sequence-length", 8)
     written = capsys.readouterr().err

@@ -21,6 +21,7 @@ from spectral_ds.config import (
     SpectralConfigError,
     TemporalConfig,
     load_config,
+    loading,
 )
 
 # The whole section with its defaults, as the documentation prints it.
@@ -262,13 +263,13 @@ def test_preset_sets_its_keys(preset: str, families: str, keys: dict[str, object
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_itself_a_valid_section(preset: str) -> None:
-    path = Path(config_module.__file__).parent / "filters" / "presets" / f"{preset}.yaml"
+    path = Path(config_module.__file__).parent / "presets" / f"{preset}.yaml"
     keys = yaml.safe_load(path.read_text())
     assert load_config({**keys, "preset": preset}) == load_config({"preset": preset})
 
 
 def test_every_preset_has_a_file_and_every_file_is_a_preset() -> None:
-    folder = Path(config_module.__file__).parent / "filters" / "presets"
+    folder = Path(config_module.__file__).parent / "presets"
     assert {path.stem for path in folder.iterdir()} == set(PRESETS)
 
 
@@ -295,7 +296,7 @@ def test_parameters_of_the_preset_response_are_dropped_with_the_response(
 ) -> None:
     preset = {"filter": {"response": "heat", "tau": 5.0, "strength": 0.9}}
     monkeypatch.setattr(
-        config_module, "_read_preset", lambda name: OmegaConf.to_container(OmegaConf.create(preset))
+        loading, "_read_preset", lambda name: OmegaConf.to_container(OmegaConf.create(preset))
     )
     assert load_config({"filter": {"response": "heat"}}).filter.tau == 5.0
     window = load_config({"filter": {"response": "window"}}).filter

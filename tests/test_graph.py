@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from spectral_ds.geometry.buckets import Bucket, columns_at_once, linked_parameters
+from spectral_ds.geometry.rectangles import addresses, rectangles_of
 from spectral_ds.graph import (
     Depth,
     Edges,
@@ -14,11 +16,9 @@ from spectral_ds.graph import (
     UnknownHeadWidthError,
     match_parameters,
 )
-from spectral_ds.graph.projection import gaussian_projection, sketch_size
 from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
-from spectral_ds.laplacian.buckets import Bucket, columns_at_once, linked_parameters
-from spectral_ds.laplacian.rectangles import addresses, rectangles_of
 from spectral_ds.sharding import Fragment
+from spectral_ds.sketches.projection import gaussian_projection, sketch_size
 
 KINDS = ["row", "column", "element"]
 

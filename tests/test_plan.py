@@ -11,15 +11,15 @@ import torch
 import spectral_ds
 from spectral_ds import planning
 from spectral_ds.config import load_config
+from spectral_ds.geometry.block import LocalBlock
+from spectral_ds.geometry.buckets import Bucket, bucket_elements, linked_parameters
+from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.buckets import Bucket, linked_parameters
-from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
-from spectral_ds.stage import bucket_elements
+from spectral_ds.stack import head_width_of
 
 ROWS = {"graph": {"edges": [{"family": "ring"}, {"family": "pair"}]}}
 SECTIONS = {
@@ -124,7 +124,7 @@ def tiny_model():
     groups = [[name_of[id(p)] for p in g["params"]] for g in tiny.parameter_groups(model)]
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     elements = sum(p.numel() for p in model.parameters())
-    return planning.Model("tiny", shapes, elements, [model.llama]), groups
+    return planning.Model("tiny", shapes, elements, head_width_of([model.llama])), groups
 
 
 def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monitored=False):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from spectral_ds.cli import main
-from spectral_ds.planning.models import PRESETS, model_of
+from spectral_ds.cli.plan_models import PRESETS, model_of
 
 
 def plan_by_command(capsys, *words):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from spectral_ds.progress import progress
+from spectral_ds.console.progress import progress
 
-module = importlib.import_module("spectral_ds.progress")
+module = importlib.import_module("spectral_ds.console.progress")
 
 
 class Terminal(io.StringIO):

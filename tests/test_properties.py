@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Tikhonov, Window
+from spectral_ds.geometry.block import LocalBlock
+from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, intervals
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import spectral_ds
-from spectral_ds.runner import Runner
+from spectral_ds.attach.runner import Runner
 
 SECTION = {
     "graph": {"edges": [{"family": "ring"}]},

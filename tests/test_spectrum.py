@@ -18,9 +18,9 @@ import spectral_ds
 from spectral_ds.filters import whiten_gains, wiener_gains
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
-from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.monitor import ENOUGH_SAMPLES, verdict
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
     GradientStatistics,
     SignalAndNoise,

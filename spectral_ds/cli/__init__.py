@@ -7,16 +7,16 @@ function of the parsed arguments that does it. What takes long to import is impo
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
-from spectral_ds import __version__
 from spectral_ds.cli.add import add_parser as add_add
 from spectral_ds.cli.check import add_parser as add_check
 from spectral_ds.cli.env import add_parser as add_env
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.inspect import add_parser as add_inspect
 from spectral_ds.cli.plan import add_parser as add_plan
-from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.config import SpectralConfigError
 
 COMMANDS = (add_inspect, add_plan, add_add, add_check, add_env)
 EXAMPLES = """examples:
@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"spectral-ds {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"spectral-ds {version('spectral-ds')}"
+    )
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for add in COMMANDS:
         add(commands)

@@ -12,8 +12,7 @@ from typing import Any
 import hjson  # type: ignore[import-untyped]
 
 from spectral_ds.cli.errors import UserError
-from spectral_ds.config import PRESETS, load_config
-from spectral_ds.config_sources import SECTION, read_json
+from spectral_ds.config import PRESETS, SECTION, load_config, read_json
 
 EXAMPLES = """examples:
   spectral-ds add ds_config.json --preset retain            prints the new file

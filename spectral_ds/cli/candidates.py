@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from spectral_ds.config import EdgeConfig, GraphConfig
-from spectral_ds.config_sources import SECTION
+from spectral_ds.config import SECTION, EdgeConfig, GraphConfig, Node
 from spectral_ds.filters import Heat
 from spectral_ds.monitor import TOO_NOISY, verdict
 from spectral_ds.monitor.verdict import BARELY, SEPARATES
@@ -114,7 +113,7 @@ def candidates(stack: tuple[GraphConfig, ...]) -> list[Candidate]:
     neighbours = next((e.neighbours for e in first.edges if e.family == "similarity"), 8)
     weights = EdgeConfig(neighbours=neighbours)
     gradient = EdgeConfig(neighbours=neighbours, features="gradient")
-    usual = {
+    usual: dict[str, tuple[Node, EdgeConfig]] = {
         "weights similarity, rows": ("row", weights),
         "gradient similarity, rows": ("row", gradient),
         "gradient similarity, columns": ("column", gradient),

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import platform
@@ -22,11 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import spectral_ds
+from spectral_ds.attach.runner import VARIABLE
 from spectral_ds.cli.errors import UserError
-from spectral_ds.config import load_config
-from spectral_ds.config_sources import SECTION, SpectralConfigError, read_json
-from spectral_ds.runner import VARIABLE
+from spectral_ds.config import SECTION, SpectralConfigError, load_config, read_json
 
 PACKAGES = ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse")
 SOURCES = (".py", ".yaml")
@@ -148,7 +147,7 @@ def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) 
     facts["python"] = platform.python_version()
     facts |= {name: _version(name) for name in PACKAGES}
     # Editable installations of different sources have the same version.
-    facts |= dict(_digests(Path(spectral_ds.__file__).parent))
+    facts |= dict(_digests(Path(str(importlib.resources.files("spectral_ds")))))
     trouble = []
     try:
         facts |= dict(_flat(_configuration(config)))

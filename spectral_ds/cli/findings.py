@@ -17,10 +17,10 @@ from spectral_ds.cli.subject import Subject
 from spectral_ds.cli.summary import GraphSummary
 from spectral_ds.cli.text import Batch
 from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
+from spectral_ds.console.progress import progress
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
-from spectral_ds.laplacian.features import no_features
-from spectral_ds.progress import progress
+from spectral_ds.sketches.features import no_features
 
 BANDS = 8
 BINS = 32

@@ -6,11 +6,11 @@ import torch
 
 from spectral_ds.cli.subject import Subject
 from spectral_ds.cli.text import Batch
+from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph, Work, Workspace, make_plan
-from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
-from spectral_ds.stage import bucket_elements
 
 # Powers are sums over many nodes: fewer projections of each do than a comparison of two takes.
 JUDGING_SKETCH_WIDTH = 32

@@ -110,10 +110,10 @@ def _config(given: str | None) -> SpectralConfig:
 def _plan(arguments: argparse.Namespace, config: SpectralConfig, machines: int) -> dict[str, Any]:
     import torch
 
+    from spectral_ds.cli.plan_models import model_of
+    from spectral_ds.cli.plan_summary import summary
+    from spectral_ds.geometry.buckets import bucket_elements
     from spectral_ds.planning import Cluster, EngineName, Machine, Plan, make_plan
-    from spectral_ds.planning.models import model_of
-    from spectral_ds.planning.summary import summary
-    from spectral_ds.stage import bucket_elements
 
     plan = make_plan(
         model_of(arguments.model),
@@ -138,8 +138,8 @@ def _plan(arguments: argparse.Namespace, config: SpectralConfig, machines: int) 
 
 
 def _show(found: dict[str, Any]) -> None:
+    from spectral_ds.cli.plan_advice import size
     from spectral_ds.cli.report import make_console
-    from spectral_ds.planning.advice import size
 
     console = make_console()
     console.print(
@@ -168,8 +168,8 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _groups_table(groups: list[dict[str, Any]]) -> "Table":
+    from spectral_ds.cli.plan_advice import size
     from spectral_ds.cli.report import make_table
-    from spectral_ds.planning.advice import size
 
     table = make_table("", ("joined parameters", "meet by", "groups", "sent a step"), words=2)
     alone = [group for group in groups if group["meets"] == "local"]
@@ -186,8 +186,8 @@ def _groups_table(groups: list[dict[str, Any]]) -> "Table":
 
 
 def _ranks_table(figures: dict[str, Any]) -> "Table":
+    from spectral_ds.cli.plan_advice import duration, size
     from spectral_ds.cli.report import make_table
-    from spectral_ds.planning.advice import duration, size
 
     table = make_table("", ("of a rank", "", "mean", "worst"), words=2)
 

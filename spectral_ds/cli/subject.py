@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.config import GraphConfig
-from spectral_ds.engines import Engine
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import FeatureSource, ParameterGraph, WeightFeatures
-from spectral_ds.laplacian.features import no_features
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
-from spectral_ds.stage import choose_parameters, edge_families
+from spectral_ds.sketches.features import no_features
+from spectral_ds.stack import choose_parameters, edge_families, head_width_of
 
 # Edges are kept as 24 bytes each: beyond so many nodes a graph does not fit into usual memory.
 MAX_NODES = 2**24
@@ -44,11 +42,6 @@ class Subject:
         """One fragment a parameter, all of this process."""
         own = [Fragment(name, 0, p.numel()) for name, p in self.trainable.items()]
         return ShardLayout((tuple(own),), 0)
-
-    @property
-    def holders(self) -> list[torch.nn.Module]:
-        """Where `edge_families` finds the model's own config."""
-        return [self.model]
 
     def weights(self) -> list[torch.Tensor]:
         """Flat, in the order of the layout."""
@@ -95,8 +88,7 @@ class Subject:
         weights = WeightFeatures(layout.own, self.weights(), self.seed, communicator)
         return ParameterGraph.build(
             parameters,
-            # Of an engine, only its holders are asked for.
-            edge_families(config, cast(Engine, self)),
+            edge_families(config, head_width_of([self.model])),
             layout,
             {"weights": weights, "gradient": gradient},
             communicator,

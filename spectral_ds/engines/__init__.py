@@ -37,8 +37,8 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
         )
     if optimizer is None:
         raise UnsupportedEngineError("optimizer: a torch module needs the optimizer that trains it")
-    from spectral_ds.engines.ddp import TorchEngine
     from spectral_ds.engines.fsdp2 import FSDP2Engine
+    from spectral_ds.engines.torch_engine import TorchEngine
 
     kind = FSDP2Engine if FSDP2Engine.recognizes(model_or_engine) else TorchEngine
     return kind(model_or_engine, optimizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from spectral_ds.messages import logger
+from spectral_ds.console.messages import logger
 from spectral_ds.sharding import Communicator, Fragment
 
 # What torch.compile and activation checkpointing put into parameter names.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from spectral_ds.engines.base import UnsupportedEngineError
-from spectral_ds.engines.ddp import TorchEngine
+from spectral_ds.engines.torch_engine import TorchEngine
 from spectral_ds.sharding import Communicator, Fragment
 
 

@@ -1,12 +1,12 @@
 """LaplacianOperator: y = L x on shards = local blocks + what other ranks bring."""
 
-from spectral_ds.laplacian.features import FeatureSource, WeightFeatures
 from spectral_ds.laplacian.kernels import KernelName, KernelUnavailableError, require_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.plan import ExchangeName, OperatorPlan, make_plan
 from spectral_ds.laplacian.work import Work
 from spectral_ds.laplacian.workspace import Scratch, Workspace
+from spectral_ds.sketches.features import FeatureSource, WeightFeatures
 
 __all__ = [
     "ExchangeName",

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spectral_ds.geometry.buckets import Bucket
+from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import EdgeFamily, Edges, Similarity
 from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
-from spectral_ds.laplacian.buckets import Bucket
-from spectral_ds.laplacian.features import FeatureSource
-from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.sharding import Communicator
+from spectral_ds.sketches.features import FeatureSource
 
 
 def build_adjacency(

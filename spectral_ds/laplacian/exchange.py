@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.owners import RowOwners
+from spectral_ds.geometry.block import LocalBlock
+from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.sharding import Communicator, intervals
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from spectral_ds.messages import logger
+from spectral_ds.console.messages import logger
 from spectral_ds.sharding import Communicator
 
 KernelName = Literal["auto", "torch_sparse", "torch_csr"]

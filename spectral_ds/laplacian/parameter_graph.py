@@ -9,13 +9,13 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import coo_array, csr_array, eye_array
 
+from spectral_ds.geometry.buckets import Bucket, linked_parameters
+from spectral_ds.geometry.owners import RowOwners, runs_of
 from spectral_ds.graph import Depth, EdgeFamily, Edges, NodeKind, ParameterNodes
 from spectral_ds.laplacian.adjacency import build_adjacency, degrees
-from spectral_ds.laplacian.buckets import Bucket, linked_parameters
-from spectral_ds.laplacian.features import FeatureSource
 from spectral_ds.laplacian.operator import laplacian_rows
-from spectral_ds.laplacian.owners import RowOwners, runs_of
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches.features import FeatureSource
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array
 
+from spectral_ds.geometry.block import LocalBlock
+from spectral_ds.geometry.buckets import Bucket, columns_at_once
+from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.buckets import Bucket, columns_at_once
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
 from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import KERNELS, KernelName, choose_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator, chebyshev_block, laplacian_rows
-from spectral_ds.laplacian.owners import RowOwners
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.laplacian.work import Work

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from spectral_ds.laplacian.block import LocalBlock
-from spectral_ds.laplacian.rectangles import Rectangle
+from spectral_ds.geometry.block import LocalBlock
+from spectral_ds.geometry.rectangles import Rectangle
 from spectral_ds.sharding import Communicator, intervals
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from spectral_ds.geometry.buckets import linked_parameters
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
 from spectral_ds.laplacian import ExchangeName, Work
-from spectral_ds.laplacian.buckets import linked_parameters
 from spectral_ds.laplacian.plan import Meeting, meeting_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.chance import USUAL_WEIGHT, expected, most_neighbours

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_ds.laplacian.buckets import columns_at_once
+from spectral_ds.geometry.buckets import columns_at_once
 from spectral_ds.laplacian.plan import Meeting
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.flows import Cluster, Floats, Flow

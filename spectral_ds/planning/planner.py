@@ -6,19 +6,16 @@ In: a model's shapes, a configuration, an engine and the ranks. Out: a `Plan`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import numpy as np
 
-from spectral_ds.config import SpectralConfig
-from spectral_ds.config_sources import SpectralConfigError
-from spectral_ds.engines import Engine
+from spectral_ds.config import SpectralConfig, SpectralConfigError
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.planning.costs import FLOAT, Cost, Machine
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.layouts import EngineName, cut_parameters
 from spectral_ds.planning.stages import PlannedStage, plan_stage
-from spectral_ds.stage import choose_parameters, edge_families
+from spectral_ds.stack import choose_parameters, edge_families
 
 # What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
 # statistics are taken, a span of nodes with its rectangles.
@@ -34,13 +31,13 @@ class Model:
         name: as the user wrote it.
         shapes: of its trainable parameters, in model order.
         elements: of all parameters.
-        holders: modules that know the width of an attention head.
+        head_width: rows of an attention head; None if the model does not say.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     elements: int
-    holders: Sequence[Any] = ()
+    head_width: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +100,7 @@ def make_plan(
     """Plan a configuration.
 
     Args:
-        bucket_elements: see `spectral_ds.stage.bucket_elements`.
+        bucket_elements: see `spectral_ds.geometry.buckets.bucket_elements`.
         groups: the optimizer's parameter groups, see `cut_parameters`.
 
     Raises:
@@ -115,8 +112,7 @@ def make_plan(
         key = f"graphs[{index}]" if config.graphs else "graph"
         chosen = choose_parameters(model.shapes, settings, key)
         try:
-            # Of an engine, only its holders are asked for.
-            families = edge_families(settings, cast(Engine, model))
+            families = edge_families(settings, model.head_width)
             stage = plan_stage(
                 chosen, families, settings, config, cuts, cluster, bucket_elements, index == 0
             )

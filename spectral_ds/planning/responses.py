@@ -1,16 +1,15 @@
-"""How many products with L a response takes: the rules of `spectral_ds.stage`."""
+"""How many products with L a response takes: the rules of `spectral_ds.stack.responses`."""
 
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 
-from spectral_ds.config import ADAPTIVE, FilterConfig, SpectralConfig
-from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.config import ADAPTIVE, FilterConfig, SpectralConfig, SpectralConfigError
 from spectral_ds.filters import FixedTransfer, Polynomial, Response, ToleranceError
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND
-from spectral_ds.stage import smooth_response, step_gains
+from spectral_ds.stack.responses import smooth_response, step_gains
 
 
 @dataclass(frozen=True)

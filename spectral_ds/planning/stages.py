@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_ds.config import GraphConfig, SpectralConfig
-from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.config import GraphConfig, SpectralConfig, SpectralConfigError
 from spectral_ds.filters import NO_SERIES, filter_work, penalty_work
+from spectral_ds.geometry.buckets import below_shard
 from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.graph.projection import sketch_size
-from spectral_ds.laplacian import ExchangeName, Work
+from spectral_ds.laplacian import Work
 from spectral_ds.laplacian.plan import Meeting
 from spectral_ds.planning.chance import reached
 from spectral_ds.planning.costs import FLOAT, Cost, function_cost
@@ -21,7 +20,8 @@ from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, Scratch, packed
 from spectral_ds.planning.parts import Parts
 from spectral_ds.planning.responses import Hops, Spectrum, hops_of
-from spectral_ds.stage import below_shard, feature_width, sketch_shape
+from spectral_ds.sketches.projection import sketch_size
+from spectral_ds.stack.choices import feature_width, sketch_shape
 
 # An edge: two node numbers and a weight, 64 bits each.
 EDGE_BYTES = 24
@@ -110,7 +110,7 @@ def plan_stage(
     lambda_max = 2.0 if settings.laplacian == "normalized" else 2 * max_degree or 1.0
     only_paths = all(group.is_path for group in groups)
     hops = hops_of(config, Spectrum(lambda_max, only_paths))
-    exchange: ExchangeName = config.operator.exchange  # type: ignore[assignment]
+    exchange = config.operator.exchange
     of_filter = filter_work(config.filter, hops.filter, hops.is_identity)
     of_penalty = penalty_work(config.regularizer, hops.penalty or 0)
     work = of_filter + of_penalty

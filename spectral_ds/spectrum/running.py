@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sketches.node_sketches import Sketches
 
 
 class RunningSketch:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.laplacian import LaplacianOperator, Workspace
-from spectral_ds.laplacian.sketches import Sketches
 from spectral_ds.sharding import Communicator
+from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.moments import chebyshev_moments
 from spectral_ds.spectrum.roughness import roughness
 

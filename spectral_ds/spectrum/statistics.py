@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian.sketches import Sketches
+from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.running import ConsecutiveSamples, RunningSketch, weight_of_newest
 from spectral_ds.spectrum.separation import kept_over_total

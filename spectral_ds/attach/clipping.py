@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from spectral_ds.attach.live import parameters_of
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.live import parameters_of
 from spectral_ds.plugin import SpectralPlugin
 
 CLIPPING = ("clip_grad_norm_", "clip_grad_value_")

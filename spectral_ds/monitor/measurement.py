@@ -24,7 +24,7 @@ from spectral_ds.monitor import (
     verdict,
 )
 from spectral_ds.spectrum import SignalToNoise, density_of_states
-from spectral_ds.stage import Stage
+from spectral_ds.stack import Stage
 
 Signal = Sequence[torch.Tensor | None]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.graph.projection import gaussian_projection
-from spectral_ds.laplacian.buckets import Bucket
 from spectral_ds.sharding import Communicator, Fragment
+from spectral_ds.sketches.projection import gaussian_projection
 
 # Nodes are projected in blocks of at most this many elements (float64: 128 MiB).
 BLOCK_ELEMENTS = 2**24

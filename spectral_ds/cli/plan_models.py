@@ -6,6 +6,7 @@ import torch
 
 from spectral_ds.cli.models import CAUSAL, Source
 from spectral_ds.planning.planner import Model
+from spectral_ds.stack import head_width_of
 
 _LLAMA_3 = {
     "vocab_size": 128256,
@@ -65,4 +66,4 @@ def model_of(given: str) -> Model:
         module: torch.nn.Module = make(settings)
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
     elements = sum(parameter.numel() for parameter in module.parameters())
-    return Model(given, shapes, elements, [module])
+    return Model(given, shapes, elements, head_width_of([module]))

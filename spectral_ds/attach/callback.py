@@ -22,13 +22,12 @@ from transformers import (
 )
 
 from spectral_ds.attach import plugin_of
-from spectral_ds.config import SpectralConfig, load_config
-from spectral_ds.config_sources import SpectralConfigError
-from spectral_ds.engines.ddp import TorchEngine
+from spectral_ds.attach.live import live
+from spectral_ds.attach.runner import VARIABLE, Runner, config_of_environment, say
+from spectral_ds.config import SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.live import live
+from spectral_ds.engines.torch_engine import TorchEngine
 from spectral_ds.plugin import SpectralPlugin
-from spectral_ds.runner import VARIABLE, Runner, config_of_environment, say
 
 PREFIX = "spectral_ds/"
 # In a checkpoint of the Trainer: the plugin's state, where the engine has no checkpoints.

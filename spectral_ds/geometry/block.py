@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spectral_ds.geometry.rectangles import Rectangle, addresses
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian.rectangles import Rectangle, addresses
 from spectral_ds.sharding import intervals
 
 

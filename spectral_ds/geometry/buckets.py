@@ -10,11 +10,12 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from spectral_ds.geometry.rectangles import Rectangle, rectangles_of
 from spectral_ds.graph import EdgeFamily, ParameterNodes, Ring, Similarity, nodes_touched
-from spectral_ds.laplacian.rectangles import Rectangle, rectangles_of
 from spectral_ds.sharding import Fragment, ShardLayout
 
 
@@ -97,6 +98,28 @@ class Bucket:
             replace(self, low=low, high=min(low + columns, self.high))
             for low in range(self.low, self.high, columns)
         ]
+
+
+def bucket_elements(device: torch.device) -> int:
+    """How many elements of a bucket a rank stores at most.
+
+    On CPUs a bucket should stay in the cache (measured on 53 M elements: 1.9 times faster);
+    accelerators want fewer and larger launches.
+    """
+    return 2**19 if device.type == "cpu" else 2**26
+
+
+def below_shard(most: int, elements: int, world_size: int) -> int:
+    """The same, so that scratch memory takes at most about the mean shard.
+
+    Scratch memory is three matrices of a bucket, and two buffers of what is exchanged. Shards below
+    5 · 2**24 elements may take more: smaller buckets would cost more collectives than memory.
+
+    Args:
+        most: from `bucket_elements`.
+        elements: of all ranks together.
+    """
+    return min(most, max(2**24, elements // world_size // 5))
 
 
 def columns_at_once(bucket_elements: int, nodes: int) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from spectral_ds.config import SpectralConfig, load_config
-from spectral_ds.config_sources import SECTION, SpectralConfigError, read_json
+from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config, read_json
 from spectral_ds.engines import engine_for
 from spectral_ds.plugin import SpectralPlugin
 from spectral_ds.sharding import Communicator

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from spectral_ds.laplacian.buckets import Bucket
-from spectral_ds.laplacian.rectangles import addresses
+from spectral_ds.geometry.buckets import Bucket
+from spectral_ds.geometry.rectangles import addresses
 from spectral_ds.sharding import ShardLayout, intervals
 
 

@@ -20,14 +20,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spectral_ds.after_import import AfterImport
 from spectral_ds.attach import attach, check_section, plugin_of
-from spectral_ds.clipping import FilterBeforeClipping, Training
-from spectral_ds.config import SpectralConfig, load_config
-from spectral_ds.config_sources import SECTION
+from spectral_ds.attach.after_import import AfterImport
+from spectral_ds.attach.clipping import FilterBeforeClipping, Training
+from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
+from spectral_ds.config import SECTION, SpectralConfig, load_config
 from spectral_ds.engines import UnsupportedEngineError
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
 from spectral_ds.plugin import SpectralPlugin
 
 # Names the file with the section, where no DeepSpeed config has it.

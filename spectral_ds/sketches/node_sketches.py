@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from spectral_ds.geometry.buckets import Bucket
+from spectral_ds.geometry.owners import RowOwners, runs_of
+from spectral_ds.geometry.rectangles import Rectangle
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.graph.projection import gaussian_projection, sketch_size
-from spectral_ds.laplacian.buckets import Bucket
-from spectral_ds.laplacian.features import add_sketch
-from spectral_ds.laplacian.owners import RowOwners, runs_of
-from spectral_ds.laplacian.rectangles import Rectangle
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches.features import add_sketch
+from spectral_ds.sketches.projection import gaussian_projection, sketch_size
 
 
 @dataclass(frozen=True)

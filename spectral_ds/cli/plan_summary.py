@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_ds.planning.advice import advice
+from spectral_ds.cli.plan_advice import advice
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.flows import Floats, Flow
 from spectral_ds.planning.layouts import EngineName

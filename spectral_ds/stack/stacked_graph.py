@@ -4,14 +4,19 @@ In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at e
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
 
 import torch
 
-from spectral_ds.config import ADAPTIVE, FilterConfig, GraphConfig, SpectralConfig
-from spectral_ds.config_sources import SpectralConfigError
+from spectral_ds.config import (
+    ADAPTIVE,
+    FilterConfig,
+    GraphConfig,
+    SpectralConfig,
+    SpectralConfigError,
+)
+from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
     MAX_ORDER,
@@ -21,34 +26,19 @@ from spectral_ds.filters import (
     GraphFilter,
     GraphFunction,
     GraphPenalty,
-    Heat,
-    Identity,
     Polynomial,
-    Response,
-    Tikhonov,
     ToleranceError,
     Transfer,
-    Window,
     filter_work,
     penalty_work,
-    whiten_gains,
-    wiener_gains,
 )
+from spectral_ds.geometry.buckets import below_shard, bucket_elements, parameters_with_edges
 from spectral_ds.graph import (
-    Depth,
-    EdgeFamily,
     Edges,
-    NodeKind,
-    Pair,
     ParameterNodes,
-    Ring,
-    Similarity,
-    match_parameters,
 )
 from spectral_ds.laplacian import (
-    ExchangeName,
     FeatureSource,
-    KernelName,
     OperatorPlan,
     ParameterGraph,
     WeightFeatures,
@@ -56,47 +46,22 @@ from spectral_ds.laplacian import (
     Workspace,
     make_plan,
 )
-from spectral_ds.laplacian.buckets import parameters_with_edges
-from spectral_ds.laplacian.features import no_features
-from spectral_ds.laplacian.sketches import Sketches
-from spectral_ds.progress import progress
 from spectral_ds.sharding import ShardLayout
+from spectral_ds.sketches.features import no_features
+from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
-    COEFFICIENTS_PER_BAND,
     GradientStatistics,
     RunningSketch,
     Spectrometer,
-    equal_edges,
 )
-
-SKETCH_WIDTH = 64
-# For the monitor alone: the spectrum of a signal of many nodes needs no more columns. Short signals
-# are cheap as they are.
-MONITOR_SKETCH_WIDTH, LONGEST_WHOLE = 16, 128
-# lowpass, highpass, bandpass: edges are smooth over about π/32 of the spectrum.
-STEP_ORDER = 31
-
-
-def bucket_elements(device: torch.device) -> int:
-    """How many elements of a bucket a rank stores at most.
-
-    On CPUs a bucket should stay in the cache (measured on 53 M elements: 1.9 times faster);
-    accelerators want fewer and larger launches.
-    """
-    return 2**19 if device.type == "cpu" else 2**26
-
-
-def below_shard(most: int, elements: int, world_size: int) -> int:
-    """The same, so that scratch memory takes at most about the mean shard.
-
-    Scratch memory is three matrices of a bucket, and two buffers of what is exchanged. Shards below
-    5 · 2**24 elements may take more: smaller buckets would cost more collectives than memory.
-
-    Args:
-        most: from `bucket_elements`.
-        elements: of all ranks together.
-    """
-    return min(most, max(2**24, elements // world_size // 5))
+from spectral_ds.stack.choices import (
+    edge_families,
+    feature_width,
+    head_width_of,
+    is_adaptive,
+    sketch_shape,
+)
+from spectral_ds.stack.responses import adaptive_transfer, smooth_response, step_gains
 
 
 class Stage:
@@ -141,6 +106,7 @@ class Stage:
         self._config, self._whole = config, whole
         self._engine, self._layout = engine, layout
         self._ridge = ridge
+        self._families = edge_families(config, head_width_of(engine.holders))
         width, shape = feature_width(config), sketch_shape(config, whole)
         self.features: RunningSketch | None = None
         seed = whole.seed
@@ -148,7 +114,7 @@ class Stage:
             self.features = RunningSketch(self._make_sketches(width, 0, seed), self._decay)
             # In the projection that has chosen them, neighbours look more alike than they are.
             seed = (seed + 1) % 2**63
-        self._sketches = None if shape is None else self._make_sketches(*shape, seed)
+        self._sketches = None if shape is None else self._make_sketches(shape[0], shape[1], seed)
         self._is_in_use = False
         self.build()
         self._is_in_use = True
@@ -164,9 +130,8 @@ class Stage:
         return found if self.features is None else {**found, "features": self.features}
 
     def _make_sketches(self, width: int, longest_whole: int, seed: int) -> Sketches:
-        families = edge_families(self._config, self._engine)
         return Sketches(
-            parameters_with_edges(self.parameters, families) or self.parameters,
+            parameters_with_edges(self.parameters, self._families) or self.parameters,
             self._layout,
             width,
             seed,
@@ -192,7 +157,7 @@ class Stage:
         ) as update:
             self.graph = ParameterGraph.build(
                 self.parameters,
-                edge_families(self._config, self._engine),
+                self._families,
                 self._layout,
                 {
                     "weights": WeightFeatures(
@@ -215,7 +180,7 @@ class Stage:
         """
         self.graph = ParameterGraph.of_edges(
             self.parameters,
-            edge_families(self._config, self._engine),
+            self._families,
             self._layout,
             edges,
             self._engine.communicator,
@@ -244,8 +209,8 @@ class Stage:
             communicator,
             everyone,
             work=self._filter_work + self._penalty_work,
-            exchange=cast(ExchangeName, self._whole.operator.exchange),
-            kernel=cast(KernelName, self._whole.operator.kernel),
+            exchange=self._whole.operator.exchange,
+            kernel=self._whole.operator.kernel,
             bucket_elements=below_shard(
                 bucket_elements(device),
                 sum(parameter.numel for parameter in self.parameters),
@@ -295,7 +260,7 @@ class Stage:
             self._engine.everyone,
             work=Work(hops=1, moves=2),
             exchange="boundary",
-            kernel=cast(KernelName, self._whole.operator.kernel),
+            kernel=self._whole.operator.kernel,
             bucket_elements=bucket_elements(communicator.device),
         )
         workspace = Workspace(plan.operators, communicator.device)
@@ -303,11 +268,11 @@ class Stage:
         if self.statistics is not None:
             self.statistics.use_graph(self.spectrometer, is_new)
             return
-        is_adaptive = _is_adaptive(self._whole)
+        is_followed = is_adaptive(self._whole)
         self.statistics = GradientStatistics(
             sketches,
             self.spectrometer,
-            bands=self._whole.filter.bands if is_adaptive else self._whole.monitor.bands,
+            bands=(self._whole.filter if is_followed else self._whole.monitor).bands,
             decay=self._decay,
             keeps_mean=self.features is None,
         )
@@ -380,145 +345,3 @@ class Stage:
             is_finite = self.statistics.observe(gradients, scale, is_finite)
             if self.features is not None:
                 self.features.add(self.features.take(gradients, scale), is_finite)
-
-
-def _is_adaptive(config: SpectralConfig) -> bool:
-    return bool({config.filter.response, config.regularizer.response} & set(ADAPTIVE))
-
-
-def feature_width(graph: GraphConfig) -> int | None:
-    """Width of the sketches that similarity of gradients compares; None without it."""
-    widths = [edge.sketch_width for edge in graph.edges if edge.features == "gradient"]
-    return widths[0] if widths else None
-
-
-def sketch_shape(graph: GraphConfig, config: SpectralConfig) -> tuple[int, int] | None:
-    """(width, longest signal that stays whole) of the sketches that are measured on a graph.
-
-    None if nobody needs them. Where gradients are compared, they say which samples are finite.
-    """
-    if _is_adaptive(config):
-        return SKETCH_WIDTH, 0
-    # An element's signal is one number: its sketch would be a second gradient.
-    is_shown = config.monitor.enabled and graph.node != "element"
-    if is_shown or feature_width(graph) is not None:
-        return MONITOR_SKETCH_WIDTH, LONGEST_WHOLE
-    return None
-
-
-def choose_parameters(
-    shapes: Mapping[str, tuple[int, ...]], config: GraphConfig, key: str
-) -> list[ParameterNodes]:
-    """The parameters that the patterns of a graph choose.
-
-    Args:
-        key: where the graph stands in the configuration.
-
-    Raises:
-        SpectralConfigError: a pattern that the user wrote matches no parameter, or none is left.
-    """
-    chosen, unmatched = match_parameters(shapes, config.include, config.exclude)
-    defaults = GraphConfig()
-    for name in ("include", "exclude"):
-        for pattern in getattr(config, name):
-            if pattern in unmatched and pattern not in getattr(defaults, name):
-                raise SpectralConfigError(
-                    f"spectral_ds.{key}.{name}: pattern {pattern!r} matches no trainable "
-                    f"parameter; there are {len(shapes)}, for example {_some(shapes)}"
-                )
-    if not chosen:
-        raise SpectralConfigError(
-            f"spectral_ds.{key}: no parameter is left to filter; include {list(config.include)} "
-            f"without exclude {list(config.exclude)} leaves none of {len(shapes)} trainable "
-            f"parameters, for example {_some(shapes)}"
-        )
-    return [ParameterNodes(name, shapes[name], cast(NodeKind, config.node)) for name in chosen]
-
-
-def _some(names: Mapping[str, object]) -> str:
-    return ", ".join(list(names)[:3]) or "none"
-
-
-def edge_families(config: GraphConfig, engine: Engine) -> list[EdgeFamily]:
-    """The edge families of a graph."""
-    families: list[EdgeFamily] = []
-    for edge in config.edges:
-        if edge.family == "depth":
-            families.append(Depth(edge.weight))
-        elif edge.family == "ring":
-            families.append(Ring(edge.weight))
-        elif edge.family == "pair":
-            families.append(Pair(edge.head_width or head_width_of(engine), edge.weight))
-        else:
-            families.append(
-                Similarity(
-                    edge.neighbours,
-                    cast(Literal["parameter", "role"], edge.scope),
-                    cast(Literal["weights", "gradient"], edge.features),
-                    edge.sketch_width,
-                    edge.weight,
-                )
-            )
-    return families
-
-
-def head_width_of(engine: Engine) -> int | None:
-    """Rows of an attention head, as the model's own config has it; None if it does not say."""
-    modules = (m for holder in engine.holders for m in getattr(holder, "modules", list)())
-    for module in modules:
-        config: Any = getattr(module, "config", None)
-        heads = getattr(config, "num_attention_heads", None)
-        if heads:
-            return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return None
-
-
-def smooth_response(settings: FilterConfig) -> Response:
-    """The response of a formula in λ."""
-    responses: dict[str, Response] = {
-        "identity": Identity(),
-        "heat": Heat(settings.tau),
-        "tikhonov": Tikhonov(settings.tau),
-        "window": Window(settings.alpha),
-        "polynomial": Polynomial(settings.coefficients),
-    }
-    return responses[settings.response]
-
-
-def step_gains(
-    settings: FilterConfig,
-) -> tuple[Sequence[float], Sequence[float], int] | None:
-    """(edges, gains, order) of a response by fixed gains of bands; None for any other."""
-    steps: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        "lowpass": ((0, settings.cutoff, 1), (1, 0)),
-        "highpass": ((0, settings.cutoff, 1), (0, 1)),
-        "bandpass": ((0, settings.low, settings.high, 1), (0, 1, 0)),
-        "bands": (list(equal_edges(len(settings.gains))), settings.gains),
-    }
-    if settings.response not in steps:
-        return None
-    edges, gains = steps[settings.response]
-    usual = STEP_ORDER
-    if settings.response == "bands":
-        usual = max(STEP_ORDER, COEFFICIENTS_PER_BAND * len(gains) - 1)
-    return edges, gains, settings.order if isinstance(settings.order, int) else usual
-
-
-def adaptive_transfer(
-    settings: FilterConfig, statistics: GradientStatistics, device: torch.device
-) -> Transfer:
-    """A response whose gains follow the statistics."""
-
-    def gains() -> torch.Tensor:
-        if settings.response == "wiener":
-            return wiener_gains(statistics.estimate)
-        return whiten_gains(statistics.power, settings.power)
-
-    usual = COEFFICIENTS_PER_BAND * settings.bands - 1
-    return BandTransfer(
-        equal_edges(settings.bands),
-        gains,
-        lambda: statistics.samples,
-        settings.order if isinstance(settings.order, int) else usual,
-        device,
-    )

@@ -1,0 +1,238 @@
+"""Everything a user can set: names, types, defaults and ranges, as frozen dataclasses.
+
+Valid for `OmegaConf.structured` too. `loading.py` reads and checks what a user has written.
+"""
+
+# ruff: noqa: RUF009 - what makes a field is called in its default
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+Family = Literal["depth", "similarity", "pair", "ring"]
+Features = Literal["weights", "gradient"]
+Scope = Literal["parameter", "role"]
+Node = Literal["row", "column", "element"]
+LaplacianKind = Literal["normalized", "combinatorial"]
+ResponseName = Literal["identity", "heat", "tikhonov", "window", "lowpass", "highpass", "bandpass",
+                       "polynomial", "bands", "wiener", "whiten"]  # fmt: skip
+PenaltyName = Literal["laplacian", "identity", "heat", "tikhonov", "window", "lowpass", "highpass",
+                      "bandpass", "polynomial", "bands", "wiener", "whiten"]  # fmt: skip
+Rescaling = Literal["none", "norm"]
+Filtered = Literal["gradient", "update"]
+Coupling = Literal["joint", "decoupled"]
+ReferenceName = Literal["pretrained", "zero"]
+ReferenceDevice = Literal["same", "cpu"]
+KernelName = Literal["auto", "torch_sparse", "torch_csr"]
+ExchangeName = Literal["auto", "boundary", "transpose"]
+PresetName = Literal["paper", "retain", "denoise", "gradient_smoothing", "laplacian_smoothing",
+                     "grokfast", "whiten", "observe"]  # fmt: skip
+
+PRESETS: tuple[PresetName, ...] = get_args(PresetName)
+RESPONSES: tuple[ResponseName, ...] = get_args(ResponseName)
+
+# Keys that only some edge families or some responses use.
+FAMILIES_USING = {
+    "features": ("similarity",),
+    "neighbours": ("similarity",),
+    "scope": ("similarity",),
+    "sketch_width": ("similarity",),
+    "head_width": ("pair",),
+}
+RESPONSES_USING = {
+    "tau": ("heat", "tikhonov"),
+    "alpha": ("window",),
+    "coefficients": ("polynomial",),
+    "cutoff": ("lowpass", "highpass"),
+    "low": ("bandpass",),
+    "high": ("bandpass",),
+    "gains": ("bands",),
+    "bands": ("wiener", "whiten"),
+    "power": ("whiten",),
+}
+ADAPTIVE = ("wiener", "whiten")
+
+
+def _rule(default: object, allowed: str, test: Callable[[Any], bool]) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "test": test})
+
+
+def _choice(default: str, choices: Any) -> Any:
+    allowed = get_args(choices)
+    return _rule(default, f"one of {', '.join(allowed)}", lambda value: value in allowed)
+
+
+def _integer(default: int, at_least: int) -> Any:
+    return _rule(default, f"an integer >= {at_least}", lambda value: value >= at_least)
+
+
+def _not_negative(default: float) -> Any:
+    return _rule(default, "a finite number >= 0", lambda value: value >= 0)
+
+
+def _unit_interval(default: float) -> Any:
+    return _rule(default, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
+    def test(patterns: tuple[str, ...]) -> bool:
+        # OmegaConf gives "${" and "???" a meaning of their own.
+        return all(p and "${" not in p and p != "???" for p in patterns)
+
+    kind = "list" if may_be_empty else "non-empty list"
+    return _rule(
+        default,
+        f"a {kind} of shell patterns: strings which are not empty, not ??? and without ${{",
+        lambda value: test(value) and (may_be_empty or len(value) > 0),
+    )
+
+
+@dataclass(frozen=True)
+class EdgeConfig:
+    """One edge family of the parameter graph."""
+
+    family: Family = _choice("similarity", Family)
+    features: Features = _choice("weights", Features)  # what similarity compares
+    neighbours: int = _integer(8, at_least=1)  # nearest nodes each node is joined to
+    scope: Scope = _choice("parameter", Scope)  # where neighbours are looked for
+    sketch_width: int = _integer(64, at_least=0)  # length of a projected feature; 0 = never project
+    # pair: rows of an attention head; 0 = from the model's own config
+    head_width: int = _integer(0, at_least=0)
+    weight: float = _rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """Nodes and edges. Patterns are shell patterns on parameter names.
+
+    A pattern that stands in `GraphConfig()` is a default and may match no parameter.
+    """
+
+    node: Node = _choice("row", Node)
+    include: tuple[str, ...] = _patterns(("*",), may_be_empty=False)
+    exclude: tuple[str, ...] = _patterns(
+        ("*embed*", "*lm_head*", "*classifier*", "*pooler*"), may_be_empty=True
+    )
+    edges: tuple[EdgeConfig, ...] = _rule((EdgeConfig(),), "a non-empty list of mappings", bool)
+    laplacian: LaplacianKind = _choice("normalized", LaplacianKind)
+    refresh_interval: int = _integer(0, at_least=0)  # steps between rebuilds; 0 = built once
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """Adds amplify x the running mean of the filtered gradient (arXiv 2405.20233)."""
+
+    decay: float = _rule(0.98, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
+    amplify: float = _not_negative(2.0)
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """The response h, where and how strongly it acts: Y = (1 - strength) X + strength h(L) X."""
+
+    response: ResponseName = _choice("heat", ResponseName)
+    tau: float = _not_negative(1.0)  # heat exp(-tau lambda), tikhonov 1 / (1 + tau lambda)
+    # window 1 - (alpha / 2) lambda; up to 1 it is >= 0 on [0, 2], the normalized spectrum
+    alpha: float = _unit_interval(0.4)
+    # polynomial: of lambda^0, lambda^1, ...
+    coefficients: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    # lowpass keeps, highpass drops what is below this share of [0, lambda_max]
+    cutoff: float = _unit_interval(0.25)
+    low: float = _unit_interval(0.0)  # bandpass keeps what is between these shares
+    high: float = _unit_interval(0.5)
+    # bands: of equal bands of [0, lambda_max], lowest first
+    gains: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    # wiener, whiten: equal bands with a gain each
+    bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
+    power: float = _not_negative(0.5)  # whiten: the gain of a band is its power to the minus this
+    order: int | Literal["auto"] = _rule(  # Chebyshev order; auto = the least within tolerance
+        "auto",
+        "auto or an integer from 1 to 512",
+        lambda value: value == "auto" if isinstance(value, str) else 1 <= value <= 512,
+    )
+    # largest error of h on the spectrum under order auto
+    tolerance: float = _rule(1e-3, "a number > 0 and < 1", lambda value: 0 < value < 1)
+    strength: float = _unit_interval(0.5)
+    rescale: Rescaling = _choice("none", Rescaling)
+    apply_to: Filtered = _choice("gradient", Filtered)
+    warmup_steps: int = _integer(0, at_least=0)  # optimizer steps until full strength
+    decay_steps: int = _integer(0, at_least=0)  # steps of its fall to 0 after that; 0 = it stays
+    interval: int = _integer(1, at_least=1)  # filter every so many optimizer steps
+    temporal: TemporalConfig | None = None
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Running means of gradients, for similarity of gradients, adaptive responses and `snr`."""
+
+    interval: int = _integer(10, at_least=1)  # optimizer steps between samples
+    decay: float = _rule(0.99, "a number > 0 and < 1", lambda value: 0 < value < 1)  # a sample
+
+
+@dataclass(frozen=True)
+class RegularizerConfig:
+    """The term strength x 1/2 tr(D^T (r(L) + ridge I) D), D = weights - reference."""
+
+    strength: float = _not_negative(0.0)
+    response: PenaltyName = _choice("laplacian", PenaltyName)  # r
+    ridge: float = _not_negative(0.0)
+    coupling: Coupling = _choice("joint", Coupling)
+    reference: ReferenceName = _choice("pretrained", ReferenceName)
+    reference_device: ReferenceDevice = _choice("same", ReferenceDevice)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What goes to TensorBoard, and how often."""
+
+    enabled: bool = True
+    interval: int = _integer(10, at_least=1)  # optimizer steps between records
+    # equal bands of frequency; the order of the band filters grows with their number
+    bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
+    figures_interval: int = _integer(100, at_least=1)  # optimizer steps between figures
+    folder: str = ""  # for TensorBoard files of its own; "" = where the engine writes
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """How y = L x is computed on shards."""
+
+    kernel: KernelName = _choice("auto", KernelName)  # auto = the faster one
+    exchange: ExchangeName = _choice("auto", ExchangeName)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The plugin's state in the engine's checkpoints."""
+
+    enabled: bool = True  # whether it is saved and loaded with them
+    strict: bool = True  # whether a state that cannot be used is an error, or a new graph is made
+
+
+@dataclass(frozen=True)
+class SpectralConfig:
+    """The whole section. Build it with `load_config`, which validates; frozen afterwards."""
+
+    enabled: bool = True
+    preset: PresetName = _choice("paper", PresetName)
+    graph: GraphConfig = GraphConfig()
+    graphs: tuple[GraphConfig, ...] = _rule((), "a list of mappings", lambda value: True)  # stacked
+    filter: FilterConfig = FilterConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
+    regularizer: RegularizerConfig = RegularizerConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    operator: OperatorConfig = OperatorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: int = _rule(0, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+
+    @property
+    def stack(self) -> tuple[GraphConfig, ...]:
+        """The graphs that filter one after another."""
+        return self.graphs or (self.graph,)
+
+    def digest(self) -> str:
+        """SHA-256 of the configuration, hexadecimal; equal on two ranks iff all values are."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

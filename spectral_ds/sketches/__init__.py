@@ -1,0 +1,1 @@
+"""A few random projections of every node's signal, in place of the signal."""

@@ -1,0 +1,6 @@
+"""The graphs of a configuration: choosing what they are made of, and what acts on each."""
+
+from spectral_ds.stack.choices import choose_parameters, edge_families, head_width_of
+from spectral_ds.stack.stacked_graph import Stage
+
+__all__ = ["Stage", "choose_parameters", "edge_families", "head_width_of"]
