@@ -68,7 +68,7 @@ def make_filter(
         normalized=True,
         progress=lambda done: None,
     )
-    transfer = FixedTransfer(response, graph, order, 1e-3, device)
+    transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, order, 1e-3, device)
     plan = make_plan(
         graph,
         layout,

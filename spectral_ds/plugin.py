@@ -27,7 +27,6 @@ from spectral_ds.filters import (
     TemporalFilter,
     Updates,
 )
-from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
 from spectral_ds.laplacian import (
     KernelUnavailableError,
     ParameterGraph,
@@ -44,7 +43,7 @@ from spectral_ds.spectrum import (
     lowest_eigenpairs,
     squared_norm,
 )
-from spectral_ds.stack import Stage, choose_parameters, edge_families, head_width_of
+from spectral_ds.stack import GraphChoice, Stage, choose_graphs, head_width_of
 
 Signal = Sequence[torch.Tensor | None]
 
@@ -64,14 +63,14 @@ class SpectralPlugin:
     def __init__(self, engine: Engine, config: SpectralConfig, writer: Any = None) -> None:
         self.config = config
         self.engine = engine
-        chosen = self._agree_on_parameters()
+        chosen = self._agree_on_graphs()
         layout = ShardLayout.gather(engine.fragments, engine.communicator)
-        nodes = {node.name: node for nodes in chosen for node in nodes}
+        nodes = {node.name: node for choice in chosen for node in choice.parameters}
         layout.check({name: node.numel for name, node in nodes.items()})
         self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
         self.stages = [
-            Stage(parameters, graph, config, engine, layout, config.regularizer.ridge * (not index))
-            for index, (parameters, graph) in enumerate(zip(chosen, config.stack, strict=True))
+            Stage(choice, config, engine, layout, config.regularizer.ridge * (not index))
+            for index, choice in enumerate(chosen)
         ]
         self.filter = self._build_filter(list(nodes))
         self.regularizer = self._build_regularizer()
@@ -407,23 +406,15 @@ class SpectralPlugin:
     def _warn(self, message: str) -> None:
         self.engine.log(message, logging.WARNING)
 
-    def _agree_on_parameters(self) -> list[list[ParameterNodes]]:
-        """The parameters of each graph; all ranks raise if one cannot go on."""
+    def _agree_on_graphs(self) -> list[GraphChoice]:
+        """What each graph is made of; all ranks raise if one cannot go on."""
         engine, config = self.engine, self.config
         models = engine.everyone.gather_objects(list(engine.shapes.items()))
-        chosen = []
         with engine.everyone.all_or_none():
             for rank, shapes in enumerate(models):
                 if shapes != models[0]:
                     raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
-            for index, graph in enumerate(config.stack):
-                key = f"graphs[{index}]" if config.graphs else "graph"
-                chosen.append(choose_parameters(engine.shapes, graph, key))
-                try:
-                    for family in edge_families(graph, head_width_of(engine.holders)):
-                        family.links(chosen[-1])
-                except UnknownHeadWidthError as error:
-                    raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
+            chosen = choose_graphs(engine.shapes, config, head_width_of(engine.holders))
             try:
                 require_kernel(config.operator.kernel)
             except KernelUnavailableError as error:

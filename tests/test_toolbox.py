@@ -70,7 +70,9 @@ def signal_of(name):
 def filtered_on_ranks(name):
     """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; meetings."""
     sharded = sharded_of(name)
-    transfer = FixedTransfer(HEAT, sharded.graph, "auto", 1e-7, CPU)
+    transfer = FixedTransfer(
+        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "auto", 1e-7, CPU
+    )
     found = {}
     ways = {"boundary": 2**20, "transpose": 2**20, "auto": 2**20, "auto, small buckets": 50}
     for way, bucket_elements in ways.items():

@@ -66,11 +66,16 @@ def summary(
 
 def _graph(plan: Plan, stage: PlannedStage) -> dict[str, Any]:
     expected, least, most = map(round, stage.edges)
+    penalty = stage.transfers.penalty
     return {
         "nodes": stage.all_nodes,
         "edges": {"expected": expected, "least": least, "most": most},
         "lambda_max": stage.lambda_max,
-        "hops": {"filter": stage.hops.filter, "regularizer": stage.hops.penalty},
+        # null of a filter by exact eigenbasis alone, and without a regularizer.
+        "hops": {
+            "filter": stage.transfers.filter.hops,
+            "regularizer": None if penalty is None else penalty.hops,
+        },
         "meetings": stage.meetings_counted,
         "bytes_per_hop": stage.bytes_per_hop,
         "bytes_per_move": stage.bytes_per_move,
@@ -86,7 +91,7 @@ def _groups(stage: PlannedStage) -> list[dict[str, Any]]:
         key = group.roles, meeting
         count[key] += 1
         if meeting == "boundary":
-            sent[key] += FLOAT * stage.work.hops * group.boundary.hop.total
+            sent[key] += FLOAT * (stage.work.hops or 0) * group.boundary.hop.total
         elif meeting == "transpose":
             sent[key] += FLOAT * stage.work.moves * group.move.total
     return [

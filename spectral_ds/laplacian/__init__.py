@@ -3,7 +3,7 @@
 from spectral_ds.laplacian.kernels import KernelName, KernelUnavailableError, require_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
-from spectral_ds.laplacian.plan import ExchangeName, OperatorPlan, make_plan
+from spectral_ds.laplacian.plan import ExchangeName, Meeting, OperatorPlan, make_plan
 from spectral_ds.laplacian.work import Work
 from spectral_ds.laplacian.workspace import Scratch, Workspace
 from spectral_ds.sketches.features import FeatureSource, WeightFeatures
@@ -15,6 +15,7 @@ __all__ = [
     "KernelName",
     "KernelUnavailableError",
     "LaplacianOperator",
+    "Meeting",
     "OperatorPlan",
     "ParameterGraph",
     "Scratch",

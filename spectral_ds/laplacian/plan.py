@@ -56,7 +56,8 @@ class OperatorPlan:
 
     def bytes_of(self, work: Work) -> int:
         """Bytes that all ranks together send for other work."""
-        return work.hops * self.bytes_per_hop + work.moves * self.bytes_per_move
+        hops = 0 if work.hops is None else work.hops  # without a series, no group takes hops
+        return hops * self.bytes_per_hop + work.moves * self.bytes_per_move
 
     def describe(self) -> str:
         """One sentence for people."""
@@ -136,7 +137,7 @@ def meeting_of(needed: int, away: int, work: Work, exchange: ExchangeName) -> Me
     """
     if needed == 0:
         return "local"
-    is_cheaper = work.moves * away < work.hops * needed
+    is_cheaper = work.hops is None or work.moves * away < work.hops * needed
     if exchange == "transpose" or (exchange == "auto" and is_cheaper):
         return "transpose"
     return "boundary"

@@ -82,6 +82,7 @@ def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
             flops, traffic = 2 * pack.rows * elements, 2 * FLOAT * elements
             hop = Cost(Flow.none(cluster), flops, traffic, 0)
         else:
+            assert work.hops is not None, "what has no series is nowhere exchanged by boundary rows"
             hop = _times(_product(pack), work.hops)
         total = total + hop + _times(_move(pack, cluster), work.moves)
     return total

@@ -9,13 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from spectral_ds.config import SpectralConfig, SpectralConfigError
-from spectral_ds.graph import UnknownHeadWidthError
+from spectral_ds.config import SpectralConfig
 from spectral_ds.planning.costs import FLOAT, Cost, Machine
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.layouts import EngineName, cut_parameters
 from spectral_ds.planning.stages import PlannedStage, plan_stage
-from spectral_ds.stack import choose_parameters, edge_families
+from spectral_ds.stack import choose_graphs
 
 # What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
 # statistics are taken, a span of nodes with its rectangles.
@@ -107,18 +106,11 @@ def make_plan(
         SpectralConfigError: it cannot be used with the model.
     """
     cuts = cut_parameters(engine, model.shapes, cluster.world_size, groups)
-    stages = []
-    for index, settings in enumerate(config.stack):
-        key = f"graphs[{index}]" if config.graphs else "graph"
-        chosen = choose_parameters(model.shapes, settings, key)
-        try:
-            families = edge_families(settings, model.head_width)
-            stage = plan_stage(
-                chosen, families, settings, config, cuts, cluster, bucket_elements, index == 0
-            )
-        except UnknownHeadWidthError as error:
-            raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
-        stages.append(stage)
+    choices = choose_graphs(model.shapes, config, model.head_width)
+    stages = [
+        plan_stage(choice, config, cuts, cluster, bucket_elements, is_first=index == 0)
+        for index, choice in enumerate(choices)
+    ]
     filtered = {p.name for stage in stages for group in stage.groups for p in group.parameters}
     elements = sum(
         (cluster.by_rank(cuts[n].rank, np.diff(cuts[n].bounds)) for n in sorted(filtered)),
