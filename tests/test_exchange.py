@@ -14,8 +14,8 @@ import torch
 from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Work, Workspace, make_plan
-from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian import Work, Workspace, plan_operators
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -44,7 +44,7 @@ SECTIONS = {
     "no strength": {"filter": {"strength": 0.0}, "regularizer": PENALTY},
 }
 
-# How rows meet, and how many elements of a bucket a rank may hold: few make slices of columns.
+# Exchanges, and how many elements of a bucket a rank may hold: few make slices of columns.
 PLANS = {
     "boundary": ("boundary", 2000),
     "transpose": ("transpose", 2**20),
@@ -92,7 +92,7 @@ def sent_in_a_step(engine, graph, section):
 
 def plan_of(plugin, way, work, bucket_elements):
     [stage], engine = plugin.stages, plugin.engine
-    return make_plan(
+    return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
         engine.communicator,
@@ -121,7 +121,7 @@ def facts_of(plugin):
     for label, (way, bucket_elements) in PLANS.items():
         moves_of = boundary_moves if way == "boundary" else transpose_moves
         with buckets_of_exchanges() as buckets:
-            plan = plan_of(plugin, way, Work(hops, moves=2), bucket_elements)
+            plan = plan_of(plugin, way, Work(hops, transposes=2), bucket_elements)
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),

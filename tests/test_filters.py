@@ -30,7 +30,7 @@ from spectral_ds.filters import (
 )
 from spectral_ds.filters.chebyshev import apply_series
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import SignalAndNoise
 
@@ -55,12 +55,12 @@ def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
         normalized=normalized,
         progress=lambda done: None,
     )
-    plan = make_plan(
+    plan = plan_operators(
         graph,
         layout,
         ALONE,
         ALONE,
-        work=Work(hops=3, moves=2),
+        work=Work(hops=3, transposes=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=10**6,

@@ -14,7 +14,7 @@ from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Ti
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, intervals
 
@@ -71,12 +71,12 @@ class Model(NamedTuple):
         )
 
     def plan(self, graph, bucket_elements=10**6, dtype=torch.float64):
-        return make_plan(
+        return plan_operators(
             graph,
             self.layout,
             ALONE,
             ALONE,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="auto",
             kernel="torch_csr",
             bucket_elements=bucket_elements,

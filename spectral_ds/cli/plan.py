@@ -113,9 +113,9 @@ def _plan(arguments: argparse.Namespace, config: SpectralConfig, machines: int) 
     from spectral_ds.cli.plan_models import model_of
     from spectral_ds.cli.plan_summary import summary
     from spectral_ds.geometry.buckets import bucket_elements
-    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, make_plan
+    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, plan_configuration
 
-    plan = make_plan(
+    plan = plan_configuration(
         model_of(arguments.model),
         config,
         arguments.engine,

@@ -13,7 +13,7 @@ def filter_work(transfer: Transfer, acts: bool) -> Work:
     """
     if transfer.is_identity or not acts:
         return Work()
-    return Work(transfer.hops, moves=2)
+    return Work(transfer.hops, transposes=2)
 
 
 def penalty_work(transfer: Transfer, has_reference: bool) -> Work:
@@ -23,4 +23,4 @@ def penalty_work(transfer: Transfer, has_reference: bool) -> Work:
         transfer: r.
         has_reference: whether the reference is other weights, and not 0.
     """
-    return Work(transfer.hops, moves=3 if has_reference else 2)
+    return Work(transfer.hops, transposes=3 if has_reference else 2)

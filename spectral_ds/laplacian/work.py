@@ -9,12 +9,13 @@ class Work:
 
     Attributes:
         hops: products with L; None where a function has no series of products.
-        moves: signals that come to where rows meet, or return from there; a filter's are two.
+        transposes: signals that come to where a function of L is evaluated, or return from there; a
+            filter's are two. Where rows stay, nothing is sent for it.
     """
 
     hops: int | None = 0
-    moves: int = 0
+    transposes: int = 0
 
     def __add__(self, other: "Work") -> "Work":
         hops = None if self.hops is None or other.hops is None else self.hops + other.hops
-        return Work(hops, self.moves + other.moves)
+        return Work(hops, self.transposes + other.transposes)

@@ -28,7 +28,7 @@ from spectral_ds.filters import (
     whiten_gains,
     wiener_gains,
 )
-from spectral_ds.laplacian import Meeting, Work
+from spectral_ds.laplacian import Exchange, Work
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, GradientStatistics, equal_edges
 
 # lowpass, highpass, bandpass: edges are smooth over about π/32 of the spectrum.
@@ -126,15 +126,15 @@ def works_of(transfers: Transfers, config: SpectralConfig) -> Works:
     )
 
 
-def check_exchanges(works: Works, exchanges: Collection[Meeting], config: SpectralConfig) -> None:
+def check_exchanges(works: Works, exchanges: Collection[Exchange], config: SpectralConfig) -> None:
     """Check that what is exchanged by boundary rows has a series of products.
 
     Args:
         exchanges: those that some group of joined parameters uses.
 
     Raises:
-        SpectralConfigError: a function without a series meets the exchange of boundary rows, which
-            only `operator.exchange: boundary` brings about.
+        SpectralConfigError: a function has no series, and rows exchange their boundary, as only
+            `operator.exchange: boundary` makes them.
     """
     responses = {
         "filter": (works.filter, config.filter.response),

@@ -21,7 +21,7 @@ from spectral_ds.laplacian import (
     WeightFeatures,
     Work,
     Workspace,
-    make_plan,
+    plan_operators,
 )
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.sketches.features import no_features
@@ -177,7 +177,7 @@ class Stage:
             self._warn if self._is_in_use else None,
         )
         self._works = works_of(transfers, self._whole)
-        self.plan = make_plan(
+        self.plan = plan_operators(
             self.graph,
             self._layout,
             communicator,
@@ -191,7 +191,7 @@ class Stage:
                 communicator.world_size,
             ),
         )
-        used = [way for way, count in self.plan.meetings.items() if count]
+        used = [way for way, count in self.plan.exchanges.items() if count]
         check_exchanges(self._works, used, self._whole)
         self.workspace = Workspace(self.plan.operators, device)
         if self._sketches is None:
@@ -221,12 +221,12 @@ class Stage:
         measured = [group for group in groups if group.parameters[0].name in sketches.columns]
         part = self.graph.of_groups(measured)
         signals = part.of_node_signals(sketches.columns, sketches.layout)
-        plan = make_plan(
+        plan = plan_operators(
             signals,
             sketches.layout,
             communicator,
             self._engine.everyone,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="boundary",
             kernel=self._whole.operator.kernel,
             bucket_elements=bucket_elements(communicator.device),

@@ -1,6 +1,5 @@
-"""One graph of the configuration: how its groups meet, what it sends, stores and computes."""
+"""One graph of the configuration: how it is exchanged, what it sends, stores and computes."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,14 +9,14 @@ import torch
 from spectral_ds.config import SpectralConfig
 from spectral_ds.geometry.buckets import below_shard
 from spectral_ds.graph import EdgeFamily, Similarity
-from spectral_ds.laplacian import Work
-from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.laplacian import Exchange, Work
+from spectral_ds.laplacian.packing import count_exchanges
 from spectral_ds.planning.chance import reached
 from spectral_ds.planning.costs import FLOAT, Cost, function_cost
 from spectral_ds.planning.flows import Cluster, Floats
 from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
-from spectral_ds.planning.packs import Pack, Scratch, packed
+from spectral_ds.planning.packs import Pack, ScratchElements, packed
 from spectral_ds.planning.parts import Parts
 from spectral_ds.sketches.projection import sketch_size
 from spectral_ds.stack.choices import GraphChoice, feature_width, sketch_shape
@@ -30,14 +29,14 @@ RUN_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
-class PlannedStage:
+class PlannedGraph:
     """One graph, and what a step takes of each rank; (world size,) where it says by rank.
 
     Attributes:
         lambda_max: the bound of its eigenvalues; of similarity, combinatorial, an estimate.
         transfers: what acts on it, before the first sample of the gradient.
         work: what a step takes where filter and regularizer act.
-        groups, meetings: sets of joined parameters, and how the nodes of each meet.
+        groups, exchanges: sets of joined parameters, and how each is exchanged.
         packs: what the filter works on.
         nodes: of which a rank owns a part; by rank.
         edges_held: directed edges from them, about; by rank.
@@ -49,7 +48,7 @@ class PlannedStage:
     transfers: Transfers
     work: Work
     groups: tuple[PlannedGroup, ...]
-    meetings: tuple[Meeting, ...]
+    exchanges: tuple[Exchange, ...]
     packs: tuple[Pack, ...]
     nodes: Floats
     edges_held: Floats
@@ -63,9 +62,9 @@ class PlannedStage:
         return FLOAT * sum(pack.hop.total for pack in self.packs)
 
     @property
-    def bytes_per_move(self) -> int:
+    def bytes_per_transpose(self) -> int:
         """That all ranks send to transpose what is transposed, or to return it."""
-        return FLOAT * sum(pack.move.total for pack in self.packs)
+        return FLOAT * sum(pack.transpose.total for pack in self.packs)
 
     @property
     def all_nodes(self) -> int:
@@ -78,21 +77,19 @@ class PlannedStage:
         return expected, least, most
 
     @property
-    def meetings_counted(self) -> dict[Meeting, int]:
-        """How many groups meet in which way."""
-        counted = Counter(self.meetings)
-        return {"local": counted["local"], "boundary": counted["boundary"],
-                "transpose": counted["transpose"]}  # fmt: skip
+    def exchanges_counted(self) -> dict[Exchange, int]:
+        """How many groups are exchanged in each way."""
+        return count_exchanges(self.exchanges)
 
 
-def plan_stage(
+def plan_graph(
     choice: GraphChoice,
     config: SpectralConfig,
     cuts: Mapping[str, Cuts],
     cluster: Cluster,
     bucket_elements: int,
     is_first: bool = True,
-) -> PlannedStage:
+) -> PlannedGraph:
     """Plan one graph.
 
     Args:
@@ -110,14 +107,14 @@ def plan_stage(
     only_paths = all(group.is_path for group in groups)
     transfers = choose_transfers(config, lambda_max, only_paths, torch.device("cpu"))
     works = works_of(transfers, config)
-    meetings = [group.meeting(works.total, config.operator.exchange) for group in groups]
-    check_exchanges(works, meetings, config)
+    exchanges = [group.exchange(works.total, config.operator.exchange) for group in groups]
+    check_exchanges(works, exchanges, config)
     elements = sum(parameter.numel for parameter in parameters)
     at_once = below_shard(bucket_elements, elements, cluster.world_size)
-    packs = packed(groups, meetings, cluster, at_once)
+    packs = packed(groups, exchanges, cluster, at_once)
     own = {p.name: Parts.of([p], [cuts[p.name]]) for p in parameters}
     nodes, edges_held = _held(groups, own, cluster)
-    scratch = Scratch.none(cluster)
+    scratch = ScratchElements.none(cluster)
     for pack in packs:
         scratch |= pack.scratch
     memory = {
@@ -126,18 +123,18 @@ def plan_stage(
         "scratch": FLOAT * scratch.elements,
         "statistics": _statistics(groups, own, choice, config, cluster, bucket_elements, is_first),
     }
-    return PlannedStage(
+    return PlannedGraph(
         lambda_max,
         transfers,
         works.total,
         tuple(groups),
-        tuple(meetings),
+        tuple(exchanges),
         tuple(packs),
         nodes,
         edges_held,
         memory,
-        function_cost(packs, works.filter, cluster) if works.filter.moves else None,
-        function_cost(packs, works.penalty, cluster) if works.penalty.moves else None,
+        function_cost(packs, works.filter, cluster) if works.filter.transposes else None,
+        function_cost(packs, works.penalty, cluster) if works.penalty.transposes else None,
     )
 
 
