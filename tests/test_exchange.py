@@ -11,11 +11,11 @@ import oracle
 import pytest
 import tiny
 import torch
+from spectral_ds.laplacian.exchange import BoundaryExchange
 from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Work, Workspace, make_plan
-from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian import Work, Workspace, plan_operators
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -92,7 +92,7 @@ def sent_in_a_step(engine, graph, section):
 
 def plan_of(plugin, way, work, bucket_elements):
     [stage], engine = plugin.stack.graphs, plugin.engine
-    return make_plan(
+    return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
         engine.communicator,

@@ -18,7 +18,7 @@ import spectral_ds
 from spectral_ds.checkpoint import SavedState
 from spectral_ds.filters import whiten_gains, wiener_gains
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
 from spectral_ds.monitor.verdict import ENOUGH_SAMPLES, verdict
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches.node_sketches import Sketches
@@ -95,7 +95,7 @@ class Sharded:
             "bucket_elements": 2**20,
         }
         communicator = self.communicator
-        return make_plan(graph, layout, communicator, communicator, **{**usual, **changes})
+        return plan_operators(graph, layout, communicator, communicator, **{**usual, **changes})
 
     def statistics(self, sketch_width=0, bands=4, decay=0.9, keeps_mean=True):
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)

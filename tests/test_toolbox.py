@@ -37,7 +37,7 @@ from spectral_ds.filters import (
     TemporalFilter,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
 from spectral_ds.monitor import ENOUGH_SAMPLES
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
@@ -68,16 +68,18 @@ def signal_of(name):
 
 
 def filtered_on_ranks(name):
-    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; meetings."""
+    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups."""
     sharded = sharded_of(name)
-    transfer = FixedTransfer(HEAT, sharded.graph, "auto", 1e-7, CPU)
+    transfer = FixedTransfer(
+        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "auto", 1e-7, CPU
+    )
     found = {}
     ways = {"boundary": 2**20, "transpose": 2**20, "auto": 2**20, "auto, small buckets": 50}
     for way, bucket_elements in ways.items():
         plan = sharded.plan(
             sharded.graph,
             sharded.layout,
-            work=Work(transfer.hops, moves=2),
+            work=Work(transfer.hops, transposes=2),
             exchange=way.partition(",")[0],
             bucket_elements=bucket_elements,
         )
@@ -89,7 +91,7 @@ def filtered_on_ranks(name):
         with counting_bytes() as sent:
             GraphFilter(plan.operators, workspace, transfer).apply(signal, 0.9)
         total = sum(sharded.communicator.gather_objects(sum(sent)))
-        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.meetings
+        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
 
 
@@ -160,10 +162,10 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
     if (name, world_size) == ("depth and ring", 4):
         assert min(wins, loses) > 0
     for result in results:
-        for way, (filtered, counted, planned, meetings) in result[1].items():
+        for way, (filtered, counted, planned, exchanges) in result[1].items():
             assert counted == planned
             if way in by_hand:  # small buckets divide columns anew, with other rounding
-                assert (counted, meetings["boundary"], meetings["transpose"]) == by_hand[way]
+                assert (counted, exchanges["boundary"], exchanges["transpose"]) == by_hand[way]
             for parameter, value in expected.items():
                 np.testing.assert_allclose(filtered[parameter], value, atol=2e-6)
 
@@ -802,12 +804,12 @@ def moments_of_a_rank_without_columns():
     )
     found = []
     for exchange in ("boundary", "transpose"):
-        plan = make_plan(
+        plan = plan_operators(
             graph,
             layout,
             communicator,
             communicator,
-            work=Work(hops=3, moves=2),
+            work=Work(hops=3, transposes=2),
             exchange=exchange,
             kernel="torch_csr",
             bucket_elements=2**20,

@@ -113,9 +113,9 @@ def _plan(arguments: argparse.Namespace, config: SpectralConfig, machines: int) 
     from spectral_ds.cli.plan_models import model_of
     from spectral_ds.cli.plan_summary import summary
     from spectral_ds.geometry.buckets import bucket_elements
-    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, make_plan
+    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, plan_configuration
 
-    plan = make_plan(
+    plan = plan_configuration(
         model_of(arguments.model),
         config,
         arguments.engine,
@@ -151,8 +151,9 @@ def _show(found: dict[str, Any]) -> None:
         is_known = edges["least"] == edges["most"]
         range_ = "" if is_known else f" (expected; {edges['least']:,} to {edges['most']:,})"
         regularizer = "" if hops["regularizer"] is None else f" and {hops['regularizer']} more"
+        products = "no" if hops["filter"] is None else hops["filter"]
         console.print(
-            f"\n{graph['nodes']:,} nodes, {edges['expected']:,} edges{range_}; {hops['filter']} "
+            f"\n{graph['nodes']:,} nodes, {edges['expected']:,} edges{range_}; {products} "
             f"products with L{regularizer} a step",
             soft_wrap=True,
         )

@@ -15,10 +15,9 @@ from spectral_ds.filters import (
     StrengthSchedule,
     TemporalFilter,
 )
-from spectral_ds.graph import ParameterNodes, UnknownHeadWidthError
 from spectral_ds.laplacian import KernelUnavailableError, require_kernel
 from spectral_ds.sharding import Fragment, ShardLayout
-from spectral_ds.stack.choices import choose_parameters, edge_families, head_width_of
+from spectral_ds.stack.choices import GraphChoice, choose_graphs, head_width_of
 from spectral_ds.stack.stacked_graph import StackedGraph
 
 Signal = Sequence[torch.Tensor | None]
@@ -44,14 +43,14 @@ class Stack:
 
     def __init__(self, engine: Engine, config: SpectralConfig) -> None:
         self._engine = engine
-        chosen = agree_on_parameters(engine, config)
+        choices = agree_on_graphs(engine, config)
         layout = ShardLayout.gather(engine.fragments, engine.communicator)
-        nodes = {node.name: node for parameters in chosen for node in parameters}
+        nodes = {node.name: node for choice in choices for node in choice.parameters}
         layout.check({name: node.numel for name, node in nodes.items()})
         self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
         self.graphs = [
-            StackedGraph(index, parameters, graph, config, engine, layout)
-            for index, (parameters, graph) in enumerate(zip(chosen, config.stack, strict=True))
+            StackedGraph(index, choice, config, engine, layout)
+            for index, choice in enumerate(choices)
         ]
         self.filter = self._make_filter(config.filter, list(nodes))
         self.regularizer = self._make_regularizer(config.regularizer)
@@ -145,32 +144,24 @@ class Stack:
         )
 
 
-def agree_on_parameters(engine: Engine, config: SpectralConfig) -> list[list[ParameterNodes]]:
-    """The parameters of each graph, equal on all ranks (collective).
+def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]:
+    """What each graph is made of, equal on all ranks (collective).
 
     Raises:
         SpectralConfigError: the configuration cannot be used with the model, or not here.
         ValueError: ranks train different models.
     """
     models = engine.everyone.gather_objects(list(engine.shapes.items()))
-    chosen = []
     with engine.everyone.all_or_none():
         for rank, shapes in enumerate(models):
             if shapes != models[0]:
                 raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
-        for index, graph in enumerate(config.stack):
-            key = f"graphs[{index}]" if config.graphs else "graph"
-            chosen.append(choose_parameters(engine.shapes, graph, key))
-            try:
-                for family in edge_families(graph, head_width_of(engine.holders)):
-                    family.links(chosen[-1])
-            except UnknownHeadWidthError as error:
-                raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
+        choices = choose_graphs(engine.shapes, config, head_width_of(engine.holders))
         try:
             require_kernel(config.operator.kernel)
         except KernelUnavailableError as error:
             raise SpectralConfigError(f"spectral_ds.{error}") from error
-    return chosen
+    return choices
 
 
 def _difference(

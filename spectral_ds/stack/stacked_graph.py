@@ -4,40 +4,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from numbers import Integral
 
 import torch
 
 from spectral_ds.checkpoint import PartState, Restoration, SavedState
-from spectral_ds.config import (
-    ADAPTIVE,
-    FilterConfig,
-    GraphConfig,
-    SpectralConfig,
-    SpectralConfigError,
-)
+from spectral_ds.config import SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
-from spectral_ds.filters import (
-    MAX_ORDER,
-    NO_SERIES,
-    BandTransfer,
-    FixedTransfer,
-    GraphFilter,
-    GraphFunction,
-    GraphPenalty,
-    Polynomial,
-    ToleranceError,
-    Transfer,
-    filter_work,
-    penalty_work,
-)
+from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
 from spectral_ds.geometry.buckets import below_shard, bucket_elements, parameters_with_edges
-from spectral_ds.graph import (
-    Edges,
-    ParameterNodes,
-)
+from spectral_ds.graph import Edges, ParameterNodes
 from spectral_ds.laplacian import (
     FeatureSource,
     OperatorPlan,
@@ -45,7 +23,7 @@ from spectral_ds.laplacian import (
     WeightFeatures,
     Work,
     Workspace,
-    make_plan,
+    plan_operators,
 )
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.sketches.features import no_features
@@ -60,14 +38,8 @@ from spectral_ds.spectrum import (
     density_of_states,
     lowest_eigenpairs,
 )
-from spectral_ds.stack.choices import (
-    edge_families,
-    feature_width,
-    head_width_of,
-    is_adaptive,
-    sketch_shape,
-)
-from spectral_ds.stack.responses import adaptive_transfer, smooth_response, step_gains
+from spectral_ds.stack.choices import GraphChoice, feature_width, is_adaptive, sketch_shape
+from spectral_ds.stack.responses import check_exchanges, choose_transfers, works_of
 
 
 class StackedGraph:
@@ -75,9 +47,8 @@ class StackedGraph:
 
     Args:
         index: which graph of the stack it is, from 0.
-        parameters: the nodes of the parameters that the graph covers.
-        config: the graph's part of the configuration.
-        whole: all of it.
+        choice: what the graph is made of.
+        whole: all of the configuration.
         engine: whose gradients are filtered.
         layout: the fragments of all ranks.
 
@@ -101,21 +72,20 @@ class StackedGraph:
     def __init__(
         self,
         index: int,
-        parameters: Sequence[ParameterNodes],
-        config: GraphConfig,
+        choice: GraphChoice,
         whole: SpectralConfig,
         engine: Engine,
         layout: ShardLayout,
     ) -> None:
         self._index = index
-        self.parameters = tuple(parameters)
+        self.parameters = choice.parameters
         self.statistics: GradientStatistics | None = None
-        self._config, self._whole = config, whole
+        self._config, self._whole = choice.settings, whole
         self._engine, self._layout = engine, layout
         # Of several graphs, the first has the ridge.
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
-        self._families = edge_families(config, head_width_of(engine.holders))
-        width, shape = feature_width(config), sketch_shape(config, whole)
+        self._families = choice.families
+        width, shape = feature_width(self._config), sketch_shape(self._config, whole)
         self.features: RunningSketch | None = None
         seed = whole.seed
         if width is not None:
@@ -258,17 +228,22 @@ class StackedGraph:
         communicator, everyone = self._engine.communicator, self._engine.everyone
         device = communicator.device
         self._build_statistics(is_new)
-        transfer = self._transfer(self._whole.filter)
-        penalty = self._penalty_transfer()
-        self._filter_work = filter_work(self._whole.filter, transfer.hops, transfer.is_identity)
-        hops = 0 if penalty is None else penalty.hops
-        self._penalty_work = penalty_work(self._whole.regularizer, hops)
-        self.plan = make_plan(
+        transfers = choose_transfers(
+            self._whole,
+            self.graph.lambda_max,
+            self.graph.only_paths,
+            device,
+            self.statistics,
+            # A new graph has another spectrum: training must not end of it.
+            self._warn if self._is_in_use else None,
+        )
+        self._works = works_of(transfers, self._whole)
+        self.plan = plan_operators(
             self.graph,
             self._layout,
             communicator,
             everyone,
-            work=self._filter_work + self._penalty_work,
+            work=self._works.total,
             exchange=self._whole.operator.exchange,
             kernel=self._whole.operator.kernel,
             bucket_elements=below_shard(
@@ -277,22 +252,16 @@ class StackedGraph:
                 communicator.world_size,
             ),
         )
-        works = {"filter": self._filter_work, "regularizer": self._penalty_work}
-        for key, work in works.items():
-            if work.hops >= NO_SERIES and self.plan.meetings["boundary"]:
-                raise SpectralConfigError(
-                    "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
-                    f"spectral_ds.{key}.response = {getattr(self._whole, key).response} is close "
-                    "enough to its exact values on depth paths; use auto or transpose"
-                )
+        used = [way for way, count in self.plan.exchanges.items() if count]
+        check_exchanges(self._works, used, self._whole)
         self.workspace = Workspace(self.plan.operators, device)
         if self._sketches is None:
             self.spectrometer = Spectrometer(
                 None, self.plan.operators, self.workspace, communicator
             )
-        self.filter = GraphFilter(self.plan.operators, self.workspace, transfer, is_ready)
-        if penalty is not None:
-            function = GraphFunction(self.plan.operators, penalty)
+        self.filter = GraphFilter(self.plan.operators, self.workspace, transfers.filter, is_ready)
+        if transfers.penalty is not None:
+            function = GraphFunction(self.plan.operators, transfers.penalty)
             self.penalty = GraphPenalty(function, self.workspace, self._ridge)
 
     def _gradient_features(self) -> FeatureSource:
@@ -313,12 +282,12 @@ class StackedGraph:
         measured = [group for group in groups if group.parameters[0].name in sketches.columns]
         part = self.graph.of_groups(measured)
         signals = part.of_node_signals(sketches.columns, sketches.layout)
-        plan = make_plan(
+        plan = plan_operators(
             signals,
             sketches.layout,
             communicator,
             self._engine.everyone,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="boundary",
             kernel=self._whole.operator.kernel,
             bucket_elements=bucket_elements(communicator.device),
@@ -337,38 +306,8 @@ class StackedGraph:
             keeps_mean=self.features is None,
         )
 
-    def _penalty_transfer(self) -> Transfer | None:
-        """r of the regularizer; None without one."""
-        settings = self._whole.regularizer
-        if settings.strength == 0:
-            return None
-        if settings.response == "laplacian":
-            device = self._engine.communicator.device
-            return FixedTransfer(Polynomial((0.0, 1.0)), self.graph, "auto", 1e-3, device)
-        return self._transfer(replace(self._whole.filter, response=settings.response))
-
-    def _transfer(self, settings: FilterConfig) -> Transfer:
-        device = self._engine.communicator.device
-        if settings.response in ADAPTIVE:
-            assert self.statistics is not None, "adaptive responses have them"
-            return adaptive_transfer(settings, self.statistics, device)
-        steps = step_gains(settings)
-        if steps is not None:
-            edges, gains, order = steps
-            constant = torch.tensor(gains, dtype=torch.float64, device=device)
-            return BandTransfer(edges, lambda: constant, lambda: 0, order, device)
-        try:
-            return FixedTransfer(
-                smooth_response(settings), self.graph, settings.order, settings.tolerance, device
-            )
-        except ToleranceError as error:
-            if not self._is_in_use:
-                raise SpectralConfigError(f"spectral_ds.{error}") from error
-            # A new graph has another spectrum: training must not end of it.
-            self._engine.log(f"{error}; order {MAX_ORDER} is used", logging.WARNING)
-            return FixedTransfer(
-                smooth_response(settings), self.graph, MAX_ORDER, settings.tolerance, device
-            )
+    def _warn(self, message: str) -> None:
+        self._engine.log(message, logging.WARNING)
 
     def most_edges(self) -> int:
         """The most directed edges that the edge families can make of these nodes."""
@@ -383,7 +322,7 @@ class StackedGraph:
             strength: of the filter in this step.
         """
         acts = not self.filter.is_identity(strength)
-        return self.plan.bytes_of(self._penalty_work + (self._filter_work if acts else Work()))
+        return self.plan.bytes_of(self._works.penalty + (self._works.filter if acts else Work()))
 
     def takes_sample(self, step: int) -> bool:
         """Whether a sample of the gradient is due."""
