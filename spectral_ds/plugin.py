@@ -104,9 +104,9 @@ class SpectralPlugin:
         engine.install(self.before_step, self.after_update if acts_after else None)
         engine.watch_loss(self.measurement.observe_loss)
         self._persistence = Persistence(self)
-        if config.checkpoint.enabled:
+        if config.checkpoint.enabled and engine.checkpoints is not None:
             keeper = self._persistence
-            engine.carry(keeper.save, keeper.load, keeper.begin_anew)
+            engine.checkpoints.carry(keeper.save, keeper.load, keeper.begin_anew)
         self._warn_of_unstable_pull()
 
     def before_step(self) -> None:
@@ -455,15 +455,17 @@ class SpectralPlugin:
                         writer.add_scalar(f"spectral_ds/{name}", value, engine.board_step)
 
             return Board(write, writer, lambda: engine.board_step, is_own)
-        writer = engine.summary_writer
+        monitor = engine.monitor
+        writer = None if monitor is None else monitor.summary_writer
         is_open = engine.everyone.maximum(float(writer is not None)) > 0
-        if self.config.monitor.enabled and not (is_open or engine.has_monitor):
+        if self.config.monitor.enabled and monitor is None:
             engine.log(
                 "what is monitored is written nowhere, plugin.metrics() has it; set "
                 "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
                 '"tensorboard": {"enabled": true})'
             )
-        return Board(engine.write, writer, lambda: engine.board_step, is_open)
+        write_scalars = (lambda metrics: None) if monitor is None else monitor.write
+        return Board(write_scalars, writer, lambda: engine.board_step, is_open)
 
     def _build_regularizer(self) -> Regularizer | None:
         settings = self.config.regularizer

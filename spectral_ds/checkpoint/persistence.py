@@ -25,6 +25,8 @@ from spectral_ds.checkpoint import (
     to_tensors,
     write_state,
 )
+from spectral_ds.engines import UnsupportedEngineError
+from spectral_ds.engines.capabilities import DistributedTensors
 
 if TYPE_CHECKING:
     from spectral_ds.plugin import SpectralPlugin
@@ -248,7 +250,12 @@ class Persistence:
         self._engine.log(message, logging.WARNING)
 
     def tensors(self) -> dict[str, Any]:
-        """The state for `torch.distributed.checkpoint` (collective)."""
+        """The state for `torch.distributed.checkpoint` (collective).
+
+        Raises:
+            UnsupportedEngineError: the engine has checkpoints of its own.
+        """
+        shards = self._shards()
         capacity = [stage.most_edges() for stage in self._plugin.stages]
         whole = {
             f"{kind}.{index}": {
@@ -259,14 +266,13 @@ class Persistence:
             for index, stage in enumerate(self._plugin.stages)
             for kind, running in stage.running.items()
         }
-        engine = self._engine
         return to_tensors(
             self.state(),
             capacity,
             whole,
-            engine.distributed,
-            engine.local_part,
-            engine.communicator,
+            shards.wrap,
+            shards.local_part,
+            self._engine.communicator,
         )
 
     def use_tensors(self, tensors: dict[str, Any]) -> None:
@@ -274,13 +280,22 @@ class Persistence:
 
         Raises:
             CheckpointError: it cannot be used, and `checkpoint.strict` is true.
+            UnsupportedEngineError: the engine has checkpoints of its own.
         """
-        engine = self._engine
+        engine, shards = self._engine, self._shards()
         self._go_on(
             lambda: from_tensors(
-                tensors, engine.local_part, self.state(), engine.everyone, engine.communicator
+                tensors, shards.local_part, self.state(), engine.everyone, engine.communicator
             )
         )
+
+    def _shards(self) -> DistributedTensors:
+        if self._engine.tensors is None:
+            raise UnsupportedEngineError(
+                "this engine's own checkpoints carry the plugin's state; state_dict() is for "
+                "FSDP2, DDP and plain modules"
+            )
+        return self._engine.tensors
 
 
 def _of(prefix: str, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
