@@ -21,7 +21,8 @@ from spectral_ds.checkpoint.state import (
     StatefulStack,
     difference_of_graphs,
 )
-from spectral_ds.engines import Engine
+from spectral_ds.engines import Engine, UnsupportedEngineError
+from spectral_ds.engines.capabilities import DistributedTensors
 
 
 class Persistence:
@@ -42,7 +43,8 @@ class Persistence:
 
     def carry(self) -> None:
         """Have the engine's own checkpoints carry the state, if it makes any."""
-        self._engine.carry(self.save, self.load, self.begin_anew)
+        if self._engine.checkpoints is not None:
+            self._engine.checkpoints.carry(self.save, self.load, self.begin_anew)
 
     def state(self) -> PluginState:
         """The state as this rank holds it (collective)."""
@@ -150,15 +152,19 @@ class Persistence:
         )
 
     def tensors(self) -> dict[str, Any]:
-        """The state for `torch.distributed.checkpoint` (collective)."""
-        engine, graphs = self._engine, self._stack.graphs
+        """The state for `torch.distributed.checkpoint` (collective).
+
+        Raises:
+            UnsupportedEngineError: the engine has checkpoints of its own.
+        """
+        shards, graphs = self._shards(), self._stack.graphs
         return to_tensors(
             self.state(),
             [graph.most_edges() for graph in graphs],
             {name: sizes for graph in graphs for name, sizes in graph.whole_pieces().items()},
-            engine.distributed,
-            engine.local_part,
-            engine.communicator,
+            shards.wrap,
+            shards.local_part,
+            self._engine.communicator,
         )
 
     def use_tensors(self, tensors: dict[str, Any]) -> None:
@@ -166,11 +172,12 @@ class Persistence:
 
         Raises:
             CheckpointError: it cannot be used, and that is an error.
+            UnsupportedEngineError: the engine has checkpoints of its own.
         """
-        engine = self._engine
+        engine, shards = self._engine, self._shards()
         self._go_on(
             lambda: from_tensors(
-                tensors, engine.local_part, self.state(), engine.everyone, engine.communicator
+                tensors, shards.local_part, self.state(), engine.everyone, engine.communicator
             )
         )
 
@@ -187,6 +194,14 @@ class Persistence:
                 "nothing of the saved state"
             )
         self._resumed()
+
+    def _shards(self) -> DistributedTensors:
+        if self._engine.tensors is None:
+            raise UnsupportedEngineError(
+                "this engine's own checkpoints carry the plugin's state; state_dict() is for "
+                "FSDP2, DDP and plain modules"
+            )
+        return self._engine.tensors
 
     def _warn(self, message: str) -> None:
         self._engine.log(message, logging.WARNING)

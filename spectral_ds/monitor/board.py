@@ -67,15 +67,21 @@ class Board:
                         writer.add_scalar(f"{PREFIX}/{name}", value, engine.board_step)
 
             return cls(write, writer, lambda: engine.board_step, True, own_writer)
-        writer = engine.summary_writer
+        monitor = engine.monitor
+        writer = None if monitor is None else monitor.summary_writer
         is_open = engine.everyone.maximum(float(writer is not None)) > 0
-        if is_enabled and not (is_open or engine.has_monitor):
+        if is_enabled and monitor is None:
             engine.log(
                 "what is monitored is written nowhere, plugin.metrics() has it; set "
                 "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
                 '"tensorboard": {"enabled": true})'
             )
-        return cls(engine.write, writer, lambda: engine.board_step, is_open)
+
+        def write_to_monitor(metrics: Mapping[str, float]) -> None:
+            if monitor is not None:
+                monitor.write(metrics)
+
+        return cls(write_to_monitor, writer, lambda: engine.board_step, is_open)
 
     def close(self) -> None:
         """Close the writer, if it is the board's own."""
