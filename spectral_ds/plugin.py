@@ -263,7 +263,7 @@ class SpectralPlugin:
             parts.append(
                 f"{stage.graph.describe()}; {stage.plan.describe()}; filter "
                 f"{self.config.filter.response} {stage.filter.transfer.describe()}; scratch "
-                f"{stage.workspace.bytes / 2**20:.1f} MiB on this rank"
+                f"{stage.plan.scratch_bytes / 2**20:.1f} MiB on this rank"
             )
         return (
             "; then ".join(parts)

@@ -196,14 +196,14 @@ def _statistics(
         held, needed_there = signals.get(key, (zeros, zeros))
         signals[key] = held + columns * nodes, needed_there + boundary
         links = links + nodes * (group.all_links / group.parts.all_nodes + 1)
-    workspace = zeros
+    scratch = zeros
     for own_elements, boundary in signals.values():
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
-        workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
+        scratch = np.maximum(scratch, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
     sizes = [(w, sketch_size(w, *each)) for w in wide for each in kept]
     projections = sum(columns * w for w, columns in sizes if columns < w)
-    return FLOAT * (partial + workspace + projections) + 8 * links
+    return FLOAT * (partial + scratch + projections) + 8 * links
 
 
 def _boundary_nodes(

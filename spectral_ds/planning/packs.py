@@ -1,6 +1,6 @@
 """Packs: groups that the filter works on together, and what that takes of each rank.
 
-The rules are those of `laplacian.packing`, `laplacian.plan`, `laplacian.workspace` and
+The rules are those of `laplacian.packing`, `laplacian.plan`, `laplacian.scratch` and
 `laplacian.kernels`, worked out for all ranks at once.
 """
 
