@@ -19,7 +19,7 @@ from spectral_ds.laplacian.transpose import Transposition
 
 
 class Matrix(NamedTuple):
-    """A matrix of a bucket, with views of its parts: making them anew costs more than the copies.
+    """A matrix of a bucket, with views of its parts: making these anew costs more than copying.
 
     Made by `LaplacianOperator.matrix`.
     """

@@ -58,12 +58,12 @@ class PlannedGraph:
 
     @property
     def bytes_per_hop(self) -> int:
-        """That all ranks send for a product with L."""
+        """Bytes that all ranks send for a product with L."""
         return FLOAT * sum(pack.hop.total for pack in self.packs)
 
     @property
     def bytes_per_transpose(self) -> int:
-        """That all ranks send to transpose what is transposed, or to return it."""
+        """Bytes that all ranks send to transpose what is transposed, or to return it."""
         return FLOAT * sum(pack.transpose.total for pack in self.packs)
 
     @property
@@ -72,7 +72,7 @@ class PlannedGraph:
 
     @property
     def edges(self) -> tuple[float, float, float]:
-        """Undirected: expected, and the least and the most possible."""
+        """Undirected edges: expected, and the least and the most possible."""
         expected, least, most = np.sum([group.edges for group in self.groups], axis=0).tolist()
         return expected, least, most
 
@@ -90,7 +90,7 @@ def plan_graph(
     bucket_elements: int,
     is_first: bool = True,
 ) -> PlannedGraph:
-    """Plan one graph.
+    """What one graph takes of each rank.
 
     Args:
         choice: what it is made of.
