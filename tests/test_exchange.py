@@ -44,7 +44,7 @@ SECTIONS = {
     "no strength": {"filter": {"strength": 0.0}, "regularizer": PENALTY},
 }
 
-# Exchanges, and how many elements of a bucket a rank may hold: few make slices of columns.
+# How rows meet, and how many elements of a bucket a rank may hold: few make slices of columns.
 PLANS = {
     "boundary": ("boundary", 2000),
     "transpose": ("transpose", 2**20),
@@ -80,7 +80,7 @@ def sent_in_a_step(engine, graph, section):
     plugin = spectral_ds.attach(
         engine, config={**section, "graph": graph, "monitor": {"enabled": False}}
     )
-    [stage] = plugin.stages
+    [stage] = plugin.stack.graphs
     with counting_bytes() as sent:
         tiny.train(engine, 1)
     by_way = [
@@ -91,7 +91,7 @@ def sent_in_a_step(engine, graph, section):
 
 
 def plan_of(plugin, way, work, bucket_elements):
-    [stage], engine = plugin.stages, plugin.engine
+    [stage], engine = plugin.stack.graphs, plugin.engine
     return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
@@ -105,7 +105,7 @@ def plan_of(plugin, way, work, bucket_elements):
 
 
 def facts_of(plugin):
-    [stage], engine = plugin.stages, plugin.engine
+    [stage], engine = plugin.stack.graphs, plugin.engine
     graph, hops = stage.graph, stage.filter.transfer.hops
     found = {
         "parameters": graph.parameters,
@@ -121,7 +121,7 @@ def facts_of(plugin):
     for label, (way, bucket_elements) in PLANS.items():
         moves_of = boundary_moves if way == "boundary" else transpose_moves
         with buckets_of_exchanges() as buckets:
-            plan = plan_of(plugin, way, Work(hops, transposes=2), bucket_elements)
+            plan = plan_of(plugin, way, Work(hops, moves=2), bucket_elements)
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),

@@ -405,10 +405,16 @@ def test_rescaling_restores_the_norm_of_each_parameter():
     assert signal[4].tolist() == [0, 0]
 
 
+def temporal_filter(*lengths, decay, amplify):
+    names = [str(index) for index in range(len(lengths))]
+    fragments = [Fragment(n, 0, length) for n, length in zip(names, lengths, strict=True)]
+    return TemporalFilter(fragments, names, ALONE, decay=decay, amplify=amplify)
+
+
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_temporal_filter_is_grokfast(scale):
     """Against algorithm 2 of arXiv 2405.20233, written as a loop."""
-    temporal = TemporalFilter([4, 2], ALONE, decay=0.9, amplify=2.0)
+    temporal = temporal_filter(4, 2, decay=0.9, amplify=2.0)
     mean = None
     for _ in range(5):
         gradient = torch.randn(4)
@@ -420,11 +426,11 @@ def test_temporal_filter_is_grokfast(scale):
 
 
 def test_temporal_filter_forgets_a_step_that_is_not_finite():
-    temporal = TemporalFilter([2, 2], ALONE, decay=0.9, amplify=2.0)
+    temporal = temporal_filter(2, 2, decay=0.9, amplify=2.0)
     temporal.apply([torch.ones(2), torch.ones(2)], 1.0)
     temporal.apply([torch.tensor([float("inf"), 1]), 9 * torch.ones(2)], 1.0)
     assert [mean.tolist() for mean in temporal.means] == [[1, 1], [1, 1]]
-    fresh = TemporalFilter([2], ALONE, decay=0.9, amplify=2.0)
+    fresh = temporal_filter(2, decay=0.9, amplify=2.0)
     fresh.apply([torch.full((2,), float("nan"))], 1.0)
     assert fresh.means[0].tolist() == [0, 0]
     assert not fresh.has_mean.any()

@@ -49,10 +49,10 @@ def measured(engine_name):
     for label, section in SECTIONS.items():
         section = {**section, "monitor": {"enabled": False}, "operator": {"kernel": "torch_csr"}}
         plugin = spectral_ds.attach(holder, optimizer, section)
-        found[label] = facts_of(plugin.stages[0], plugin.engine)
+        found[label] = facts_of(plugin.stack.graphs[0], plugin.engine)
         plugin.detach()
     plugin = spectral_ds.attach(holder, optimizer, MONITORED)
-    found["statistics"] = statistics_bytes(plugin.stages[0].statistics)
+    found["statistics"] = statistics_bytes(plugin.stack.graphs[0].statistics)
     plugin.detach()
     found["fragments"] = [
         (f.parameter, f.start, f.length) for f in plugin.engine.fragments if f.length > 0

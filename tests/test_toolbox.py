@@ -211,7 +211,7 @@ def filtered_by_hand(section, model=None):
     with attached(model, section) as (_, plugin):
         set_gradients(model, gradients)
         plugin.filter_gradients()
-        graphs = [stage.graph for stage in plugin.stages]
+        graphs = [stage.graph for stage in plugin.stack.graphs]
     return {n: g.numpy() for n, g in gradients.items()}, gradients_now(model), graphs
 
 
@@ -363,9 +363,10 @@ def test_grokfast_adds_the_running_mean():
 
 def test_the_temporal_filter_keeps_its_mean_in_true_units():
     communicator = Communicator.alone(CPU)
+    fragments = [Fragment("a", 0, 5), Fragment("b", 0, 3)]
     results = []
     for scales in ((1.0, 1.0, 1.0), (4.0, 4096.0, 0.5)):
-        temporal = TemporalFilter([5, 3], communicator, decay=0.6, amplify=1.5)
+        temporal = TemporalFilter(fragments, ["a", "b"], communicator, decay=0.6, amplify=1.5)
         for index, scale in enumerate(scales):
             generator = torch.Generator().manual_seed(index)
             gradients = [scale * torch.randn(n, generator=generator) for n in (5, 3)]
@@ -507,7 +508,7 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             if preset == "denoise":
                 gains = np.clip(estimate.signal / total, 0, 1) if total.any() else np.ones(4)
             else:
-                total = plugin.stages[0].statistics.power.numpy()
+                total = plugin.stack.graphs[0].statistics.power.numpy()
                 gains = total**-0.5 * np.sqrt(total.sum() / 4)
 
             def response(values, gains=gains, graph=plugin.graph):
@@ -579,7 +580,7 @@ def test_a_graph_of_gradients_that_were_never_finite_stays_unknown():
             set_gradients(model, gradients)
             stepper.step()
             is_known = step >= 6  # the first refresh after finite samples
-            assert plugin.stages[0].filter.is_ready == is_known
+            assert plugin.stack.graphs[0].filter.is_ready == is_known
             assert (plugin.graph.num_edges > 0) == is_known
             same = [
                 np.array_equal(gradient, gradients[name], equal_nan=True)
@@ -625,7 +626,7 @@ def test_a_response_that_no_longer_fits_a_new_graph_is_a_warning_and_training_go
         assert warning.levelname == "WARNING"
         assert "filter.tau" in warning.getMessage()
         # It is filtered by the highest order that there is.
-        transfer = plugin.stages[0].filter.transfer
+        transfer = plugin.stack.graphs[0].filter.transfer
         assert 0.1 < transfer.error < 0.5
         values, vectors = np.linalg.eigh(plugin.graph.laplacian().toarray())
         smooth = (vectors / (1 + 3e3 * values.clip(0))) @ vectors.T @ gradients["0.weight"].numpy()
@@ -654,7 +655,7 @@ def test_rebuilding_the_graph_leaves_nothing_behind():
                 set_gradients(model, gradients_of(model, step))
                 stepper.step()
                 now = []
-                for stage in plugin.stages:
+                for stage in plugin.stack.graphs:
                     now += [stage.graph, stage.plan, stage.filter]
                     now += [*stage.plan.operators, *stage.spectrometer.plan.operators]
                 old += map(weakref.ref, now)

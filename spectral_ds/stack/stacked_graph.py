@@ -1,13 +1,15 @@
-"""Stages: a graph of the configuration, with the operators, statistics and filter that act on it.
+"""One graph of the stack, with the operators, statistics and filter that act on it."""
 
-In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at each step.
-"""
-
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
+from numbers import Integral
 
 import torch
 
+from spectral_ds.checkpoint import PartState, Restoration, SavedState
 from spectral_ds.config import SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
@@ -27,23 +29,28 @@ from spectral_ds.sharding import ShardLayout
 from spectral_ds.sketches.features import no_features
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
+    Density,
+    Eigenpairs,
     GradientStatistics,
     RunningSketch,
+    SignalToNoise,
     Spectrometer,
+    density_of_states,
+    lowest_eigenpairs,
 )
 from spectral_ds.stack.choices import GraphChoice, feature_width, is_adaptive, sketch_shape
 from spectral_ds.stack.responses import check_exchanges, choose_transfers, works_of
 
 
-class Stage:
-    """One graph of the stack, with all that acts on it. Made and rebuilt collectively.
+class StackedGraph:
+    """A graph of the stack, with all that acts on it. Made and rebuilt collectively.
 
     Args:
+        index: which graph of the stack it is, from 0.
         choice: what the graph is made of.
         whole: all of the configuration.
         engine: whose gradients are filtered.
         layout: the fragments of all ranks.
-        ridge: ρ of the regularizer on this graph.
 
     Attributes:
         graph: the graph in use.
@@ -63,17 +70,19 @@ class Stage:
 
     def __init__(
         self,
+        index: int,
         choice: GraphChoice,
         whole: SpectralConfig,
         engine: Engine,
         layout: ShardLayout,
-        ridge: float,
     ) -> None:
+        self._index = index
         self.parameters = choice.parameters
         self.statistics: GradientStatistics | None = None
         self._config, self._whole = choice.settings, whole
         self._engine, self._layout = engine, layout
-        self._ridge = ridge
+        # Of several graphs, the first has the ridge.
+        self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._families = choice.families
         width, shape = feature_width(self._config), sketch_shape(self._config, whole)
         self.features: RunningSketch | None = None
@@ -90,12 +99,6 @@ class Stage:
     @property
     def _decay(self) -> float:
         return self._whole.statistics.decay
-
-    @property
-    def running(self) -> dict[str, RunningSketch]:
-        """What checkpoints carry of the gradient's sketches, by name."""
-        found = {} if self.statistics is None else {"sketch": self.statistics.running}
-        return found if self.features is None else {**found, "features": self.features}
 
     def _make_sketches(self, width: int, longest_whole: int, seed: int) -> Sketches:
         return Sketches(
@@ -139,7 +142,65 @@ class Stage:
             )
         self._use_graph(self.features is None or gradient is not no_features)
 
-    def restore(self, edges: Edges, is_ready: bool) -> None:
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the graph's configuration, hexadecimal."""
+        settings = {**asdict(self._config), "seed": self._whole.seed}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _running(self) -> dict[str, RunningSketch]:
+        """The running means of sketches, by the names of their states."""
+        found = {}
+        if self.statistics is not None:
+            found[f"sketch.{self._index}"] = self.statistics.running
+        if self.features is not None:
+            found[f"features.{self._index}"] = self.features
+        return found
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        is_ready = torch.tensor([float(self.filter.is_ready)], dtype=torch.float64)
+        state = PartState(
+            {f"graph.{self._index}.is_ready": is_ready}, edges=self.graph.primary_edges()
+        )
+        if self.statistics is not None:
+            state |= self.statistics.state(f"statistics.{self._index}")
+        for name, running in self._running.items():
+            state |= running.state(name)
+        return state
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`; running means of other sketches are left out."""
+        is_ready = saved.number(f"graph.{self._index}.is_ready") > 0
+        restorations = []
+        for name, running in self._running.items():
+            found = running.restore(name, saved)
+            if found is not None:
+                restorations.append(found)
+                if self.statistics is not None and running is self.statistics.running:
+                    state = f"statistics.{self._index}"
+                    restorations.append(self.statistics.restore(state, saved))
+
+        def put_in_place() -> None:
+            for restoration in restorations:
+                restoration()
+            self._go_on_with(saved.edges[self._index], is_ready)
+
+        return put_in_place
+
+    def whole_pieces(self) -> dict[str, dict[str, int]]:
+        """See `GraphPart.whole_pieces`: complete sketches."""
+        return {
+            name: {
+                parameter.name: parameter.nodes * running.sketches.columns[parameter.name]
+                for parameter in self.parameters
+                if parameter.name in running.sketches.columns
+            }
+            for name, running in self._running.items()
+        }
+
+    def _go_on_with(self, edges: Edges, is_ready: bool) -> None:
         """Go on with the graph of a saved state, the statistics being restored (collective).
 
         Args:
@@ -276,3 +337,52 @@ class Stage:
             is_finite = self.statistics.observe(gradients, scale, is_finite)
             if self.features is not None:
                 self.features.add(self.features.take(gradients, scale), is_finite)
+
+    def describe(self) -> str:
+        """What it is and how it filters, for people."""
+        return (
+            f"{self.graph.describe()}; {self.plan.describe()}; filter "
+            f"{self._whole.filter.response} {self.filter.transfer.describe()}; scratch "
+            f"{self.plan.scratch_bytes / 2**20:.1f} MiB on this rank"
+        )
+
+    def eigenpairs(self, k: int) -> list[Eigenpairs]:
+        """The k lowest eigenpairs of every group of joined parameters (collective).
+
+        Raises:
+            NotConvergedError: the solver did not reach its residual; on all ranks.
+            ValueError: k is not an integer >= 1.
+        """
+        _require_count("k", k)
+        is_shown = self._engine.everyone.rank == 0
+        with progress("eigenpairs", len(self.graph.groups), "group", is_shown) as update:
+            return lowest_eigenpairs(
+                self.graph, k, self._engine.communicator, seed=self._whole.seed, progress=update
+            )
+
+    def density(self, bins: int) -> Density:
+        """Share of the eigenvalues in each of equal bins of [0, λ_max] (collective).
+
+        Raises:
+            ValueError: bins is not an integer >= 1.
+        """
+        _require_count("bins", bins)
+        return density_of_states(self.graph, bins, self._engine.communicator, seed=self._whole.seed)
+
+    def signal_to_noise(self) -> SignalToNoise:
+        """Signal, noise and their ratio per band of frequency, from the samples so far.
+
+        Raises:
+            RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
+        """
+        if self.statistics is None:
+            raise RuntimeError(
+                "signal and noise are not measured: set spectral_ds.monitor.enabled to true, and "
+                "graph.node to row or column"
+            )
+        return self.statistics.signal_to_noise()
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= 1")

@@ -1,77 +1,52 @@
-"""Tables on the terminal."""
+"""What `spectral-ds inspect` has found, as tables on the terminal."""
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from spectral_ds.cli.candidates import Verdict
-from spectral_ds.cli.inspection import Facts
-from spectral_ds.cli.summary import GraphSummary, Summary
+from spectral_ds.cli.inspect.candidates import CandidateResult
+from spectral_ds.cli.inspect.graph_properties import GraphProperties
+from spectral_ds.cli.inspect.report import GraphReport, InspectReport
+from spectral_ds.cli.terminal import make_console, make_table
 
-# Narrower terminals fold names; what is no terminal gets all of it.
-WIDTH = 160
 BARS = " ▁▂▃▄▅▆▇█"
 # Bins of the density of states as it fits into a column.
 COARSE = 16
 
 
-def make_console() -> Console:
-    """Plain text: names may hold brackets, which are no markup."""
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=WIDTH)
-    return console
-
-
-def make_table(title: str, columns: Sequence[str], words: int = 1) -> Table:
-    """A table whose first columns hold words, the others numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        is_word = index < words
-        table.add_column(
-            column,
-            justify="left" if is_word else "right",
-            overflow="fold",
-            no_wrap=not is_word,
-        )
-    return table
-
-
-def show(summary: Summary, written: Sequence[Path]) -> None:
+def show(report: InspectReport, written: Sequence[Path]) -> None:
     """Print what was found."""
     console = make_console()
     print_ = partial(console.print, soft_wrap=True)
     print_(
-        f"{summary.model}: {summary.parameters} trainable parameters, {summary.elements:,} "
-        f"elements; {summary.seconds:.0f} s"
+        f"{report.model}: {report.parameters} trainable parameters, {report.elements:,} "
+        f"elements; {report.seconds:.0f} s"
     )
-    for graph in summary.graphs:
+    for graph in report.graphs:
         console.print(_graph_table(graph))
     print_(
         "degree: least, median, mean, most. λ₁: the lowest eigenvalues above 0. density: of "
         "eigenvalues over [0, bound].\nroughness: xᵀLx/xᵀx of the weights over that of random "
         "directions; below 1 is smoother than chance."
     )
-    if summary.candidates is not None and summary.recommendation is not None:
+    if report.candidates is not None and report.recommendation is not None:
         print_()
-        console.print(_candidate_table(summary.candidates))
+        console.print(_candidate_table(report.candidates))
         print_(
             "signal, noise, SNR: in the lowest eighth of the frequencies; a random basis keeps "
             "1.00. cosine: of a batch's gradient\nwith the true one, unfiltered → by the best "
             "response. Measured on parameters with edges. A better gradient need not train better."
         )
-        print_(f"\nRecommendation: {summary.recommendation.words}.\n")
-        print_(summary.recommendation.yaml)
+        print_(f"\nRecommendation: {report.recommendation.words}.\n")
+        print_(report.recommendation.yaml)
     if written:
         print_("written: " + ", ".join(str(path) for path in written))
 
 
-def _graph_table(graph: GraphSummary) -> Table:
+def _graph_table(graph: GraphReport) -> Table:
     bound = graph.whole.lambda_max_bound
     table = make_table(
         f"{graph.name}: nodes are {graph.node}s; {graph.laplacian} Laplacian, eigenvalues in "
@@ -81,30 +56,30 @@ def _graph_table(graph: GraphSummary) -> Table:
     table.add_row("all", *_cells(graph.whole))
     if len(graph.families) > 1:
         table.add_section()
-        for family, facts in graph.families.items():
-            table.add_row(family, *_cells(facts))
+        for family, properties in graph.families.items():
+            table.add_row(family, *_cells(properties))
     table.add_section()
-    alone = [facts.nodes for facts in graph.roles.values() if facts.edges == 0]
-    for role, facts in graph.roles.items():
-        if facts.edges > 0:
-            table.add_row(role, *_cells(facts))
+    alone = [properties.nodes for properties in graph.roles.values() if properties.edges == 0]
+    for role, properties in graph.roles.items():
+        if properties.edges > 0:
+            table.add_row(role, *_cells(properties))
     if alone:
         table.add_row(f"{len(alone)} roles without edges", f"{sum(alone):,}")
     return table
 
 
-def _cells(facts: Facts) -> list[str]:
-    degree = facts.degree
-    lowest = facts.lowest_eigenvalues
+def _cells(properties: GraphProperties) -> list[str]:
+    degree = properties.degree
+    lowest = properties.lowest_eigenvalues
     return [
-        f"{facts.nodes:,}",
-        f"{facts.edges:,}",
-        f"{facts.components:,}",
+        f"{properties.nodes:,}",
+        f"{properties.edges:,}",
+        f"{properties.components:,}",
         " ".join(f"{v:.3g}" for v in (degree.min, degree.median, degree.mean, degree.max)),
-        f"{facts.lambda_max:.4g}",
+        f"{properties.lambda_max:.4g}",
         "not converged" if lowest is None else " ".join(f"{v:.3g}" for v in lowest[:2]) or "–",
-        sparkline(facts.density),
-        number(facts.roughness.ratio),
+        sparkline(properties.density),
+        number(properties.roughness.ratio),
     ]
 
 
@@ -125,28 +100,28 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
-def _cosines(verdict: Verdict) -> str:
+def _cosines(result: CandidateResult) -> str:
     """Without a filter and with the best response."""
-    if verdict.kept_over_total is None:
+    if result.kept_over_total is None:
         return number(None)
-    return f"{verdict.unfiltered:.3f} → {verdict.filtered:.3f}"
+    return f"{result.unfiltered:.3f} → {result.filtered:.3f}"
 
 
-def _candidate_table(verdicts: Sequence[Verdict]) -> Table:
-    samples = max(verdict.samples for verdict in verdicts)
+def _candidate_table(results: Sequence[CandidateResult]) -> Table:
+    samples = max(result.samples for result in results)
     table = make_table(
         f"signal and noise of {samples} gradients on candidate graphs",
         ("graph", "", "edges", "signal", "noise", "SNR kept/total", "cosine"),
         words=2,
     )
-    for verdict in verdicts:
+    for result in results:
         table.add_row(
-            verdict.name,
-            verdict.judgement,
-            f"{verdict.edges:,}",
-            percent(verdict.signal_kept),
-            percent(verdict.noise_kept),
-            number(verdict.kept_over_total),
-            _cosines(verdict),
+            result.name,
+            result.judgement,
+            f"{result.edges:,}",
+            percent(result.signal_kept),
+            percent(result.noise_kept),
+            number(result.kept_over_total),
+            _cosines(result),
         )
     return table

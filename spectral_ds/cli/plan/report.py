@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_ds.cli.plan_advice import advice
+from spectral_ds.cli.plan.advice import advice
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.flows import Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph
@@ -21,13 +21,13 @@ from spectral_ds.planning.planner import Plan
 FLOPS_PER_PARAMETER = 6
 
 
-def summary(
+def plan_report(
     plan: Plan, others: Mapping[EngineName, Plan], tokens: int | None, flops: float
 ) -> dict[str, Any]:
-    """All of a plan.
+    """All of a plan, as `--json` prints it.
 
     Args:
-        others: the same under other engines.
+        others: plans of the same graphs under other engines.
         tokens: of a rank in one step; None if not known.
         flops: that a rank does in a second.
     """

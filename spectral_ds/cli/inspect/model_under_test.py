@@ -18,20 +18,20 @@ MAX_NODES = 2**24
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A model without an engine.
 
     Args:
-        model: float32, on the CPU.
+        module: float32, on the CPU.
         seed: of the random projections.
     """
 
-    model: torch.nn.Module
+    module: torch.nn.Module
     seed: int
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
     @property
     def communicator(self) -> Communicator:
@@ -88,7 +88,7 @@ class Subject:
         weights = WeightFeatures(layout.own, self.weights(), self.seed, communicator)
         return ParameterGraph.build(
             parameters,
-            edge_families(config, head_width_of([self.model])),
+            edge_families(config, head_width_of([self.module])),
             layout,
             {"weights": weights, "gradient": gradient},
             communicator,
