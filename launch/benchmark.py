@@ -28,7 +28,6 @@ from spectral_ds.laplacian import (
     ParameterGraph,
     WeightFeatures,
     Work,
-    Workspace,
     plan_operators,
 )
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
@@ -80,7 +79,7 @@ def make_filter(
         bucket_elements=bucket_elements(device),
     )
     seconds = time.perf_counter() - started
-    return GraphFilter(plan.operators, Workspace(plan.operators, device), transfer), seconds
+    return GraphFilter(plan.operators, transfer), seconds
 
 
 def newton_schulz(matrices: Tensors) -> None:

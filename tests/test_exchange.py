@@ -11,11 +11,11 @@ import oracle
 import pytest
 import tiny
 import torch
-from spectral_ds.laplacian.exchange import BoundaryExchange
 from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Work, Workspace, plan_operators
+from spectral_ds.laplacian import Work, plan_operators
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -132,17 +132,17 @@ def facts_of(plugin):
 
 def product(operators, lambda_max, fragments):
     """L x on this rank's fragments of the graph; x is `signal_of` each parameter."""
-    workspace = Workspace(operators, torch.device("cpu"))
     x = [signal_of(f.parameter, f.start, f.length) for f in fragments]
     y = [torch.zeros_like(each) for each in x]
     for operator in operators:
-        scratch = workspace.of(operator)
+        scratch = operator.scratch
         for each in scratch:
-            each.fill_(torch.nan)
+            each.values.fill_(torch.nan)
         operator.load(x, scratch.x)
         operator.apply(scratch.x, scratch.out)
-        own = scratch.x[: operator.block.own]
-        operator.store(lambda_max / 2 * scratch.out.add_(own), y)
+        own = scratch.x.values[: operator.block.own]
+        scratch.out.values.add_(own).mul_(lambda_max / 2)
+        operator.store(scratch.out, y)
     pairs = zip(fragments, y, strict=True)
     return [each.numpy() for f, each in pairs if tiny.is_filtered(f.parameter)]
 

@@ -30,7 +30,7 @@ from spectral_ds.filters import (
 )
 from spectral_ds.filters.chebyshev import apply_series
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import SignalAndNoise
 
@@ -75,7 +75,7 @@ def transfer_on(graph, response, order, tolerance):
 
 def filter_of(graph, plan, transfer, **schedule):
     """The whole filter of one graph."""
-    graph_filter = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer)
+    graph_filter = GraphFilter(plan.operators, transfer)
     return SpectralFilter(lambda: [graph_filter], StrengthSchedule(**schedule))
 
 
@@ -134,23 +134,21 @@ def test_heat_equals_pygsp(normalized, tau, order):
     expected = heat.filter(signal.double().numpy(), method="exact")
     series = ChebyshevSeries.fit(Heat(tau), graph.lambda_max, order, 1e-3)
     [operator] = plan.operators
-    scratch = Workspace(plan.operators, CPU).of(operator)
-    scratch.x.copy_(signal)
-    apply_series(operator, torch.tensor(series.coefficients), scratch)
-    np.testing.assert_allclose(scratch.out.numpy(), expected, atol=1e-5)
+    operator.scratch.x.values.copy_(signal)
+    apply_series(operator, torch.tensor(series.coefficients))
+    np.testing.assert_allclose(operator.scratch.out.values.numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("families", [SPARSE, PATHS])
 @pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
 def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     graph, plan = small_graph(kernel=kernel, families=families)
-    workspace = Workspace(plan.operators, CPU)
     transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
-    graph_filter = GraphFilter(plan.operators, workspace, transfer)
+    graph_filter = GraphFilter(plan.operators, transfer)
     results = []
     for leftover in (0.0, float("nan")):
-        for buffer in workspace.of(plan.operators[0]):
-            buffer.fill_(leftover)
+        for matrix in plan.operators[0].scratch:
+            matrix.values.fill_(leftover)
         gradients = [torch.arange(45.0) + i for i in range(3)]
         graph_filter.apply(gradients, 0.5)
         results.append(torch.cat(gradients))
@@ -167,7 +165,7 @@ def test_kernels_multiply_alike(kernel):
     out = torch.randn(27, 5)
     for alpha, beta in ((1.0, 0.0), (2.0, -1.0)):
         expected = alpha * scaled @ x.double().numpy() + beta * out.double().numpy()
-        operator.apply(x, out, alpha, beta)
+        operator.apply(operator.matrix(x), operator.matrix(out), alpha, beta)
         np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
@@ -352,7 +350,7 @@ def test_the_filter_follows_gains_when_their_version_changes(families):
 def test_a_graph_that_is_not_ready_leaves_signals_alone():
     graph, plan = small_graph()
     transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
-    waiting = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer, is_ready=False)
+    waiting = GraphFilter(plan.operators, transfer, is_ready=False)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)
     waiting.apply(gradients, 1.0)

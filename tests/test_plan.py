@@ -15,7 +15,7 @@ from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket, bucket_elements, linked_parameters
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
@@ -63,16 +63,16 @@ def measured(engine_name):
 
 def statistics_bytes(statistics):
     """Of three sketches of the gradient, and of what measures their spectra."""
-    sketches, measures = 3 * 4 * statistics.sketches.empty().numel(), statistics._spectrometer
-    kernels = sum(kernel_bytes(measures.operators).values())
-    return sketches + kernels + measures.workspace.bytes
+    sketches, plan = 3 * 4 * statistics.sketches.empty().numel(), statistics._spectrometer.plan
+    kernels = sum(kernel_bytes(plan.operators).values())
+    return sketches + kernels + plan.scratch_bytes
 
 
 def facts_of(stage, engine):
     facts = {
         "graph": (stage.graph.num_nodes, stage.graph.num_edges, stage.graph.lambda_max),
         "step": stage.bytes_sent(1.0),
-        "scratch": stage.workspace.bytes,
+        "scratch": stage.plan.scratch_bytes,
         "edges": sum(24 * len(g.edges) + 8 * len(g.degree) for g in stage.graph.groups),
         "kernels": sum(kernel_bytes(stage.plan.operators).values()),
     }
@@ -92,7 +92,7 @@ def facts_of(stage, engine):
             )
         facts[way, elements] = {
             "work": plan.work,
-            "scratch": Workspace(plan.operators, torch.device("cpu")).bytes,
+            "scratch": plan.scratch_bytes,
             "bytes": (plan.bytes_per_hop, plan.bytes_per_transpose, plan.bytes_sent),
             "groups by exchange": plan.exchanges,
             "exchanges": sum(op.exchange is not None for op in plan.operators),
@@ -339,7 +339,7 @@ def moved_by_brute_force(bucket, layout):
         communicator = Communicator.alone(torch.device("cpu"))
         communicator.rank, communicator.world_size = rank, size
         plan = Transposition.plan(bucket.nodes, rectangles, slices, communicator)
-        moved[rank] = plan.receive_splits
+        moved[rank] = plan.buffers.receive_splits
     return moved
 
 

@@ -18,7 +18,7 @@ import spectral_ds
 from spectral_ds.checkpoint import SavedState
 from spectral_ds.filters import whiten_gains, wiener_gains
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.monitor.verdict import ENOUGH_SAMPLES, verdict
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches.node_sketches import Sketches
@@ -100,9 +100,8 @@ class Sharded:
     def statistics(self, sketch_width=0, bands=4, decay=0.9, keeps_mean=True):
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)
         signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
-        operators = self.plan(signals, sketches.layout).operators
-        workspace = Workspace(operators, CPU)
-        spectrometer = Spectrometer(sketches, operators, workspace, self.communicator)
+        plan = self.plan(signals, sketches.layout)
+        spectrometer = Spectrometer(sketches, plan, self.communicator)
         return GradientStatistics(
             sketches, spectrometer, bands=bands, decay=decay, keeps_mean=keeps_mean
         )

@@ -37,7 +37,7 @@ from spectral_ds.filters import (
     TemporalFilter,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.monitor import ENOUGH_SAMPLES
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
@@ -83,13 +83,12 @@ def filtered_on_ranks(name):
             exchange=way.partition(",")[0],
             bucket_elements=bucket_elements,
         )
-        workspace = Workspace(plan.operators, CPU)
         for operator in plan.operators:
-            for buffer in workspace.of(operator):
-                buffer.fill_(torch.nan)
+            for matrix in operator.scratch:
+                matrix.values.fill_(torch.nan)
         signal = sharded.local(signal_of(name))
         with counting_bytes() as sent:
-            GraphFilter(plan.operators, workspace, transfer).apply(signal, 0.9)
+            GraphFilter(plan.operators, transfer).apply(signal, 0.9)
         total = sum(sharded.communicator.gather_objects(sum(sent)))
         found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
@@ -657,8 +656,8 @@ def test_rebuilding_the_graph_leaves_nothing_behind():
                 stepper.step()
                 now = []
                 for stage in plugin.stack.graphs:
-                    now += [stage.graph, stage.plan, stage.workspace, stage.filter]
-                    now += [*stage.plan.operators, *stage.spectrometer.operators]
+                    now += [stage.graph, stage.plan, stage.filter]
+                    now += [*stage.plan.operators, *stage.spectrometer.plan.operators]
                 old += map(weakref.ref, now)
             alive = {id(each()) for each in old if each() is not None}
             assert alive == set(map(id, now))
@@ -814,9 +813,8 @@ def moments_of_a_rank_without_columns():
             kernel="torch_csr",
             bucket_elements=2**20,
         )
-        workspace = Workspace(plan.operators, CPU)
         signal = [weights[first:last].square()]
-        found.append(chebyshev_moments(plan.operators, workspace, signal, 8, communicator).numpy())
+        found.append(chebyshev_moments(plan.operators, signal, 8, communicator).numpy())
     return found
 
 

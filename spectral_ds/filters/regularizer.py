@@ -10,7 +10,7 @@ import torch
 
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
 from spectral_ds.filters.graph_function import GraphFunction
-from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian import LaplacianOperator
 from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
 
 Signal = Sequence[torch.Tensor | None]
@@ -67,16 +67,14 @@ class Reference:
         values = saved.pieces(STATE, pieces.fragments)
         return lambda: pieces.fill(values)
 
-    def load_difference(
-        self, operator: LaplacianOperator, workspace: Workspace, weights: Signal
-    ) -> None:
+    def load_difference(self, operator: LaplacianOperator, weights: Signal) -> None:
         """The operator's scratch.x ← θ − θ_ref on own rows."""
-        scratch = workspace.of(operator)
-        operator.load(weights, scratch.x)
+        x, y, _ = operator.scratch
+        operator.load(weights, x)
         if self.fragments is not None:
-            operator.load(self.fragments, scratch.y)
+            operator.load(self.fragments, y)
             own = operator.block.own
-            scratch.x[:own].sub_(scratch.y[:own])
+            x.values[:own].sub_(y.values[:own])
 
     def squared_distance(self, weights: Signal) -> torch.Tensor:
         """‖θ − θ_ref‖² of this rank's fragments, float64, 0-D."""
@@ -95,14 +93,12 @@ class GraphPenalty:
 
     Args:
         function: r, on the graph's operators.
-        workspace: scratch memory for them.
         ridge: ρ.
     """
 
-    def __init__(self, function: GraphFunction, workspace: Workspace, ridge: float) -> None:
+    def __init__(self, function: GraphFunction, ridge: float) -> None:
         self.transfer = function.transfer
         self._function = function
-        self._workspace = workspace
         self._ridge = ridge
 
     def largest(self) -> float:
@@ -115,24 +111,20 @@ class GraphPenalty:
         """target ← target + factor · (r(L) + ρI) Δ, a factor a fragment (collective)."""
         self._function.set(self._ridge, 1.0)
         for operator in self._function.operators:
-            scratch = self._workspace.of(operator)
-            reference.load_difference(operator, self._workspace, weights)
-            self._function.evaluate(operator, scratch)
-            operator.add(scratch.out, target, factors)
+            reference.load_difference(operator, weights)
+            self._function.evaluate(operator)
+            operator.add(operator.scratch.out, target, factors)
 
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
         """tr(Δᵀ (r(L) + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
         self._function.set(self._ridge, 1.0)
         total = torch.zeros((), dtype=torch.float64)
         for operator in self._function.operators:
-            scratch = self._workspace.of(operator)
-            reference.load_difference(operator, self._workspace, weights)
-            self._function.evaluate(operator, scratch)
-            reference.load_difference(operator, self._workspace, weights)  # x was overwritten
-            pairs = zip(
-                operator.owned_views(scratch.x), operator.owned_views(scratch.out), strict=True
-            )
-            for moved, product in pairs:
+            reference.load_difference(operator, weights)
+            self._function.evaluate(operator)
+            reference.load_difference(operator, weights)  # x was overwritten
+            x, _, out = operator.scratch
+            for moved, product in zip(x.answered, out.answered, strict=True):
                 energy = torch.dot(moved.reshape(-1), product.reshape(-1)).double()
                 total = total.to(energy.device) + energy
         return total

@@ -19,7 +19,7 @@ Exchange = Literal["local", "boundary", "transpose"]
 
 
 class Packable(NamedTuple):
-    """What of a group decides with which others it is worked on."""
+    """What decides with which other groups a group of joined parameters is worked on."""
 
     width: int  # columns of its nodes' signals
     elements: npt.NDArray[np.int64]  # that each rank owns; (world size,)

@@ -5,7 +5,7 @@ columns, once a function of L. Both are equal in result; `auto` takes the one th
 bytes, group of joined parameters by group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from spectral_ds.laplacian.packing import (
     packs_of,
 )
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
+from spectral_ds.laplacian.scratch import allocate_scratch
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.laplacian.work import Work
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
@@ -46,6 +47,7 @@ class OperatorPlan:
         bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
         bytes_per_transpose: that they send to bring the signal of transposed groups, or to return
             it.
+        scratch_bytes: of this rank's scratch memory, which the operators share.
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
@@ -53,6 +55,7 @@ class OperatorPlan:
     work: Work = field(default_factory=Work)
     bytes_per_hop: int = 0
     bytes_per_transpose: int = 0
+    scratch_bytes: int = 0
 
     @property
     def bytes_sent(self) -> int:
@@ -86,7 +89,7 @@ def plan_operators(
     bucket_elements: int,
     dtype: torch.dtype = torch.float32,
 ) -> OperatorPlan:
-    """Plan the operators (collective).
+    """Plan the operators, and allocate the scratch memory that they work in (collective).
 
     Args:
         layout: the fragments of all ranks.
@@ -109,12 +112,45 @@ def plan_operators(
         members = [groups[position] for position in pack]
         plan.operators.extend(maker.operators(exchanges[pack[0]], members, bucket_elements))
     own = [
-        sum(op.exchange.elements_sent for op in plan.operators if op.exchange is not None),
-        sum(op.transposition.elements_sent for op in plan.operators if op.transposition),
+        sum(op.exchange.buffers.elements_sent for op in plan.operators if op.exchange is not None),
+        sum(op.transposition.buffers.elements_sent for op in plan.operators if op.transposition),
     ]
     sent = communicator.sum_(torch.tensor(own, device=communicator.device)).tolist()
     plan.bytes_per_hop, plan.bytes_per_transpose = (count * dtype.itemsize for count in sent)
+    plan.scratch_bytes = allocate_scratch(plan.operators, communicator.device, dtype)
     return plan
+
+
+def plan_on_node_signals(
+    graph: ParameterGraph,
+    columns: Mapping[str, int],
+    layout: ShardLayout,
+    communicator: Communicator,
+    everyone: Communicator,
+    *,
+    bucket_elements: int,
+    kernel: KernelName = "torch_csr",
+    dtype: torch.dtype = torch.float32,
+) -> OperatorPlan:
+    """Plan operators for signals of some columns a node, such as sketches (collective).
+
+    Rows stay with the rank that answers for them and exchange their boundary.
+
+    Args:
+        columns, layout: see `ParameterGraph.of_node_signals`.
+        others: see `plan_operators`.
+    """
+    return plan_operators(
+        graph.of_node_signals(columns, layout),
+        layout,
+        communicator,
+        everyone,
+        work=Work(hops=1, transposes=2),
+        exchange="boundary",
+        kernel=kernel,
+        bucket_elements=bucket_elements,
+        dtype=dtype,
+    )
 
 
 def _exchanges(

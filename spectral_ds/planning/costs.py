@@ -35,7 +35,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step; (world size,) each.
+    """What a part of a step takes of each rank; (world size,) each.
 
     Attributes:
         flow: elements that travel, in float32.
@@ -51,7 +51,7 @@ class Cost:
 
     @classmethod
     def of_elements(cls, elements: Floats, bytes_each: float, cluster: Cluster) -> "Cost":
-        """Of a pass over elements that sends nothing, an operation each."""
+        """The cost of a pass over elements that sends nothing, an operation each."""
         return cls(Flow.none(cluster), elements, bytes_each * elements, 0)
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -73,7 +73,7 @@ class Cost:
 
 
 def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
-    """Of one function of L that takes so much work."""
+    """The cost of one function of L that takes so much work."""
     zeros = np.zeros(cluster.world_size)
     total = Cost(Flow.none(cluster), zeros, zeros, 0)
     for pack in packs:

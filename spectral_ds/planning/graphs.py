@@ -58,12 +58,12 @@ class PlannedGraph:
 
     @property
     def bytes_per_hop(self) -> int:
-        """That all ranks send for a product with L."""
+        """Bytes that all ranks send for a product with L."""
         return FLOAT * sum(pack.hop.total for pack in self.packs)
 
     @property
     def bytes_per_transpose(self) -> int:
-        """That all ranks send to transpose what is transposed, or to return it."""
+        """Bytes that all ranks send to transpose what is transposed, or to return it."""
         return FLOAT * sum(pack.transpose.total for pack in self.packs)
 
     @property
@@ -72,7 +72,7 @@ class PlannedGraph:
 
     @property
     def edges(self) -> tuple[float, float, float]:
-        """Undirected: expected, and the least and the most possible."""
+        """Undirected edges: expected, and the least and the most possible."""
         expected, least, most = np.sum([group.edges for group in self.groups], axis=0).tolist()
         return expected, least, most
 
@@ -90,7 +90,7 @@ def plan_graph(
     bucket_elements: int,
     is_first: bool = True,
 ) -> PlannedGraph:
-    """Plan one graph.
+    """What one graph takes of each rank.
 
     Args:
         choice: what it is made of.
@@ -196,14 +196,14 @@ def _statistics(
         held, needed_there = signals.get(key, (zeros, zeros))
         signals[key] = held + columns * nodes, needed_there + boundary
         links = links + nodes * (group.all_links / group.parts.all_nodes + 1)
-    workspace = zeros
+    scratch = zeros
     for own_elements, boundary in signals.values():
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
-        workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
+        scratch = np.maximum(scratch, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
     sizes = [(w, sketch_size(w, *each)) for w in wide for each in kept]
     projections = sum(columns * w for w, columns in sizes if columns < w)
-    return FLOAT * (partial + workspace + projections) + 8 * links
+    return FLOAT * (partial + scratch + projections) + 8 * links
 
 
 def _boundary_nodes(

@@ -1,6 +1,6 @@
 """Packs: groups that the filter works on together, and what that takes of each rank.
 
-The rules are those of `laplacian.packing`, `laplacian.plan`, `laplacian.workspace` and
+The rules are those of `laplacian.packing`, `laplacian.plan`, `laplacian.scratch` and
 `laplacian.kernels`, worked out for all ranks at once.
 """
 
@@ -80,7 +80,7 @@ class Pack:
 
     @property
     def kernel_bytes(self) -> Floats:
-        """Of torch's CSR block (32-bit indices, float32), or of a dense one and its eigenbasis."""
+        """Bytes of torch's CSR block (32-bit indices, float32), or of a dense one and its basis."""
         if self.is_dense:
             # Block and function in float32, eigenvectors in float64.
             return self.rows * self.rows * (4 + 4 + 8) * (self.columns > 0)
@@ -137,7 +137,7 @@ def _transposed(
     cluster: Cluster,
     bucket_elements: int,
 ) -> Pack:
-    """Every slice of columns is divided among the ranks by what they own of it."""
+    """A pack whose slices of columns are divided among the ranks by what they own of them."""
     at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
     transpose, scratch = Flow.none(cluster), ScratchElements.none(cluster)
     columns = np.zeros(cluster.world_size)

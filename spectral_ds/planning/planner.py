@@ -46,7 +46,7 @@ class Plan:
     Attributes:
         model, config, engine, cluster, machine, bucket_elements: what it was made for.
         graphs: the graphs that filter one after another.
-        elements: filtered, by rank.
+        elements: how many are filtered, by rank.
         device_memory, host_memory: bytes by what for; by rank.
         cost: of one step in which the filter acts.
     """
@@ -65,18 +65,18 @@ class Plan:
 
     @property
     def bytes_sent(self) -> int:
-        """That all ranks send in a step."""
+        """Bytes that all ranks send in a step."""
         return FLOAT * self.cost.flow.total
 
     @cached_property
     def seconds(self) -> Floats:
-        """Of a step, what the filter and the regularizer add; by rank."""
+        """What the filter and the regularizer add to a step; by rank."""
         return self.cost.computing(self.machine) + self.cost.communicating(self.machine)
 
     def instead(
         self, engine: EngineName | None = None, config: SpectralConfig | None = None
     ) -> "Plan":
-        """The same under another engine or configuration, parameters in one group."""
+        """The plan under another engine or configuration, parameters in one group."""
         return plan_configuration(
             self.model,
             config or self.config,
@@ -96,7 +96,7 @@ def plan_configuration(
     bucket_elements: int,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Plan:
-    """Plan a configuration.
+    """What a configuration takes of each rank.
 
     Args:
         bucket_elements: see `spectral_ds.geometry.buckets.bucket_elements`.
@@ -138,7 +138,7 @@ def plan_configuration(
 def _memory(
     graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """On the device, and on its host."""
+    """Bytes by what for, by rank: on the device, and on its host."""
     shard, none = FLOAT * elements, np.zeros_like(elements)
     regularizer = config.regularizer
     has_reference = regularizer.strength > 0 and regularizer.reference == "pretrained"
@@ -160,7 +160,7 @@ def _memory(
 def _cost(
     graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats, cluster: Cluster
 ) -> Cost:
-    """Of one step. Passes over all elements are counted by what they read and write."""
+    """What one step costs. Passes over all elements are counted by what they read and write."""
     cost = Cost(Flow.none(cluster), np.zeros_like(elements), np.zeros_like(elements), 0)
 
     def passes(numbers_each: int) -> Cost:

@@ -45,7 +45,7 @@ class Transfers(NamedTuple):
 
 
 class Works(NamedTuple):
-    """What each of them takes at a step where it acts."""
+    """What each transfer function takes at a step where it acts."""
 
     filter: Work
     penalty: Work

@@ -22,7 +22,7 @@ from spectral_ds.laplacian import (
     ParameterGraph,
     WeightFeatures,
     Work,
-    Workspace,
+    plan_on_node_signals,
     plan_operators,
 )
 from spectral_ds.sharding import ShardLayout
@@ -64,7 +64,6 @@ class StackedGraph:
 
     graph: ParameterGraph
     plan: OperatorPlan
-    workspace: Workspace
     spectrometer: Spectrometer
     filter: GraphFilter
     penalty: GraphPenalty | None = None
@@ -254,15 +253,12 @@ class StackedGraph:
         )
         used = [way for way, count in self.plan.exchanges.items() if count]
         check_exchanges(self._works, used, self._whole)
-        self.workspace = Workspace(self.plan.operators, device)
         if self._sketches is None:
-            self.spectrometer = Spectrometer(
-                None, self.plan.operators, self.workspace, communicator
-            )
-        self.filter = GraphFilter(self.plan.operators, self.workspace, transfers.filter, is_ready)
+            self.spectrometer = Spectrometer(None, self.plan, communicator)
+        self.filter = GraphFilter(self.plan.operators, transfers.filter, is_ready)
         if transfers.penalty is not None:
             function = GraphFunction(self.plan.operators, transfers.penalty)
-            self.penalty = GraphPenalty(function, self.workspace, self._ridge)
+            self.penalty = GraphPenalty(function, self._ridge)
 
     def _gradient_features(self) -> FeatureSource:
         running = self.features
@@ -281,19 +277,16 @@ class StackedGraph:
         communicator, groups = self._engine.communicator, self.graph.groups
         measured = [group for group in groups if group.parameters[0].name in sketches.columns]
         part = self.graph.of_groups(measured)
-        signals = part.of_node_signals(sketches.columns, sketches.layout)
-        plan = plan_operators(
-            signals,
+        plan = plan_on_node_signals(
+            part,
+            sketches.columns,
             sketches.layout,
             communicator,
             self._engine.everyone,
-            work=Work(hops=1, transposes=2),
-            exchange="boundary",
             kernel=self._whole.operator.kernel,
             bucket_elements=bucket_elements(communicator.device),
         )
-        workspace = Workspace(plan.operators, communicator.device)
-        self.spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
+        self.spectrometer = Spectrometer(sketches, plan, communicator)
         if self.statistics is not None:
             self.statistics.use_graph(self.spectrometer, is_new)
             return
@@ -350,7 +343,7 @@ class StackedGraph:
         return (
             f"{self.graph.describe()}; {self.plan.describe()}; filter "
             f"{self._whole.filter.response} {self.filter.transfer.describe()}; scratch "
-            f"{self.workspace.bytes / 2**20:.1f} MiB on this rank"
+            f"{self.plan.scratch_bytes / 2**20:.1f} MiB on this rank"
         )
 
     def eigenpairs(self, k: int) -> list[Eigenpairs]:

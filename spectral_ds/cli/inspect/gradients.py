@@ -8,7 +8,7 @@ from spectral_ds.cli.inspect.batches import Batch
 from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.laplacian import ParameterGraph, Work, Workspace, plan_operators
+from spectral_ds.laplacian import ParameterGraph, plan_on_node_signals
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 
@@ -72,16 +72,13 @@ def statistics_on(
     part, communicator = graph.of_groups(joined), model.communicator
     seed = (model.seed + 1) % 2**63
     sketches = Sketches(part.parameters, model.layout, JUDGING_SKETCH_WIDTH, seed, communicator)
-    plan = plan_operators(
-        part.of_node_signals(sketches.columns, sketches.layout),
+    plan = plan_on_node_signals(
+        part,
+        sketches.columns,
         sketches.layout,
         communicator,
         communicator,
-        work=Work(hops=1, transposes=2),
-        exchange="boundary",
-        kernel="torch_csr",
         bucket_elements=bucket_elements(communicator.device),
     )
-    workspace = Workspace(plan.operators, communicator.device)
-    spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
+    spectrometer = Spectrometer(sketches, plan, communicator)
     return GradientStatistics(sketches, spectrometer, bands=bands, decay=NO_DECAY)
