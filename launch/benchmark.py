@@ -29,7 +29,7 @@ from spectral_ds.laplacian import (
     WeightFeatures,
     Work,
     Workspace,
-    make_plan,
+    plan_operators,
 )
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 
@@ -78,13 +78,13 @@ def make_filter(
         normalized=True,
         progress=lambda done: None,
     )
-    transfer = FixedTransfer(response, graph, order, 1e-3, device)
-    plan = make_plan(
+    transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, order, 1e-3, device)
+    plan = plan_operators(
         graph,
         layout,
         communicator,
         communicator,
-        work=Work(transfer.hops, moves=2),
+        work=Work(transfer.hops, transposes=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=bucket_elements(device),

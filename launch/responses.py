@@ -146,7 +146,9 @@ def make_transfer(
         transfer = BandTransfer(steps[0], lambda: fixed, lambda: 0, steps[2], DEVICE)
         return transfer, np.array(steps[0]), fixed.numpy()
     response = smooth_response(settings)
-    exact = FixedTransfer(response, graph, settings.order, settings.tolerance, DEVICE)
+    exact = FixedTransfer(
+        response, graph.lambda_max, graph.only_paths, settings.order, settings.tolerance, DEVICE
+    )
     return exact, np.zeros(0), None
 
 

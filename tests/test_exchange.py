@@ -11,11 +11,11 @@ import oracle
 import pytest
 import tiny
 import torch
+from spectral_ds.laplacian.exchange import BoundaryExchange
 from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Work, Workspace, make_plan
-from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian import Work, Workspace, plan_operators
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -80,7 +80,7 @@ def sent_in_a_step(engine, graph, section):
     plugin = spectral_ds.attach(
         engine, config={**section, "graph": graph, "monitor": {"enabled": False}}
     )
-    [stage] = plugin.stages
+    [stage] = plugin.stack.graphs
     with counting_bytes() as sent:
         tiny.train(engine, 1)
     by_way = [
@@ -91,8 +91,8 @@ def sent_in_a_step(engine, graph, section):
 
 
 def plan_of(plugin, way, work, bucket_elements):
-    [stage], engine = plugin.stages, plugin.engine
-    return make_plan(
+    [stage], engine = plugin.stack.graphs, plugin.engine
+    return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
         engine.communicator,
@@ -105,7 +105,7 @@ def plan_of(plugin, way, work, bucket_elements):
 
 
 def facts_of(plugin):
-    [stage], engine = plugin.stages, plugin.engine
+    [stage], engine = plugin.stack.graphs, plugin.engine
     graph, hops = stage.graph, stage.filter.transfer.hops
     found = {
         "parameters": graph.parameters,

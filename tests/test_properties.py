@@ -14,7 +14,7 @@ from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Ti
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, intervals
 
@@ -71,12 +71,12 @@ class Model(NamedTuple):
         )
 
     def plan(self, graph, bucket_elements=10**6, dtype=torch.float64):
-        return make_plan(
+        return plan_operators(
             graph,
             self.layout,
             ALONE,
             ALONE,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="auto",
             kernel="torch_csr",
             bucket_elements=bucket_elements,
@@ -101,7 +101,7 @@ class Model(NamedTuple):
         """(1 − s) x + s h(L) x by the package, in float32."""
         graph = self.graph()
         operators = self.plan(graph, dtype=torch.float32).operators
-        transfer = FixedTransfer(response, graph, "auto", 1e-6, CPU)
+        transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, "auto", 1e-6, CPU)
         x = [each.float() for each in flattened(signal)]
         GraphFilter(operators, Workspace(operators, CPU), transfer).apply(x, strength)
         return shaped(x, signal)

@@ -8,25 +8,35 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
 from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.laplacian import LaplacianOperator, Workspace
-from spectral_ds.sharding import Communicator, squared_norm_of
+from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
 
 Signal = Sequence[torch.Tensor | None]
+
+STATE = "reference"
 
 
 class Reference:
     """θ_ref: one shard in float32, or nothing.
 
     Args:
-        weights: this rank's fragments, flat, None where a parameter is not in the graph; or None
-            for θ_ref = 0.
+        fragments: this rank's, None where a parameter is not in the graph.
+        weights: their values, flat, None likewise; or None for θ_ref = 0.
         device: where to keep it; None: where the weights are.
+
+    Attributes:
+        fragments: the values of θ_ref; None for zero.
     """
 
     def __init__(
-        self, weights: Sequence[torch.Tensor | None] | None, device: torch.device | None = None
+        self,
+        fragments: Sequence[Fragment | None],
+        weights: Sequence[torch.Tensor | None] | None,
+        device: torch.device | None = None,
     ) -> None:
+        self._fragments = fragments
         self.fragments: list[torch.Tensor | None] | None = None
         if weights is not None:
             self.fragments = [
@@ -35,6 +45,27 @@ class Reference:
                 else weight.detach().to(device or weight.device, torch.float32, copy=True)
                 for weight in weights
             ]
+
+    def move_to(self, weights: Sequence[torch.Tensor | None]) -> None:
+        """Take other weights for θ_ref, unless it is zero."""
+        if self.fragments is not None:
+            for mine, weight in zip(self.fragments, weights, strict=True):
+                if mine is not None and weight is not None:
+                    mine.copy_(weight)
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        if self.fragments is None:
+            return PartState()
+        return PartState({}, {STATE: Pieces.of(self._fragments, self.fragments)})
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`."""
+        if self.fragments is None:
+            return lambda: None
+        pieces = Pieces.of(self._fragments, self.fragments)
+        values = saved.pieces(STATE, pieces.fragments)
+        return lambda: pieces.fill(values)
 
     def load_difference(
         self, operator: LaplacianOperator, workspace: Workspace, weights: Signal

@@ -12,8 +12,8 @@ from scipy.sparse import coo_array, csr_array
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.graph import Edges
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
-from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import Kernel
 from spectral_ds.laplacian.transpose import Transposition
 

@@ -104,7 +104,7 @@ class Parts:
         spans = merged[:, 1] - merged[:, 0]
         return cluster.by_rank(merged[:, 0] // room, spans).astype(np.int64)
 
-    def moved(self, slices: Ints, cluster: Cluster) -> Flow:
+    def transposed(self, slices: Ints, cluster: Cluster) -> Flow:
         """What goes where when each rank gets a slice of columns with every node.
 
         Args:

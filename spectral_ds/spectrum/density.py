@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, plan_operators
 from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.eigenpairs import DENSE_NODES, dense_laplacian
@@ -74,12 +74,12 @@ def _estimated(
     """Number of eigenvalues in each bin."""
     part = graph.of_groups(groups)
     layout = part.primary_layout(probes, communicator.world_size)
-    plan = make_plan(
+    plan = plan_operators(
         part.of_node_signals({p.name: probes for p in part.parameters}, layout),
         layout,
         communicator,
         communicator,
-        work=Work(hops=1, moves=2),
+        work=Work(hops=1, transposes=2),
         exchange="boundary",
         kernel="torch_csr",
         bucket_elements=2**24,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, plan_operators
 from spectral_ds.laplacian.operator import laplacian_rows
 from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.rings import ring_eigenpairs, ring_weight
@@ -125,12 +125,12 @@ class _ShardedLaplacian:
     ) -> None:
         part = graph.of_groups([group])
         layout = part.primary_layout(columns, communicator.world_size)
-        plan = make_plan(
+        plan = plan_operators(
             part.of_node_signals({p.name: columns for p in group.parameters}, layout),
             layout,
             communicator,
             communicator,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="boundary",
             kernel="torch_csr",
             bucket_elements=2**62,

@@ -191,7 +191,7 @@ def alignments(found: SignalToNoise, lambda_max: float) -> dict[str, float]:
 
 
 def ranked(results: list[CandidateResult]) -> list[CandidateResult]:
-    """Sort results, best first, by signal-to-noise ratio of the lowest frequencies over the total."""
+    """Sort by signal-to-noise ratio of the lowest frequencies over the total, the best first."""
     return sorted(results, key=lambda found: -(found.kept_over_total or 0.0))
 
 

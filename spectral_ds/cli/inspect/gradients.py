@@ -8,7 +8,7 @@ from spectral_ds.cli.inspect.batches import Batch
 from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.laplacian import ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, Work, Workspace, plan_operators
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 
@@ -72,12 +72,12 @@ def statistics_on(
     part, communicator = graph.of_groups(joined), model.communicator
     seed = (model.seed + 1) % 2**63
     sketches = Sketches(part.parameters, model.layout, JUDGING_SKETCH_WIDTH, seed, communicator)
-    plan = make_plan(
+    plan = plan_operators(
         part.of_node_signals(sketches.columns, sketches.layout),
         sketches.layout,
         communicator,
         communicator,
-        work=Work(hops=1, moves=2),
+        work=Work(hops=1, transposes=2),
         exchange="boundary",
         kernel="torch_csr",
         bucket_elements=bucket_elements(communicator.device),

@@ -30,7 +30,7 @@ def _of_sending(plan: Plan, others: Mapping[EngineName, Plan]) -> str:
     if plan.bytes_sent == 0:
         if plan.cluster.world_size == 1:
             return "One rank holds all neighbours."
-        acts = any(stage.filter or stage.penalty for stage in plan.stages)
+        acts = any(graph.filter or graph.penalty for graph in plan.graphs)
         reason = "every edge joins what one rank owns" if acts else "no graph acts on a signal"
         return f"Nothing is sent under {plan.engine}: {reason}."
     if plan.bytes_sent < LITTLE * FLOAT * float(plan.elements.sum()):
@@ -60,7 +60,8 @@ def _transposes_rows(plan: Plan) -> bool:
     return (
         all(graph.node == "row" for graph in plan.config.stack)
         and all(edge.family == "similarity" and edge.scope == "parameter" for edge in edges)
-        and 2 * sum(stage.bytes_per_move for stage in plan.stages) > FLOAT * plan.elements.sum()
+        and 2 * sum(graph.bytes_per_transpose for graph in plan.graphs)
+        > FLOAT * plan.elements.sum()
     )
 
 

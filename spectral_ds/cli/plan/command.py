@@ -97,9 +97,9 @@ def _report(arguments: argparse.Namespace, config: SpectralConfig, machines: int
     from spectral_ds.cli.plan.models import model_of
     from spectral_ds.cli.plan.report import plan_report
     from spectral_ds.geometry.buckets import bucket_elements
-    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, make_plan
+    from spectral_ds.planning import Cluster, EngineName, Machine, Plan, plan_configuration
 
-    plan = make_plan(
+    plan = plan_configuration(
         model_of(arguments.model),
         config,
         arguments.engine,

@@ -19,8 +19,9 @@ def show(report: dict[str, Any]) -> None:
         is_known = edges["least"] == edges["most"]
         range_ = "" if is_known else f" (expected; {edges['least']:,} to {edges['most']:,})"
         regularizer = "" if hops["regularizer"] is None else f" and {hops['regularizer']} more"
+        products = "no" if hops["filter"] is None else hops["filter"]
         console.print(
-            f"\n{graph['nodes']:,} nodes, {edges['expected']:,} edges{range_}; {hops['filter']} "
+            f"\n{graph['nodes']:,} nodes, {edges['expected']:,} edges{range_}; {products} "
             f"products with L{regularizer} a step",
             soft_wrap=True,
         )
