@@ -83,7 +83,7 @@ class SpectralPlugin:
             if graph.is_due(step):
                 graph.build()  # a new graph, every refresh_interval
             # Signal and noise, every statistics.interval.
-            graph.observe(step, gradients, scale, is_finite)
+            graph.samples.take(step, gradients, scale, is_finite)
         if self.stack.regularizer is not None and not self._pulls:
             self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
         if self._updates is not None and not self.stack.filter.is_idle(step):
@@ -129,7 +129,7 @@ class SpectralPlugin:
         None where nobody asks: it matters to means over steps, since engines skip such a step.
         """
         means = self.stack.filter.temporal is not None and not self._filters_updates
-        if not (means or any(graph.takes_sample(step) for graph in self.stack.graphs)):
+        if not (means or any(graph.samples.is_due(step) for graph in self.stack.graphs)):
             return None
         others = self.stack.without_filtered(whole)
         return squared_norm(others, self.engine.communicator).isfinite()

@@ -52,7 +52,7 @@ def measured(engine_name):
         found[label] = facts_of(plugin.stack.graphs[0], plugin.engine)
         plugin.detach()
     plugin = spectral_ds.attach(holder, optimizer, MONITORED)
-    found["statistics"] = statistics_bytes(plugin.stack.graphs[0].statistics)
+    found["statistics"] = statistics_bytes(plugin.stack.graphs[0].samples.statistics)
     plugin.detach()
     found["fragments"] = [
         (f.parameter, f.start, f.length) for f in plugin.engine.fragments if f.length > 0

@@ -508,7 +508,7 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             if preset == "denoise":
                 gains = np.clip(estimate.signal / total, 0, 1) if total.any() else np.ones(4)
             else:
-                total = plugin.stack.graphs[0].statistics.power.numpy()
+                total = plugin.stack.graphs[0].samples.statistics.power.numpy()
                 gains = total**-0.5 * np.sqrt(total.sum() / 4)
 
             def response(values, gains=gains, graph=plugin.graph):

@@ -51,8 +51,8 @@ class GraphMeasurement:
         self._has_judged = self._is_too_noisy = False
         # Not to keep a graph alive that has been rebuilt.
         self._reading: tuple[weakref.ref[ParameterGraph], GraphReading] | None = None
-        if self._is_enabled and graph.statistics is not None:
-            graph.statistics.compare_consecutive()
+        if self._is_enabled and graph.samples.statistics is not None:
+            graph.samples.statistics.compare_consecutive()
 
     def moments(self, signal: Signal, count: int) -> torch.Tensor:
         """The first `count` Chebyshev moments of a signal (collective)."""
@@ -69,7 +69,7 @@ class GraphMeasurement:
 
     def known_signal_to_noise(self) -> SignalToNoise | None:
         """The estimate; None before the second sample (it synchronizes)."""
-        statistics = self._stacked.statistics
+        statistics = self._stacked.samples.statistics
         if statistics is None or statistics.running.samples < 2:
             return None
         return statistics.signal_to_noise()
@@ -84,7 +84,7 @@ class GraphMeasurement:
 
     def noise_scale(self) -> dict[str, float]:
         """McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise."""
-        statistics = self._stacked.statistics
+        statistics = self._stacked.samples.statistics
         if statistics is None or statistics.consecutive is None:
             return {}
         _, signal, noise = statistics.consecutive.means.tolist()
@@ -125,12 +125,12 @@ class GraphMeasurement:
 
     def _judge(self, fewest: int) -> None:
         """Say once whether the graph separates, when so many samples tell."""
-        graph = self._stacked
-        if self._has_judged or graph.statistics is None or not graph.filter.is_ready:
+        graph, statistics = self._stacked, self._stacked.samples.statistics
+        if self._has_judged or statistics is None or not graph.filter.is_ready:
             return
-        if graph.statistics.samples_on_graph < fewest or graph.graph.num_edges == 0:
+        if statistics.samples_on_graph < fewest or graph.graph.num_edges == 0:
             return
-        found = graph.statistics.signal_to_noise()
+        found = statistics.signal_to_noise()
         said = verdict(found.signal, found.noise, self._fixed_gains(found), found.error)
         self._has_judged = said != TOO_NOISY
         if self._has_judged or not self._is_too_noisy:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from numbers import Integral
 
@@ -14,32 +13,28 @@ from spectral_ds.config import SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
-from spectral_ds.geometry.buckets import below_shard, bucket_elements, parameters_with_edges
-from spectral_ds.graph import Edges, ParameterNodes
+from spectral_ds.geometry.buckets import below_shard, bucket_elements
+from spectral_ds.graph import Edges
 from spectral_ds.laplacian import (
-    FeatureSource,
     OperatorPlan,
     ParameterGraph,
     WeightFeatures,
     Work,
-    plan_on_node_signals,
     plan_operators,
 )
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.sketches.features import no_features
-from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
     Density,
     Eigenpairs,
-    GradientStatistics,
-    RunningSketch,
     SignalToNoise,
     Spectrometer,
     density_of_states,
     lowest_eigenpairs,
 )
-from spectral_ds.stack.choices import GraphChoice, feature_width, is_adaptive, sketch_shape
+from spectral_ds.stack.choices import GraphChoice
 from spectral_ds.stack.responses import check_exchanges, choose_transfers, works_of
+from spectral_ds.stack.samples import GradientSamples
 
 
 class StackedGraph:
@@ -56,8 +51,7 @@ class StackedGraph:
         graph: the graph in use.
         plan: how its neighbours are brought together.
         spectrometer: measures spectra of signals on it.
-        statistics: running means of the gradient on it; None if nobody needs them.
-        features: running mean of the gradient that similarity compares; None if none does.
+        samples: what is kept of the gradient for it.
         filter: (1 − s) + s · h(L).
         penalty: r(L) + ρI of the regularizer; None without one.
     """
@@ -78,37 +72,15 @@ class StackedGraph:
     ) -> None:
         self._index = index
         self.parameters = choice.parameters
-        self.statistics: GradientStatistics | None = None
         self._config, self._whole = choice.settings, whole
         self._engine, self._layout = engine, layout
         # Of several graphs, the first has the ridge.
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._families = choice.families
-        width, shape = feature_width(self._config), sketch_shape(self._config, whole)
-        self.features: RunningSketch | None = None
-        seed = whole.seed
-        if width is not None:
-            self.features = RunningSketch(self._make_sketches(width, 0, seed), self._decay)
-            # In the projection that has chosen them, neighbours look more alike than they are.
-            seed = (seed + 1) % 2**63
-        self._sketches = None if shape is None else self._make_sketches(shape[0], shape[1], seed)
+        self.samples = GradientSamples(index, choice, whole, engine, layout)
         self._is_in_use = False
         self.build()
         self._is_in_use = True
-
-    @property
-    def _decay(self) -> float:
-        return self._whole.statistics.decay
-
-    def _make_sketches(self, width: int, longest_whole: int, seed: int) -> Sketches:
-        return Sketches(
-            parameters_with_edges(self.parameters, self._families) or self.parameters,
-            self._layout,
-            width,
-            seed,
-            self._engine.communicator,
-            longest_whole=longest_whole,
-        )
 
     def is_due(self, step: int) -> bool:
         """Whether the graph is to be rebuilt at this step."""
@@ -122,7 +94,7 @@ class StackedGraph:
             SpectralConfigError: the response cannot be evaluated on it.
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
-        gradient = self._gradient_features()
+        gradient = self.samples.feature_source()
         with progress(
             "building the parameter graph", len(self.parameters), "parameter", everyone.rank == 0
         ) as update:
@@ -140,7 +112,7 @@ class StackedGraph:
                 normalized=self._config.laplacian == "normalized",
                 progress=update,
             )
-        self._use_graph(self.features is None or gradient is not no_features)
+        self._use_graph(self.samples.features is None or gradient is not no_features)
 
     @property
     def digest(self) -> str:
@@ -148,57 +120,28 @@ class StackedGraph:
         settings = {**asdict(self._config), "seed": self._whole.seed}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    @property
-    def _running(self) -> dict[str, RunningSketch]:
-        """The running means of sketches, by the names of their states."""
-        found = {}
-        if self.statistics is not None:
-            found[f"sketch.{self._index}"] = self.statistics.running
-        if self.features is not None:
-            found[f"features.{self._index}"] = self.features
-        return found
-
     def state(self) -> PartState:
         """See `Part.state`."""
         is_ready = torch.tensor([float(self.filter.is_ready)], dtype=torch.float64)
-        state = PartState(
+        own = PartState(
             {f"graph.{self._index}.is_ready": is_ready}, edges=self.graph.primary_edges()
         )
-        if self.statistics is not None:
-            state |= self.statistics.state(f"statistics.{self._index}")
-        for name, running in self._running.items():
-            state |= running.state(name)
-        return state
+        return own | self.samples.state()
 
     def restore(self, saved: SavedState) -> Restoration:
-        """See `Part.restore`; running means of other sketches are left out."""
+        """See `Part.restore`."""
         is_ready = saved.number(f"graph.{self._index}.is_ready") > 0
-        restorations = []
-        for name, running in self._running.items():
-            found = running.restore(name, saved)
-            if found is not None:
-                restorations.append(found)
-                if self.statistics is not None and running is self.statistics.running:
-                    state = f"statistics.{self._index}"
-                    restorations.append(self.statistics.restore(state, saved))
+        restore_samples = self.samples.restore(saved)
 
         def put_in_place() -> None:
-            for restoration in restorations:
-                restoration()
+            restore_samples()
             self._go_on_with(saved.edges[self._index], is_ready)
 
         return put_in_place
 
     def whole_pieces(self) -> dict[str, dict[str, int]]:
-        """See `GraphPart.whole_pieces`: complete sketches."""
-        return {
-            name: {
-                parameter.name: parameter.nodes * running.sketches.columns[parameter.name]
-                for parameter in self.parameters
-                if parameter.name in running.sketches.columns
-            }
-            for name, running in self._running.items()
-        }
+        """See `GraphPart.whole_pieces`."""
+        return self.samples.whole_pieces()
 
     def _go_on_with(self, edges: Edges, is_ready: bool) -> None:
         """Go on with the graph of a saved state, the statistics being restored (collective).
@@ -226,13 +169,13 @@ class StackedGraph:
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
         device = communicator.device
-        self._build_statistics(is_new)
+        spectrometer = self.samples.use_graph(self.graph, is_new)
         transfers = choose_transfers(
             self._whole,
             self.graph.lambda_max,
             self.graph.only_paths,
             device,
-            self.statistics,
+            self.samples.statistics,
             # A new graph has another spectrum: training must not end of it.
             self._warn if self._is_in_use else None,
         )
@@ -253,51 +196,11 @@ class StackedGraph:
         )
         used = [way for way, count in self.plan.exchanges.items() if count]
         check_exchanges(self._works, used, self._whole)
-        if self._sketches is None:
-            self.spectrometer = Spectrometer(None, self.plan, communicator)
+        self.spectrometer = spectrometer or Spectrometer(None, self.plan, communicator)
         self.filter = GraphFilter(self.plan.operators, transfers.filter, is_ready)
         if transfers.penalty is not None:
             function = GraphFunction(self.plan.operators, transfers.penalty)
             self.penalty = GraphPenalty(function, self._ridge)
-
-    def _gradient_features(self) -> FeatureSource:
-        running = self.features
-        if running is None or not running.kept:  # samples that are not finite tell nothing
-            return no_features
-
-        def features(parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
-            return running.sketches.features(running.mean, parameters)
-
-        return features
-
-    def _build_statistics(self, is_new: bool) -> None:
-        sketches = self._sketches
-        if sketches is None:
-            return
-        communicator, groups = self._engine.communicator, self.graph.groups
-        measured = [group for group in groups if group.parameters[0].name in sketches.columns]
-        part = self.graph.of_groups(measured)
-        plan = plan_on_node_signals(
-            part,
-            sketches.columns,
-            sketches.layout,
-            communicator,
-            self._engine.everyone,
-            kernel=self._whole.operator.kernel,
-            bucket_elements=bucket_elements(communicator.device),
-        )
-        self.spectrometer = Spectrometer(sketches, plan, communicator)
-        if self.statistics is not None:
-            self.statistics.use_graph(self.spectrometer, is_new)
-            return
-        is_followed = is_adaptive(self._whole)
-        self.statistics = GradientStatistics(
-            sketches,
-            self.spectrometer,
-            bands=(self._whole.filter if is_followed else self._whole.monitor).bands,
-            decay=self._decay,
-            keeps_mean=self.features is None,
-        )
 
     def _warn(self, message: str) -> None:
         self._engine.log(message, logging.WARNING)
@@ -316,27 +219,6 @@ class StackedGraph:
         """
         acts = not self.filter.is_identity(strength)
         return self.plan.bytes_of(self._works.penalty + (self._works.filter if acts else Work()))
-
-    def takes_sample(self, step: int) -> bool:
-        """Whether a sample of the gradient is due."""
-        return self.statistics is not None and step % self._whole.statistics.interval == 0
-
-    def observe(
-        self,
-        step: int,
-        gradients: Sequence[torch.Tensor | None],
-        scale: float,
-        is_finite: torch.Tensor | None = None,
-    ) -> None:
-        """Take a sample of the gradient on steps where it is due (collective).
-
-        Args:
-            is_finite: (), bool: whether all other gradients are, on all ranks; None: yes.
-        """
-        if self.statistics is not None and self.takes_sample(step):
-            is_finite = self.statistics.observe(gradients, scale, is_finite)
-            if self.features is not None:
-                self.features.add(self.features.take(gradients, scale), is_finite)
 
     def describe(self) -> str:
         """What it is and how it filters, for people."""
@@ -375,12 +257,12 @@ class StackedGraph:
         Raises:
             RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
         """
-        if self.statistics is None:
+        if self.samples.statistics is None:
             raise RuntimeError(
                 "signal and noise are not measured: set spectral_ds.monitor.enabled to true, and "
                 "graph.node to row or column"
             )
-        return self.statistics.signal_to_noise()
+        return self.samples.statistics.signal_to_noise()
 
 
 def _require_count(name: str, value: object) -> None:
