@@ -270,7 +270,7 @@ def example_graphs() -> list[tuple[str, ParameterGraph, Values | None]]:
 def draw_eigenvector(
     axes: Axes, graph: ParameterGraph, places: Values | None, signal: Values
 ) -> PathCollection:
-    """On a path as a curve over blocks, else at the nodes' places."""
+    """Nodes coloured by an eigenvector: a curve over blocks on a path, else at their places."""
     if places is None:
         blocks = np.arange(len(signal))
         nodes = draw_signal(axes, graph, np.stack([blocks, signal], axis=1), signal)

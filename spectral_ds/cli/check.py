@@ -287,7 +287,7 @@ class _Rendezvous:
             time.sleep(POLL_SECONDS)
 
     def _compared(self, store: Any) -> CheckResult:
-        """On node 0: wait for the others, compare, tell them."""
+        """Wait for the others, compare, and tell them; for node 0."""
         keys = [f"node {rank}" for rank in range(self.nodes)]
         while not store.check(keys) and time.monotonic() < self.deadline:
             time.sleep(POLL_SECONDS)
@@ -304,7 +304,7 @@ class _Rendezvous:
         return result
 
     def _told(self, store: Any) -> CheckResult:
-        """On the others: wait for node 0's result, which gives up by itself."""
+        """Wait for the result of node 0, which gives up by itself; for the others."""
         until = time.monotonic() + self.timeout + GRACE_SECONDS
         while not store.check(["result"]):
             if time.monotonic() > until:

@@ -184,7 +184,7 @@ def _missing(versions: dict[str, Any], kernels: dict[str, Any]) -> Iterator[dict
 
 
 def _numbers(version: str) -> list[int]:
-    """Of a release: 2.13.0+cpu is [2, 13, 0]."""
+    """Numbers of a release: [2, 13, 0] of 2.13.0+cpu."""
     found = re.match(r"\d+(\.\d+)*", version)
     return [int(part) for part in found.group().split(".")] if found else []
 

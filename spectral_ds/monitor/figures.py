@@ -343,7 +343,7 @@ def _positive(values: Values) -> Values:
 
 
 def _limits(*values: Values) -> tuple[float, float]:
-    """Of an axis that shows 0 and all values."""
+    """Limits of an axis that shows 0 and all values."""
     found = np.concatenate(values)
     found = found[np.isfinite(found)]
     low, high = min([0.0, *found]), max([0.0, *found])

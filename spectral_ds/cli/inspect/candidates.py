@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """What was measured of a candidate.
+    """What was measured of a candidate: signal and noise of the gradient on its graph.
 
     Attributes:
         edges: of its graph.
@@ -65,7 +65,7 @@ class CandidateResult:
 
     @property
     def judgement(self) -> str:
-        """In a few words."""
+        """Whether the graph separates signal from noise, in a few words."""
         if self.kept_over_total is None:
             return self.words if self.samples == 0 else "too noisy to tell"
         if self.kept_over_total < BARELY:
@@ -191,7 +191,7 @@ def alignments(found: SignalToNoise, lambda_max: float) -> dict[str, float]:
 
 
 def ranked(results: list[CandidateResult]) -> list[CandidateResult]:
-    """The best first: by signal-to-noise ratio of the lowest frequencies over that of all."""
+    """Sort by signal-to-noise ratio of the lowest frequencies over the total, the best first."""
     return sorted(results, key=lambda found: -(found.kept_over_total or 0.0))
 
 

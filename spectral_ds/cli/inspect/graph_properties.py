@@ -31,7 +31,7 @@ DEGREE_BINS = 32
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of one number a node."""
+    """Least, middle, mean and most of one number a node."""
 
     min: float
     median: float
@@ -51,7 +51,7 @@ class Roughness:
 
     Attributes:
         weights: tr(Xᵀ L X)/tr(Xᵀ X); None where all weights are 0.
-        random: the same, to expect if nodes kept their lengths and pointed anywhere:
+        random: what to expect if nodes kept their lengths and pointed anywhere:
             Σ L_ii ‖x_i‖²/Σ ‖x_i‖², which is 1 for the normalized Laplacian where all have edges.
         ratio: of both; 1 in a random basis, lower is smoother; None where there is no edge.
     """
@@ -63,7 +63,7 @@ class Roughness:
 
 @dataclass(frozen=True)
 class GraphProperties:
-    """Of a part of a graph: all nodes of some parameters.
+    """What a part of a graph is like: all nodes of some parameters.
 
     Attributes:
         nodes: in it.
@@ -121,7 +121,7 @@ class _MeasuredGroup:
 
 
 class InspectedGraph:
-    """Measures a graph once; `properties` then speaks of any part of it.
+    """Measures a graph once; `properties` then tells what any part of it is like.
 
     Args:
         graph: that this process holds whole.
@@ -158,15 +158,15 @@ class InspectedGraph:
             progress(len(group.parameters))
 
     def whole(self) -> GraphProperties:
-        """Of the whole graph."""
+        """Measure the whole graph."""
         return self.properties(name for names in self.roles.values() for name in names)
 
     def of_role(self, role: str) -> GraphProperties:
-        """Of the parameters of one role."""
+        """Measure the nodes of one role."""
         return self.properties(self.roles[role])
 
     def properties(self, names: Iterable[str]) -> GraphProperties:
-        """Of the nodes of some parameters."""
+        """Measure the nodes of some parameters, by their names."""
         chosen = set(names)
         parts = [
             (group, np.array([name in chosen for name in group.names]))

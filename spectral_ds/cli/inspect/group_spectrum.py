@@ -29,7 +29,7 @@ SAME = 1e-7
 
 @dataclass(frozen=True)
 class GroupSpectrum:
-    """Of one group: of its copies, if it has some.
+    """Eigenvalues of one group of joined parameters, with all its copies.
 
     Attributes:
         lowest: the lowest above 0, equal ones once; None if the solver has not converged.

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.inspect.batches import Batch
 from spectral_ds.cli.inspect.candidates import (
     Candidate,
@@ -28,6 +27,7 @@ from spectral_ds.console.progress import progress
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sketches.features import no_features
+from spectral_ds.stack.choices import feature_width
 
 BANDS = 8
 BINS = 32
@@ -42,16 +42,13 @@ class Inspection:
         eigenvalues: how many of the lowest are wanted.
 
     Raises:
-        SpectralConfigError: the patterns of a graph choose no parameter, or match none.
+        SpectralConfigError: a graph cannot be built; see `choose_graphs`.
         UserError: a graph has too many nodes.
     """
 
     def __init__(self, model: ModelUnderTest, config: SpectralConfig, eigenvalues: int) -> None:
         self._model, self._config, self._eigenvalues = model, config, eigenvalues
-        keys = [f"graphs[{index}]" for index in range(len(config.graphs))] or ["graph"]
-        self._graphs = dict(zip(keys, config.stack, strict=True))
-        for key, graph in self._graphs.items():  # before anything that takes time
-            model.nodes(graph, key)
+        self._graphs = model.graphs(config)
         self.candidates: list[Candidate] = candidates(config.stack)
         self._means: dict[GraphConfig, MeanGradient] = {}
         self._made: dict[tuple[GraphConfig, GraphConfig], ParameterGraph] = {}
@@ -63,11 +60,11 @@ class Inspection:
         self._judging = batches[half:]
         by_key: dict[object, MeanGradient] = {}
         for graph in (*self._graphs.values(), *(each.graph for each in self.candidates)):
-            widths = [edge.sketch_width for edge in graph.edges if edge.features == "gradient"]
-            if widths:
-                key = graph.node, graph.include, graph.exclude, widths[0]
+            width = feature_width(graph)
+            if width is not None:
+                key = graph.node, graph.include, graph.exclude, width
                 if key not in by_key:
-                    by_key[key] = MeanGradient(self._model, self._model.nodes(graph), widths[0])
+                    by_key[key] = MeanGradient(self._model, self._model.nodes(graph), width)
                 self._means[graph] = by_key[key]
         torch.manual_seed(self._config.seed)  # of dropout
         for gradients in self._gradients(batches[:half], "gradients that make graphs"):
@@ -75,26 +72,19 @@ class Inspection:
                 mean.observe(gradients)
 
     def graphs(self) -> list[GraphReport]:
-        """What the configured graphs are like.
-
-        Raises:
-            UserError: family pair needs the width of a head and does not find it.
-        """
+        """What the configured graphs are like."""
         reports = []
         for key, graph in self._graphs.items():
-            try:
-                inspected = self._inspected(graph, graph)
-                whole = inspected.whole()
-                families = {"edges[0]: " + _words(graph.edges[0]): whole}
-                if len(graph.edges) > 1:
-                    families = {
-                        f"edges[{index}]: {_words(edge)}": self._inspected(
-                            replace(graph, edges=(edge,)), graph
-                        ).whole()
-                        for index, edge in enumerate(graph.edges)
-                    }
-            except UnknownHeadWidthError as error:
-                raise UserError(f"spectral_ds.{key}.edges: {error}") from error
+            inspected = self._inspected(graph, graph)
+            whole = inspected.whole()
+            families = {"edges[0]: " + _words(graph.edges[0]): whole}
+            if len(graph.edges) > 1:
+                families = {
+                    f"edges[{index}]: {_words(edge)}": self._inspected(
+                        replace(graph, edges=(edge,)), graph
+                    ).whole()
+                    for index, edge in enumerate(graph.edges)
+                }
             roles: dict[str, GraphProperties] = {
                 role: inspected.of_role(role) for role in sorted(inspected.roles)
             }

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE_LENGTH = 56  # characters of a panel's title, right of the roles
-# Inches of a panel: without its roles, and of each role.
-PANEL_HEIGHT, ROLE_HEIGHT = 1.6, 0.3
+# Inches of a panel: without its lines, and of each line.
+PANEL_HEIGHT, LINE_HEIGHT = 1.3, 0.3
 
 
 def draw(report: InspectReport, folder: Path) -> list[Path]:
@@ -51,14 +51,15 @@ def draw(report: InspectReport, folder: Path) -> list[Path]:
     return paths
 
 
-def _joined(graph: GraphReport) -> dict[str, GraphProperties]:
-    """The roles that have edges."""
-    return {role: part for role, part in graph.roles.items() if part.edges > 0}
+def _parts(graph: GraphReport) -> dict[str, GraphProperties]:
+    """All of a graph, and those of its roles that have edges."""
+    joined = {role: part for role, part in graph.roles.items() if part.edges > 0}
+    return {"all": graph.whole, **joined}
 
 
 def _panels(graphs: Sequence[GraphReport], title: str) -> "tuple[Figure, list[Axes]]":
     """One panel a graph, as high as its roles need."""
-    heights = [PANEL_HEIGHT + ROLE_HEIGHT * len(_joined(graph)) for graph in graphs]
+    heights = [PANEL_HEIGHT + LINE_HEIGHT * len(_parts(graph)) for graph in graphs]
     figure = new_figure(0.8 + sum(heights), WIDE)
     grid = figure.subplots(len(graphs), squeeze=False, height_ratios=heights)
     figure.suptitle(title, x=0.01, ha="left")
@@ -80,7 +81,7 @@ def role_densities(graphs: Sequence[GraphReport]) -> "Figure":
     """Where the eigenvalues are: one line of the picture a role, the whole graph on top."""
     figure, panels = _panels(graphs, "Density of states: share of the eigenvalues")
     for axes, graph in zip(panels, graphs, strict=True):
-        lines = {"all": graph.whole, **_joined(graph)}
+        lines = _parts(graph)
         bound = graph.whole.lambda_max_bound
         picture = axes.imshow(
             np.array([part.density for part in lines.values()]), aspect="auto", cmap=HEAT_MAP,
@@ -97,7 +98,7 @@ def role_eigenvalues(graphs: Sequence[GraphReport]) -> "Figure":
     """The lowest eigenvalues above 0 and the largest, a line a role."""
     figure, panels = _panels(graphs, "Lowest eigenvalues above 0, and the largest")
     for axes, graph in zip(panels, graphs, strict=True):
-        lines = {"all": graph.whole, **_joined(graph)}
+        lines = _parts(graph)
         for line, part in enumerate(lines.values()):
             lowest = part.lowest_eigenvalues or []
             words = (None, None) if line else ("lowest above 0", "largest")
@@ -135,7 +136,7 @@ def role_roughness(graphs: Sequence[GraphReport]) -> "Figure":
     """xᵀLx/xᵀx of the weights over that of random directions, a bar a role."""
     figure, panels = _panels(graphs, "Roughness of the weights (1: random directions)")
     for axes, graph in zip(panels, graphs, strict=True):
-        lines = {"all": graph.whole, **_joined(graph)}
+        lines = _parts(graph)
         ratios = [part.roughness.ratio or 0.0 for part in lines.values()]
         axes.barh(range(len(lines)), ratios, color=BLUE, height=0.6)
         axes.axvline(1, color=RED, linewidth=1)

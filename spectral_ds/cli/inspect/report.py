@@ -15,9 +15,9 @@ class GraphReport:
     Attributes:
         name: its key in the configuration.
         node, laplacian: as configured.
-        whole: of all of it.
-        families: of the graph that each edge family makes alone.
-        roles: of the nodes of each role.
+        whole: what all of it is like.
+        families: what the graph is like that each edge family makes alone.
+        roles: what the nodes of each role are like.
     """
 
     name: str

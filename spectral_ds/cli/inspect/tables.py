@@ -101,7 +101,7 @@ def percent(share: float | None) -> str:
 
 
 def _cosines(result: CandidateResult) -> str:
-    """Without a filter and with the best response."""
+    """Cosine with the true gradient, without a filter and with the best response."""
     if result.kept_over_total is None:
         return number(None)
     return f"{result.unfiltered:.3f} → {result.filtered:.3f}"
