@@ -97,15 +97,12 @@ def choose_transfers(
             warn(f"{error}; order {MAX_ORDER} is used")
             return fixed(response, MAX_ORDER, settings.tolerance)
 
-    penalty: Transfer | None = None
-    if config.regularizer.strength > 0:
-        name = config.regularizer.response
-        # A polynomial: its series is exact whatever the tolerance.
-        if name == "laplacian":
-            penalty = fixed(LAPLACIAN, "auto", 1e-3)
-        else:
-            penalty = chosen(replace(config.filter, response=name))
-    return Transfers(chosen(config.filter), penalty)
+    of_filter, name = chosen(config.filter), config.regularizer.response
+    if config.regularizer.strength == 0:
+        return Transfers(of_filter, None)
+    if name == "laplacian":  # a polynomial: its series is exact whatever the tolerance
+        return Transfers(of_filter, fixed(LAPLACIAN, "auto", 1e-3))
+    return Transfers(of_filter, chosen(replace(config.filter, response=name)))
 
 
 def _by_bands(
@@ -118,12 +115,11 @@ def _by_bands(
 
 def works_of(transfers: Transfers, config: SpectralConfig) -> Works:
     """The work of a configuration's filter and of its regularizer on one graph."""
-    return Works(
-        filter_work(transfers.filter, acts=config.filter.strength > 0),
-        Work()
-        if transfers.penalty is None
-        else penalty_work(transfers.penalty, config.regularizer.reference == "pretrained"),
-    )
+    of_filter, of_penalty = filter_work(transfers.filter, config.filter.strength > 0), Work()
+    if transfers.penalty is not None:
+        has_reference = config.regularizer.reference == "pretrained"
+        of_penalty = penalty_work(transfers.penalty, has_reference)
+    return Works(of_filter, of_penalty)
 
 
 def check_exchanges(works: Works, exchanges: Collection[Exchange], config: SpectralConfig) -> None:
