@@ -242,7 +242,7 @@ def one_step(name: str, section: Any, accumulation: int = 1, clipping: float = 0
         ]
         facts["sizes"] = {n: int(np.prod(s)) for n, s in training.plugin.engine.shapes.items()}
         facts["shard_ranks"] = training.plugin.engine.communicator.world_size
-        facts["bytes_sent"] = sum(stage.plan.bytes_sent for stage in training.plugin.stages)
+        facts["bytes_sent"] = sum(stage.plan.bytes_sent for stage in training.plugin.stack.graphs)
     training.close()
     return facts
 

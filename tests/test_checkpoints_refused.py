@@ -128,7 +128,7 @@ def load_damaged(folder):
 def load_anyway(folder):
     """Whether there is a new graph, and what was said."""
     training = start("zero2", section={**STATEFUL, "checkpoint": {"strict": False}})
-    (stage,), said = training.plugin.stages, []
+    (stage,), said = training.plugin.stack.graphs, []
     training.engine.global_steps = SAVED_AFTER
     training.plugin.engine.log = lambda message, level=0: said.append(message)
     graph = stage.graph

@@ -14,8 +14,8 @@ import torch
 from traffic import counting_bytes
 
 import spectral_ds
-from spectral_ds.laplacian import Work, Workspace, make_plan
-from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian import Work, plan_operators
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -80,7 +80,7 @@ def sent_in_a_step(engine, graph, section):
     plugin = spectral_ds.attach(
         engine, config={**section, "graph": graph, "monitor": {"enabled": False}}
     )
-    [stage] = plugin.stages
+    [stage] = plugin.stack.graphs
     with counting_bytes() as sent:
         tiny.train(engine, 1)
     by_way = [
@@ -91,8 +91,8 @@ def sent_in_a_step(engine, graph, section):
 
 
 def plan_of(plugin, way, work, bucket_elements):
-    [stage], engine = plugin.stages, plugin.engine
-    return make_plan(
+    [stage], engine = plugin.stack.graphs, plugin.engine
+    return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
         engine.communicator,
@@ -105,7 +105,7 @@ def plan_of(plugin, way, work, bucket_elements):
 
 
 def facts_of(plugin):
-    [stage], engine = plugin.stages, plugin.engine
+    [stage], engine = plugin.stack.graphs, plugin.engine
     graph, hops = stage.graph, stage.filter.transfer.hops
     found = {
         "parameters": graph.parameters,
@@ -132,17 +132,17 @@ def facts_of(plugin):
 
 def product(operators, lambda_max, fragments):
     """L x on this rank's fragments of the graph; x is `signal_of` each parameter."""
-    workspace = Workspace(operators, torch.device("cpu"))
     x = [signal_of(f.parameter, f.start, f.length) for f in fragments]
     y = [torch.zeros_like(each) for each in x]
     for operator in operators:
-        scratch = workspace.of(operator)
+        scratch = operator.scratch
         for each in scratch:
-            each.fill_(torch.nan)
+            each.values.fill_(torch.nan)
         operator.load(x, scratch.x)
         operator.apply(scratch.x, scratch.out)
-        own = scratch.x[: operator.block.own]
-        operator.store(lambda_max / 2 * scratch.out.add_(own), y)
+        own = scratch.x.values[: operator.block.own]
+        scratch.out.values.add_(own).mul_(lambda_max / 2)
+        operator.store(scratch.out, y)
     pairs = zip(fragments, y, strict=True)
     return [each.numpy() for f, each in pairs if tiny.is_filtered(f.parameter)]
 

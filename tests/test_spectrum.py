@@ -15,10 +15,11 @@ import torch.distributed as dist
 from cells import CELLS, Training
 
 import spectral_ds
+from spectral_ds.checkpoint import SavedState
 from spectral_ds.filters import whiten_gains, wiener_gains
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
-from spectral_ds.monitor import ENOUGH_SAMPLES, verdict
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.monitor.verdict import ENOUGH_SAMPLES, verdict
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
@@ -94,14 +95,13 @@ class Sharded:
             "bucket_elements": 2**20,
         }
         communicator = self.communicator
-        return make_plan(graph, layout, communicator, communicator, **{**usual, **changes})
+        return plan_operators(graph, layout, communicator, communicator, **{**usual, **changes})
 
     def statistics(self, sketch_width=0, bands=4, decay=0.9, keeps_mean=True):
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)
         signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
-        operators = self.plan(signals, sketches.layout).operators
-        workspace = Workspace(operators, CPU)
-        spectrometer = Spectrometer(sketches, operators, workspace, self.communicator)
+        plan = self.plan(signals, sketches.layout)
+        spectrometer = Spectrometer(sketches, plan, self.communicator)
         return GradientStatistics(
             sketches, spectrometer, bands=bands, decay=decay, keeps_mean=keeps_mean
         )
@@ -632,6 +632,10 @@ def test_drift_over_the_window_is_no_noise_to_consecutive_samples():
     assert window.noise.sum() > 2.9
 
 
+def saved(part):
+    return SavedState("a state", (), part.numbers, (), lambda kind, wanted: [])
+
+
 def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
     stream = Stream(6)
     samples = [stream.sample() for _ in range(6)]
@@ -640,7 +644,7 @@ def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
         statistics.compare_consecutive()
     for sample in samples[:4]:
         before.observe(sample, 1.0)
-    after.restore(before.numbers())
+    after.restore("s", saved(before.state("s")))()
     for sample in samples[4:]:
         after.observe(sample, 1.0)
     flat = [torch.cat(sample).double().numpy() for sample in samples]
@@ -649,8 +653,9 @@ def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
     assert pairs == 4
     assert signal == pytest.approx(weights_of(4) @ common, rel=1e-5)
 
-    older = {name: number for name, number in after.numbers().items() if name != "consecutive"}
-    before.restore(older)
+    older = after.state("s")
+    del older.numbers["s.consecutive"]
+    before.restore("s", saved(older))()
     assert before.consecutive.means[0] == 3
 
 

@@ -37,7 +37,7 @@ from spectral_ds.filters import (
     TemporalFilter,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.monitor import ENOUGH_SAMPLES
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
@@ -68,28 +68,29 @@ def signal_of(name):
 
 
 def filtered_on_ranks(name):
-    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; meetings."""
+    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups."""
     sharded = sharded_of(name)
-    transfer = FixedTransfer(HEAT, sharded.graph, "auto", 1e-7, CPU)
+    transfer = FixedTransfer(
+        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "auto", 1e-7, CPU
+    )
     found = {}
     ways = {"boundary": 2**20, "transpose": 2**20, "auto": 2**20, "auto, small buckets": 50}
     for way, bucket_elements in ways.items():
         plan = sharded.plan(
             sharded.graph,
             sharded.layout,
-            work=Work(transfer.hops, moves=2),
+            work=Work(transfer.hops, transposes=2),
             exchange=way.partition(",")[0],
             bucket_elements=bucket_elements,
         )
-        workspace = Workspace(plan.operators, CPU)
         for operator in plan.operators:
-            for buffer in workspace.of(operator):
-                buffer.fill_(torch.nan)
+            for matrix in operator.scratch:
+                matrix.values.fill_(torch.nan)
         signal = sharded.local(signal_of(name))
         with counting_bytes() as sent:
-            GraphFilter(plan.operators, workspace, transfer).apply(signal, 0.9)
+            GraphFilter(plan.operators, transfer).apply(signal, 0.9)
         total = sum(sharded.communicator.gather_objects(sum(sent)))
-        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.meetings
+        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
 
 
@@ -160,10 +161,10 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
     if (name, world_size) == ("depth and ring", 4):
         assert min(wins, loses) > 0
     for result in results:
-        for way, (filtered, counted, planned, meetings) in result[1].items():
+        for way, (filtered, counted, planned, exchanges) in result[1].items():
             assert counted == planned
             if way in by_hand:  # small buckets divide columns anew, with other rounding
-                assert (counted, meetings["boundary"], meetings["transpose"]) == by_hand[way]
+                assert (counted, exchanges["boundary"], exchanges["transpose"]) == by_hand[way]
             for parameter, value in expected.items():
                 np.testing.assert_allclose(filtered[parameter], value, atol=2e-6)
 
@@ -210,7 +211,7 @@ def filtered_by_hand(section, model=None):
     with attached(model, section) as (_, plugin):
         set_gradients(model, gradients)
         plugin.filter_gradients()
-        graphs = [stage.graph for stage in plugin.stages]
+        graphs = [stage.graph for stage in plugin.stack.graphs]
     return {n: g.numpy() for n, g in gradients.items()}, gradients_now(model), graphs
 
 
@@ -362,9 +363,10 @@ def test_grokfast_adds_the_running_mean():
 
 def test_the_temporal_filter_keeps_its_mean_in_true_units():
     communicator = Communicator.alone(CPU)
+    fragments = [Fragment("a", 0, 5), Fragment("b", 0, 3)]
     results = []
     for scales in ((1.0, 1.0, 1.0), (4.0, 4096.0, 0.5)):
-        temporal = TemporalFilter([5, 3], communicator, decay=0.6, amplify=1.5)
+        temporal = TemporalFilter(fragments, ["a", "b"], communicator, decay=0.6, amplify=1.5)
         for index, scale in enumerate(scales):
             generator = torch.Generator().manual_seed(index)
             gradients = [scale * torch.randn(n, generator=generator) for n in (5, 3)]
@@ -506,7 +508,7 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             if preset == "denoise":
                 gains = np.clip(estimate.signal / total, 0, 1) if total.any() else np.ones(4)
             else:
-                total = plugin.stages[0].statistics.power.numpy()
+                total = plugin.stack.graphs[0].samples.statistics.power.numpy()
                 gains = total**-0.5 * np.sqrt(total.sum() / 4)
 
             def response(values, gains=gains, graph=plugin.graph):
@@ -578,7 +580,7 @@ def test_a_graph_of_gradients_that_were_never_finite_stays_unknown():
             set_gradients(model, gradients)
             stepper.step()
             is_known = step >= 6  # the first refresh after finite samples
-            assert plugin.stages[0].filter.is_ready == is_known
+            assert plugin.stack.graphs[0].filter.is_ready == is_known
             assert (plugin.graph.num_edges > 0) == is_known
             same = [
                 np.array_equal(gradient, gradients[name], equal_nan=True)
@@ -624,7 +626,7 @@ def test_a_response_that_no_longer_fits_a_new_graph_is_a_warning_and_training_go
         assert warning.levelname == "WARNING"
         assert "filter.tau" in warning.getMessage()
         # It is filtered by the highest order that there is.
-        transfer = plugin.stages[0].filter.transfer
+        transfer = plugin.stack.graphs[0].filter.transfer
         assert 0.1 < transfer.error < 0.5
         values, vectors = np.linalg.eigh(plugin.graph.laplacian().toarray())
         smooth = (vectors / (1 + 3e3 * values.clip(0))) @ vectors.T @ gradients["0.weight"].numpy()
@@ -653,9 +655,9 @@ def test_rebuilding_the_graph_leaves_nothing_behind():
                 set_gradients(model, gradients_of(model, step))
                 stepper.step()
                 now = []
-                for stage in plugin.stages:
-                    now += [stage.graph, stage.plan, stage.workspace, stage.filter]
-                    now += [*stage.plan.operators, *stage.spectrometer.operators]
+                for stage in plugin.stack.graphs:
+                    now += [stage.graph, stage.plan, stage.filter]
+                    now += [*stage.plan.operators, *stage.spectrometer.plan.operators]
                 old += map(weakref.ref, now)
             alive = {id(each()) for each in old if each() is not None}
             assert alive == set(map(id, now))
@@ -801,19 +803,18 @@ def moments_of_a_rank_without_columns():
     )
     found = []
     for exchange in ("boundary", "transpose"):
-        plan = make_plan(
+        plan = plan_operators(
             graph,
             layout,
             communicator,
             communicator,
-            work=Work(hops=3, moves=2),
+            work=Work(hops=3, transposes=2),
             exchange=exchange,
             kernel="torch_csr",
             bucket_elements=2**20,
         )
-        workspace = Workspace(plan.operators, CPU)
         signal = [weights[first:last].square()]
-        found.append(chebyshev_moments(plan.operators, workspace, signal, 8, communicator).numpy())
+        found.append(chebyshev_moments(plan.operators, signal, 8, communicator).numpy())
     return found
 
 

@@ -112,7 +112,7 @@ def overflow_of_what_is_not_filtered(name):
     """Skipped steps, and means over steps, after a sound step, one that overflows, a sound one."""
     training = Training(CELLS[name], MEANS)
     plugin = training.plugin
-    statistics, temporal = plugin.stages[0].statistics, plugin.filter.temporal
+    statistics, temporal = plugin.stack.graphs[0].samples.statistics, plugin.stack.filter.temporal
     embedding = training.module.llama.model.embed_tokens.weight
     assert not any("embed" in p.name for p in plugin.graph.parameters)
     found = []

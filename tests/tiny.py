@@ -126,10 +126,10 @@ def gradients_of_one_step(config: dict[str, Any]) -> dict[str, Any]:
     engine = make_engine(config)
     plugin = spectral_ds.plugin_of(engine)
     if plugin is not None:  # what was left in scratch memory must not reach any result
-        for stage in plugin.stages:
+        for stage in plugin.stack.graphs:
             for operator in stage.plan.operators:
-                for buffer in stage.workspace.of(operator):
-                    buffer.fill_(float("nan"))
+                for matrix in operator.scratch:
+                    matrix.values.fill_(float("nan"))
     before = snapshot(engine)
     train(engine)
     after = snapshot(engine)

@@ -1,4 +1,4 @@
-"""DeepSpeed's own monitor , such as TensorBoard or CSV files, as an `EngineMonitor`."""
+"""DeepSpeed's own monitor, such as TensorBoard or CSV files, as an `EngineMonitor`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -39,8 +39,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What was measured of a candidate.
+class CandidateResult:
+    """What was measured of a candidate: signal and noise of the gradient on its graph.
 
     Attributes:
         edges: of its graph.
@@ -65,7 +65,7 @@ class Verdict:
 
     @property
     def judgement(self) -> str:
-        """In a few words."""
+        """Whether the graph separates signal from noise, in a few words."""
         if self.kept_over_total is None:
             return self.words if self.samples == 0 else "too noisy to tell"
         if self.kept_over_total < BARELY:
@@ -137,8 +137,10 @@ def candidates(stack: tuple[GraphConfig, ...]) -> list[Candidate]:
     return found
 
 
-def judged(name: str, edges: int, found: SignalToNoise, lambda_max: float) -> Verdict:
-    """The verdict on one candidate, for the lowest eighth of the frequencies."""
+def measured_result(
+    name: str, edges: int, found: SignalToNoise, lambda_max: float
+) -> CandidateResult:
+    """The result of one candidate, for the lowest eighth of the frequencies."""
     signal, noise = found.signal, found.noise
     bands = len(signal)
     low = (np.arange(bands) < max(1, bands // 8)).astype(np.float64)
@@ -147,7 +149,7 @@ def judged(name: str, edges: int, found: SignalToNoise, lambda_max: float) -> Ve
     words = verdict(signal, noise, alike, found.error)
     is_known = words != TOO_NOISY
     kept = [float(low @ power / power.sum()) if is_known else None for power in positive]
-    return Verdict(
+    return CandidateResult(
         name=name,
         edges=edges,
         samples=found.samples,
@@ -161,9 +163,9 @@ def judged(name: str, edges: int, found: SignalToNoise, lambda_max: float) -> Ve
     )
 
 
-def not_judged(name: str, reason: str) -> Verdict:
-    """The verdict on a candidate that has no edges on this model."""
-    return Verdict(name, 0, 0, [], [], None, None, None, {}, reason)
+def unmeasured_result(name: str, reason: str) -> CandidateResult:
+    """The result of a candidate that has no edges on this model."""
+    return CandidateResult(name, 0, 0, [], [], None, None, None, {}, reason)
 
 
 def gains_of(found: SignalToNoise, lambda_max: float) -> dict[str, Values]:
@@ -188,23 +190,23 @@ def alignments(found: SignalToNoise, lambda_max: float) -> dict[str, float]:
     return cosines
 
 
-def ranked(verdicts: list[Verdict]) -> list[Verdict]:
-    """The best first: by signal-to-noise ratio of the lowest frequencies over that of all."""
-    return sorted(verdicts, key=lambda found: -(found.kept_over_total or 0.0))
+def ranked(results: list[CandidateResult]) -> list[CandidateResult]:
+    """Sort by signal-to-noise ratio of the lowest frequencies over the total, the best first."""
+    return sorted(results, key=lambda found: -(found.kept_over_total or 0.0))
 
 
-def recommend(verdicts: list[Verdict], graphs: Mapping[str, GraphConfig]) -> Recommendation:
+def recommend(results: list[CandidateResult], graphs: Mapping[str, GraphConfig]) -> Recommendation:
     """The graph and the response to use.
 
     Args:
-        verdicts: ranked.
+        results: ranked.
         graphs: of the candidates, by name.
     """
-    known = [verdict for verdict in verdicts if verdict.kept_over_total is not None]
+    known = [result for result in results if result.kept_over_total is not None]
     if not known:
         words = "the gradients are too noisy to tell signal from noise: give more --steps, or a "
         return Recommendation(f"{words}larger --batch-size", {SECTION: {"preset": "observe"}})
-    worth = [verdict for verdict in known if verdict.is_worth_it]
+    worth = [result for result in known if result.is_worth_it]
     if not worth:
         return Recommendation(
             f"filter nothing here: even on the best graph, {known[0].name}, the lowest frequencies "
@@ -223,8 +225,8 @@ def recommend(verdicts: list[Verdict], graphs: Mapping[str, GraphConfig]) -> Rec
     )
 
 
-def _kept(verdict: Verdict) -> str:
-    return f"{verdict.kept_over_total:.2f} times the total signal-to-noise ratio"
+def _kept(result: CandidateResult) -> str:
+    return f"{result.kept_over_total:.2f} times the total signal-to-noise ratio"
 
 
 def _response(alignment: Mapping[str, float]) -> str:

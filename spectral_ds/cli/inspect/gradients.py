@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from spectral_ds.cli.subject import Subject
-from spectral_ds.cli.text import Batch
+from spectral_ds.cli.inspect.batches import Batch
+from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.laplacian import ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, plan_on_node_signals
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 
@@ -20,14 +20,14 @@ NO_DECAY = 1 - 1e-9
 Gradients = Sequence[torch.Tensor | None]
 
 
-def gradients_of(subject: Subject, batches: Iterable[Batch]) -> Iterator[Gradients]:
+def gradients_of(model: ModelUnderTest, batches: Iterable[Batch]) -> Iterator[Gradients]:
     """The gradient of the mean loss over each batch; valid until the next is asked for."""
-    subject.model.train()
+    model.module.train()
     for batch in batches:
-        subject.model.zero_grad()
-        subject.model(**batch).loss.backward()
-        yield subject.gradients()
-    subject.model.zero_grad()
+        model.module.zero_grad()
+        model.module(**batch).loss.backward()
+        yield model.gradients()
+    model.module.zero_grad()
 
 
 class MeanGradient:
@@ -39,10 +39,10 @@ class MeanGradient:
     """
 
     def __init__(
-        self, subject: Subject, parameters: Sequence[ParameterNodes], sketch_width: int
+        self, model: ModelUnderTest, parameters: Sequence[ParameterNodes], sketch_width: int
     ) -> None:
         self._sketches = Sketches(
-            parameters, subject.layout, sketch_width, subject.seed, subject.communicator
+            parameters, model.layout, sketch_width, model.seed, model.communicator
         )
         self._mean = self._sketches.empty()
         self._samples = 0
@@ -57,7 +57,9 @@ class MeanGradient:
         return self._sketches.features(self._mean, parameters)
 
 
-def statistics_on(subject: Subject, graph: ParameterGraph, bands: int) -> GradientStatistics | None:
+def statistics_on(
+    model: ModelUnderTest, graph: ParameterGraph, bands: int
+) -> GradientStatistics | None:
     """Statistics of the gradient on the joined part of a graph; None if nothing is joined.
 
     Parameters without any edge are left out: all they have is λ = 0, so that they would count as
@@ -67,19 +69,16 @@ def statistics_on(subject: Subject, graph: ParameterGraph, bands: int) -> Gradie
     joined = [group for group in graph.groups if len(group.edges) > 0]
     if not joined:
         return None
-    part, communicator = graph.of_groups(joined), subject.communicator
-    seed = (subject.seed + 1) % 2**63
-    sketches = Sketches(part.parameters, subject.layout, JUDGING_SKETCH_WIDTH, seed, communicator)
-    plan = make_plan(
-        part.of_node_signals(sketches.columns, sketches.layout),
+    part, communicator = graph.of_groups(joined), model.communicator
+    seed = (model.seed + 1) % 2**63
+    sketches = Sketches(part.parameters, model.layout, JUDGING_SKETCH_WIDTH, seed, communicator)
+    plan = plan_on_node_signals(
+        part,
+        sketches.columns,
         sketches.layout,
         communicator,
         communicator,
-        work=Work(hops=1, moves=2),
-        exchange="boundary",
-        kernel="torch_csr",
         bucket_elements=bucket_elements(communicator.device),
     )
-    workspace = Workspace(plan.operators, communicator.device)
-    spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
+    spectrometer = Spectrometer(sketches, plan, communicator)
     return GradientStatistics(sketches, spectrometer, bands=bands, decay=NO_DECAY)

@@ -1,27 +1,26 @@
-"""One graph of the configuration: how its groups meet, what it sends, stores and computes."""
+"""One graph of the configuration: how it is exchanged, what it sends, stores and computes."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from spectral_ds.config import GraphConfig, SpectralConfig, SpectralConfigError
-from spectral_ds.filters import NO_SERIES, filter_work, penalty_work
+from spectral_ds.config import SpectralConfig
 from spectral_ds.geometry.buckets import below_shard
-from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.laplacian import Work
-from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.graph import EdgeFamily, Similarity
+from spectral_ds.laplacian import Exchange, Work
+from spectral_ds.laplacian.packing import count_exchanges
 from spectral_ds.planning.chance import reached
 from spectral_ds.planning.costs import FLOAT, Cost, function_cost
 from spectral_ds.planning.flows import Cluster, Floats
 from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
-from spectral_ds.planning.packs import Pack, Scratch, packed
+from spectral_ds.planning.packs import Pack, ScratchElements, packed
 from spectral_ds.planning.parts import Parts
-from spectral_ds.planning.responses import Hops, Spectrum, hops_of
 from spectral_ds.sketches.projection import sketch_size
-from spectral_ds.stack.choices import feature_width, sketch_shape
+from spectral_ds.stack.choices import GraphChoice, feature_width, sketch_shape
+from spectral_ds.stack.responses import Transfers, check_exchanges, choose_transfers, works_of
 
 # An edge: two node numbers and a weight, 64 bits each.
 EDGE_BYTES = 24
@@ -30,14 +29,14 @@ RUN_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
-class PlannedStage:
+class PlannedGraph:
     """One graph, and what a step takes of each rank; (world size,) where it says by rank.
 
     Attributes:
         lambda_max: the bound of its eigenvalues; of similarity, combinatorial, an estimate.
-        hops: products with L.
+        transfers: what acts on it, before the first sample of the gradient.
         work: what a step takes where filter and regularizer act.
-        groups, meetings: sets of joined parameters, and how the nodes of each meet.
+        groups, exchanges: sets of joined parameters, and how each is exchanged.
         packs: what the filter works on.
         nodes: of which a rank owns a part; by rank.
         edges_held: directed edges from them, about; by rank.
@@ -46,10 +45,10 @@ class PlannedStage:
     """
 
     lambda_max: float
-    hops: Hops
+    transfers: Transfers
     work: Work
     groups: tuple[PlannedGroup, ...]
-    meetings: tuple[Meeting, ...]
+    exchanges: tuple[Exchange, ...]
     packs: tuple[Pack, ...]
     nodes: Floats
     edges_held: Floats
@@ -59,13 +58,13 @@ class PlannedStage:
 
     @property
     def bytes_per_hop(self) -> int:
-        """That all ranks send for a product with L."""
+        """Bytes that all ranks send for a product with L."""
         return FLOAT * sum(pack.hop.total for pack in self.packs)
 
     @property
-    def bytes_per_move(self) -> int:
-        """That all ranks send to transpose what is transposed, or to return it."""
-        return FLOAT * sum(pack.move.total for pack in self.packs)
+    def bytes_per_transpose(self) -> int:
+        """Bytes that all ranks send to transpose what is transposed, or to return it."""
+        return FLOAT * sum(pack.transpose.total for pack in self.packs)
 
     @property
     def all_nodes(self) -> int:
@@ -73,82 +72,69 @@ class PlannedStage:
 
     @property
     def edges(self) -> tuple[float, float, float]:
-        """Undirected: expected, and the least and the most possible."""
+        """Undirected edges: expected, and the least and the most possible."""
         expected, least, most = np.sum([group.edges for group in self.groups], axis=0).tolist()
         return expected, least, most
 
     @property
-    def meetings_counted(self) -> dict[Meeting, int]:
-        """How many groups meet in which way."""
-        counted = Counter(self.meetings)
-        return {"local": counted["local"], "boundary": counted["boundary"],
-                "transpose": counted["transpose"]}  # fmt: skip
+    def exchanges_counted(self) -> dict[Exchange, int]:
+        """How many groups are exchanged in each way."""
+        return count_exchanges(self.exchanges)
 
 
-def plan_stage(
-    parameters: Sequence[ParameterNodes],
-    families: Sequence[EdgeFamily],
-    settings: GraphConfig,
+def plan_graph(
+    choice: GraphChoice,
     config: SpectralConfig,
     cuts: Mapping[str, Cuts],
     cluster: Cluster,
     bucket_elements: int,
     is_first: bool = True,
-) -> PlannedStage:
-    """Plan one graph.
+) -> PlannedGraph:
+    """What one graph takes of each rank.
 
     Args:
-        settings: the graph's part of the configuration.
+        choice: what it is made of.
         bucket_elements: no rank stores more of one bucket, unless a single column is larger.
         is_first: of several stacked graphs; the monitor measures that one.
 
     Raises:
         SpectralConfigError: the response cannot be evaluated on it.
     """
-    groups = plan_groups(parameters, families, cuts, cluster)
+    parameters, settings = choice.parameters, choice.settings
+    groups = plan_groups(parameters, choice.families, cuts, cluster)
     max_degree = max(group.max_degree for group in groups)
     lambda_max = 2.0 if settings.laplacian == "normalized" else 2 * max_degree or 1.0
     only_paths = all(group.is_path for group in groups)
-    hops = hops_of(config, Spectrum(lambda_max, only_paths))
-    exchange = config.operator.exchange
-    of_filter = filter_work(config.filter, hops.filter, hops.is_identity)
-    of_penalty = penalty_work(config.regularizer, hops.penalty or 0)
-    work = of_filter + of_penalty
-    meetings = [group.meeting(work, exchange) for group in groups]
-    if work.hops >= NO_SERIES and "boundary" in meetings:
-        raise SpectralConfigError(
-            "spectral_ds.operator.exchange = boundary: no Chebyshev series of response "
-            f"{config.filter.response} is close enough to its exact values on depth paths; use "
-            "auto or transpose"
-        )
+    transfers = choose_transfers(config, lambda_max, only_paths, torch.device("cpu"))
+    works = works_of(transfers, config)
+    exchanges = [group.exchange(works.total, config.operator.exchange) for group in groups]
+    check_exchanges(works, exchanges, config)
     elements = sum(parameter.numel for parameter in parameters)
     at_once = below_shard(bucket_elements, elements, cluster.world_size)
-    packs = packed(groups, meetings, cluster, at_once)
+    packs = packed(groups, exchanges, cluster, at_once)
     own = {p.name: Parts.of([p], [cuts[p.name]]) for p in parameters}
     nodes, edges_held = _held(groups, own, cluster)
-    scratch = Scratch.none(cluster)
+    scratch = ScratchElements.none(cluster)
     for pack in packs:
         scratch |= pack.scratch
     memory = {
         "edges": sum((_edge_bytes(group) for group in groups), np.zeros(cluster.world_size)),
         "kernels": sum((pack.kernel_bytes for pack in packs), np.zeros(cluster.world_size)),
         "scratch": FLOAT * scratch.elements,
-        "statistics": _statistics(
-            groups, own, families, settings, config, cluster, bucket_elements, is_first
-        ),
+        "statistics": _statistics(groups, own, choice, config, cluster, bucket_elements, is_first),
     }
-    return PlannedStage(
+    return PlannedGraph(
         lambda_max,
-        hops,
-        work,
+        transfers,
+        works.total,
         tuple(groups),
-        tuple(meetings),
+        tuple(exchanges),
         tuple(packs),
         nodes,
         edges_held,
         memory,
-        function_cost(packs, of_filter, cluster) if of_filter.moves else None,
-        function_cost(packs, of_penalty, cluster) if of_penalty.moves else None,
+        function_cost(packs, works.filter, cluster) if works.filter.transposes else None,
+        function_cost(packs, works.penalty, cluster) if works.penalty.transposes else None,
     )
 
 
@@ -175,8 +161,7 @@ def _edge_bytes(group: PlannedGroup) -> Floats:
 def _statistics(
     groups: Sequence[PlannedGroup],
     own: Mapping[str, Parts],
-    families: Sequence[EdgeFamily],
-    settings: GraphConfig,
+    choice: GraphChoice,
     config: SpectralConfig,
     cluster: Cluster,
     bucket_elements: int,
@@ -188,11 +173,11 @@ def _statistics(
     compared, a mean and a sample of other sketches.
     """
     zeros = np.zeros(cluster.world_size)
-    shape = sketch_shape(settings, config)
+    shape = sketch_shape(choice.settings, config)
     if shape is None:
         return zeros
     kept = {shape: 3 if config.monitor.enabled and is_first else 2}
-    compared = feature_width(settings)
+    compared = feature_width(choice.settings)
     if compared is not None:
         kept[compared, 0] = kept.get((compared, 0), 0) + 2
     partial, links = zeros, zeros
@@ -206,23 +191,19 @@ def _statistics(
             partial = partial + values * cluster.by_rank(parts.rank, parts.touched)
         all_nodes = sum(parameter.nodes for parameter in group.parameters)
         nodes = all_nodes * group.elements / group.parts.numel
-        boundary = columns * _boundary_nodes(group, families, nodes, all_nodes)
+        boundary = columns * _boundary_nodes(group, choice.families, nodes, all_nodes)
         key = -1 - index if group.is_path else columns
         held, needed_there = signals.get(key, (zeros, zeros))
         signals[key] = held + columns * nodes, needed_there + boundary
         links = links + nodes * (group.all_links / group.parts.all_nodes + 1)
-    workspace = zeros
+    scratch = zeros
     for own_elements, boundary in signals.values():
         share = np.minimum(1, bucket_elements / np.maximum(own_elements, 1))
-        workspace = np.maximum(workspace, (3 * own_elements + 4 * boundary) * share)
+        scratch = np.maximum(scratch, (3 * own_elements + 4 * boundary) * share)
     wide = {p.width for group in groups for p in group.parameters}
     sizes = [(w, sketch_size(w, *each)) for w in wide for each in kept]
     projections = sum(columns * w for w, columns in sizes if columns < w)
-    return FLOAT * (partial + workspace + projections) + 8 * links
-
-
-def _compares_gradients(families: Sequence[EdgeFamily]) -> bool:
-    return any(isinstance(f, Similarity) and f.features == "gradient" for f in families)
+    return FLOAT * (partial + scratch + projections) + 8 * links
 
 
 def _boundary_nodes(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
+from spectral_ds.laplacian.buffers import SplitBuffers
 from spectral_ds.sharding import Communicator, intervals
 
 
@@ -22,18 +22,14 @@ class BoundaryExchange:
 
     Attributes:
         receives, sends: by peer rank, the addresses that come and go; each address once.
-        receive_splits, send_splits: elements by peer rank.
+        buffers: where their elements pass through.
     """
 
-    communicator: Communicator
     receives: list[intervals.Intervals]
     sends: list[intervals.Intervals]
-    receive_splits: list[int]
-    send_splits: list[int]
+    buffers: SplitBuffers
     _receive_chunks: "_Chunks"
     _send_chunks: "_Chunks"
-    _receive_buffer: torch.Tensor
-    _send_buffer: torch.Tensor
 
     @classmethod
     def plan(
@@ -51,44 +47,29 @@ class BoundaryExchange:
         asked_counts = np.bincount(peer, minlength=world_size)
         receives = np.split(asked, np.cumsum(asked_counts)[:-1])
         sends = np.split(requests, np.cumsum(counts)[:-1])
-        empty = torch.empty(0, device=communicator.device)
-        return cls(
+        buffers = SplitBuffers(
+            [intervals.total(runs) for runs in sends],
+            [intervals.total(runs) for runs in receives],
             communicator,
+        )
+        return cls(
             receives,
             sends,
-            [intervals.total(runs) for runs in receives],
-            [intervals.total(runs) for runs in sends],
+            buffers,
             _Chunks.of(asked, block, communicator.device),
             _Chunks.of(requests, block, communicator.device),
-            empty,
-            empty,
         )
-
-    @property
-    def elements_received(self) -> int:
-        return sum(self.receive_splits)
-
-    @property
-    def elements_sent(self) -> int:
-        return sum(self.send_splits)
 
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
         """Take flat buffers, shared with other exchanges, of at least the needed size."""
-        self._send_buffer = send[: self.elements_sent]
-        self._receive_buffer = receive[: self.elements_received]
+        self.buffers.use(send, receive)
 
     def run(self, matrix: torch.Tensor) -> None:
         """Fill the received elements of a (stored rows × width) matrix; one all-to-all."""
         flat = matrix.view(-1)
-        self._send_chunks.gather(flat, self._send_buffer)
-        dist.all_to_all_single(
-            self._receive_buffer,
-            self._send_buffer,
-            self.receive_splits,
-            self.send_splits,
-            group=self.communicator.group,
-        )
-        self._receive_chunks.scatter(self._receive_buffer, flat)
+        self._send_chunks.gather(flat, self.buffers.send)
+        self.buffers.exchange()
+        self._receive_chunks.scatter(self.buffers.receive, flat)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a parameter graph is like: size, degrees, components, spectrum, and roughness of weights.
 
-In: a graph that one process holds whole, and the weights. Out: `Facts` of any part of it.
+In: a graph that one process holds whole, and the weights. Out: `GraphProperties` of any part of it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,12 @@ import torch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from spectral_ds.cli.spectra import Spectrum, distinct, laplacian_of, spectrum_of
+from spectral_ds.cli.inspect.group_spectrum import (
+    GroupSpectrum,
+    distinct,
+    laplacian_of,
+    spectrum_of,
+)
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian import Group, ParameterGraph
 from spectral_ds.sharding import Fragment
@@ -26,7 +31,7 @@ DEGREE_BINS = 32
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of one number a node."""
+    """Least, middle, mean and most of one number a node."""
 
     min: float
     median: float
@@ -46,7 +51,7 @@ class Roughness:
 
     Attributes:
         weights: tr(Xᵀ L X)/tr(Xᵀ X); None where all weights are 0.
-        random: the same, to expect if nodes kept their lengths and pointed anywhere:
+        random: what to expect if nodes kept their lengths and pointed anywhere:
             Σ L_ii ‖x_i‖²/Σ ‖x_i‖², which is 1 for the normalized Laplacian where all have edges.
         ratio: of both; 1 in a random basis, lower is smoother; None where there is no edge.
     """
@@ -57,8 +62,8 @@ class Roughness:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of a part of a graph: all nodes of some parameters.
+class GraphProperties:
+    """What a part of a graph is like: all nodes of some parameters.
 
     Attributes:
         nodes: in it.
@@ -91,7 +96,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _MeasuredGroup:
     """What was measured of one group of joined parameters.
 
     Attributes:
@@ -112,11 +117,11 @@ class _Group:
     variation: Values
     random_variation: Values
     energy: Values
-    spectrum: Spectrum
+    spectrum: GroupSpectrum
 
 
-class Inspection:
-    """Measures a graph once; `facts` then speaks of any part of it.
+class InspectedGraph:
+    """Measures a graph once; `properties` then tells what any part of it is like.
 
     Args:
         graph: that this process holds whole.
@@ -152,16 +157,16 @@ class Inspection:
             self._groups.append(_measured(graph, group, label, spectrum, weights, fragments))
             progress(len(group.parameters))
 
-    def whole(self) -> Facts:
-        """Of the whole graph."""
-        return self.facts(name for names in self.roles.values() for name in names)
+    def whole(self) -> GraphProperties:
+        """Measure the whole graph."""
+        return self.properties(name for names in self.roles.values() for name in names)
 
-    def of_role(self, role: str) -> Facts:
-        """Of the parameters of one role."""
-        return self.facts(self.roles[role])
+    def of_role(self, role: str) -> GraphProperties:
+        """Measure the nodes of one role."""
+        return self.properties(self.roles[role])
 
-    def facts(self, names: Iterable[str]) -> Facts:
-        """Of the nodes of some parameters."""
+    def properties(self, names: Iterable[str]) -> GraphProperties:
+        """Measure the nodes of some parameters, by their names."""
         chosen = set(names)
         parts = [
             (group, np.array([name in chosen for name in group.names]))
@@ -177,7 +182,7 @@ class Inspection:
         spectra = [group.spectrum for group, _ in parts]
         counts = np.sum([spectrum.counts for spectrum in spectra], axis=0)
         bins = np.linspace(0, self.max_degree or 1.0, DEGREE_BINS + 1)
-        return Facts(
+        return GraphProperties(
             nodes=len(degree),
             edges=edges // 2,
             components=sum(len(np.unique(group.component[here])) for group, here in nodes),
@@ -192,7 +197,7 @@ class Inspection:
             roughness=_roughness(parts),
         )
 
-    def _lowest(self, spectra: Sequence[Spectrum]) -> list[float] | None:
+    def _lowest(self, spectra: Sequence[GroupSpectrum]) -> list[float] | None:
         found: list[Values] = []
         for spectrum in spectra:
             if spectrum.lowest is None:
@@ -202,7 +207,7 @@ class Inspection:
         return [float(value) for value in merged[: self._eigenvalues]]
 
 
-def _roughness(parts: Sequence[tuple[_Group, npt.NDArray[np.bool_]]]) -> Roughness:
+def _roughness(parts: Sequence[tuple[_MeasuredGroup, npt.NDArray[np.bool_]]]) -> Roughness:
     variation, random, energy = (
         sum(float(getattr(group, name)[here].sum()) for group, here in parts)
         for name in ("variation", "random_variation", "energy")
@@ -223,10 +228,10 @@ def _measured(
     graph: ParameterGraph,
     group: Group,
     label: npt.NDArray[np.int32],
-    spectrum: Spectrum,
+    spectrum: GroupSpectrum,
     weights: Sequence[torch.Tensor],
     fragments: Sequence[Fragment],
-) -> _Group:
+) -> _MeasuredGroup:
     laplacian = laplacian_of(group, graph.normalized)
     variation, energy = _quadratic_forms(laplacian, group, weights, fragments)
     count, copies = len(group.parameters), group.copies
@@ -235,7 +240,7 @@ def _measured(
     pairs = owner[edges.source] * count + owner[edges.target]
     between = np.bincount(pairs, minlength=count**2).reshape(count, count) * copies
     component = np.repeat(label.astype(np.int64) * copies, copies)
-    return _Group(
+    return _MeasuredGroup(
         names=[parameter.name for parameter in group.parameters],
         parameter=np.repeat(owner, copies),
         degree=np.repeat(group.degree, copies),

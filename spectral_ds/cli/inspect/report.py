@@ -4,32 +4,32 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spectral_ds.cli.candidates import Recommendation, Verdict
-from spectral_ds.cli.inspection import Facts
+from spectral_ds.cli.inspect.candidates import CandidateResult, Recommendation
+from spectral_ds.cli.inspect.graph_properties import GraphProperties
 
 
 @dataclass(frozen=True)
-class GraphSummary:
+class GraphReport:
     """One graph of the configuration.
 
     Attributes:
         name: its key in the configuration.
         node, laplacian: as configured.
-        whole: of all of it.
-        families: of the graph that each edge family makes alone.
-        roles: of the nodes of each role.
+        whole: what all of it is like.
+        families: what the graph is like that each edge family makes alone.
+        roles: what the nodes of each role are like.
     """
 
     name: str
     node: str
     laplacian: str
-    whole: Facts
-    families: dict[str, Facts]
-    roles: dict[str, Facts]
+    whole: GraphProperties
+    families: dict[str, GraphProperties]
+    roles: dict[str, GraphProperties]
 
 
 @dataclass(frozen=True)
-class Summary:
+class InspectReport:
     """All that was found.
 
     Attributes:
@@ -46,8 +46,8 @@ class Summary:
     parameters: int
     elements: int
     config: dict[str, Any]
-    graphs: list[GraphSummary]
-    candidates: list[Verdict] | None
+    graphs: list[GraphReport]
+    candidates: list[CandidateResult] | None
     recommendation: Recommendation | None
     seconds: float
 

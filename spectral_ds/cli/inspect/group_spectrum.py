@@ -28,8 +28,8 @@ SAME = 1e-7
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """Of one group: of its copies, if it has some.
+class GroupSpectrum:
+    """Eigenvalues of one group of joined parameters, with all its copies.
 
     Attributes:
         lowest: the lowest above 0, equal ones once; None if the solver has not converged.
@@ -56,7 +56,7 @@ def spectrum_of(
     wanted: int,
     bins: int,
     seed: int,
-) -> Spectrum:
+) -> GroupSpectrum:
     """Exact for depth paths and small groups; else by Lanczos and random probes.
 
     Args:
@@ -74,7 +74,7 @@ def spectrum_of(
         values = np.clip(values.round(12), 0, bound)
         counts = np.histogram(values, equal_edges(bins) * bound)[0] * float(group.copies)
         lowest = distinct(values[components:], bound)[:wanted]
-        return Spectrum(lowest, float(values[-1]), counts)
+        return GroupSpectrum(lowest, float(values[-1]), counts)
     alone = graph.of_groups([group])
     communicator = Communicator.alone(torch.device("cpu"))
     density = density_of_states(alone, bins, communicator, seed=seed, dense_nodes=DENSE_NODES)
@@ -87,7 +87,7 @@ def spectrum_of(
     if all(low is not None for low, _ in ends):
         merged = np.concatenate([np.zeros(0), *(low for low, _ in ends if low is not None)])
         found = distinct(np.sort(merged), bound)[:wanted]
-    return Spectrum(found, largest, density.share * nodes)
+    return GroupSpectrum(found, largest, density.share * nodes)
 
 
 def _members(label: npt.NDArray[np.int32], components: int) -> list[npt.NDArray[np.int64]]:

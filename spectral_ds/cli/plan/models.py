@@ -1,4 +1,4 @@
-"""Models as shapes: presets, folders, .gguf files and names on the hub; no weight is loaded."""
+"""Models as shapes: known ones, folders, .gguf files and names on the hub; no weight is loaded."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _LLAMA_3 = {
     "rope_theta": 500000.0,
 }
 # As values of a `LlamaConfig`.
-PRESETS: dict[str, dict[str, Any]] = {
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         **_LLAMA_3,
         "hidden_size": 4096,
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def model_of(given: str) -> Model:
-    """The shapes of a preset or of a model's own configuration.
+    """The shapes of a known model or of a model's own configuration.
 
     Raises:
         UserError: there is no such model, or it has no configuration.
@@ -53,8 +53,8 @@ def model_of(given: str) -> Model:
     import transformers
 
     kind: Any = transformers.AutoModelForCausalLM
-    if given in PRESETS:
-        settings: Any = transformers.LlamaConfig(**PRESETS[given])
+    if given in KNOWN_MODELS:
+        settings: Any = transformers.LlamaConfig(**KNOWN_MODELS[given])
     else:
         settings = Source.of(given).load(transformers.AutoConfig)
         architecture = (settings.architectures or [CAUSAL[0]])[0]

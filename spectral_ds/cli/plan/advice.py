@@ -1,8 +1,9 @@
-"""What follows from a plan, in one or two sentences."""
+"""What follows from a plan, in one or two sentences for people."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
+from spectral_ds.cli.terminal import duration, size
 from spectral_ds.config import SpectralConfig
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.layouts import EngineName
@@ -12,28 +13,13 @@ from spectral_ds.planning.planner import Plan
 LARGE = 0.5
 # What is sent is not worth a word below this share of the gradient.
 LITTLE = 0.01
-PREFIXES = ("", "k", "M", "G", "T", "P")
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1.23 GB."""
-    power = 0
-    while count >= 999.5 and power < len(PREFIXES) - 1:
-        count /= 1000
-        power += 1
-    return f"{count:.0f} B" if power == 0 else f"{count:.3g} {PREFIXES[power]}B"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 12.3 ms."""
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
 
 
 def advice(plan: Plan, others: Mapping[EngineName, Plan], step: float | None) -> str:
     """At most two sentences: what to change so that less is sent, and what it costs.
 
     Args:
-        others: the same under other engines.
+        others: plans of the same graphs under other engines.
         step: seconds of a step without the filter, if known.
     """
     sentences = [_of_sending(plan, others), _of_cost(plan, step)]
@@ -44,7 +30,7 @@ def _of_sending(plan: Plan, others: Mapping[EngineName, Plan]) -> str:
     if plan.bytes_sent == 0:
         if plan.cluster.world_size == 1:
             return "One rank holds all neighbours."
-        acts = any(stage.filter or stage.penalty for stage in plan.stages)
+        acts = any(graph.filter or graph.penalty for graph in plan.graphs)
         reason = "every edge joins what one rank owns" if acts else "no graph acts on a signal"
         return f"Nothing is sent under {plan.engine}: {reason}."
     if plan.bytes_sent < LITTLE * FLOAT * float(plan.elements.sum()):
@@ -74,7 +60,8 @@ def _transposes_rows(plan: Plan) -> bool:
     return (
         all(graph.node == "row" for graph in plan.config.stack)
         and all(edge.family == "similarity" and edge.scope == "parameter" for edge in edges)
-        and 2 * sum(stage.bytes_per_move for stage in plan.stages) > FLOAT * plan.elements.sum()
+        and 2 * sum(graph.bytes_per_transpose for graph in plan.graphs)
+        > FLOAT * plan.elements.sum()
     )
 
 

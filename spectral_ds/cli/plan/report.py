@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from spectral_ds.cli.plan_advice import advice
+from spectral_ds.cli.plan.advice import advice
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.flows import Floats, Flow
+from spectral_ds.planning.graphs import PlannedGraph
 from spectral_ds.planning.layouts import EngineName
 from spectral_ds.planning.planner import Plan
-from spectral_ds.planning.stages import PlannedStage
 
 # The forward and backward pass of one token takes so many operations a parameter.
 FLOPS_PER_PARAMETER = 6
 
 
-def summary(
+def plan_report(
     plan: Plan, others: Mapping[EngineName, Plan], tokens: int | None, flops: float
 ) -> dict[str, Any]:
-    """All of a plan.
+    """All of a plan, as `--json` prints it.
 
     Args:
-        others: the same under other engines.
+        others: plans of the same graphs under other engines.
         tokens: of a rank in one step; None if not known.
         flops: that a rank does in a second.
     """
@@ -41,7 +41,7 @@ def summary(
         "engine": plan.engine,
         "world_size": plan.cluster.world_size,
         "nodes": plan.cluster.machines,
-        "graphs": [_graph(plan, stage) for stage in plan.stages],
+        "graphs": [_graph(plan, graph) for graph in plan.graphs],
         "bytes_per_step": plan.bytes_sent,
         "collectives_per_step": plan.cost.collectives,
         "per_rank": _per_rank(plan),
@@ -64,52 +64,57 @@ def summary(
     }
 
 
-def _graph(plan: Plan, stage: PlannedStage) -> dict[str, Any]:
-    expected, least, most = map(round, stage.edges)
+def _graph(plan: Plan, graph: PlannedGraph) -> dict[str, Any]:
+    expected, least, most = map(round, graph.edges)
+    penalty = graph.transfers.penalty
     return {
-        "nodes": stage.all_nodes,
+        "nodes": graph.all_nodes,
         "edges": {"expected": expected, "least": least, "most": most},
-        "lambda_max": stage.lambda_max,
-        "hops": {"filter": stage.hops.filter, "regularizer": stage.hops.penalty},
-        "meetings": stage.meetings_counted,
-        "bytes_per_hop": stage.bytes_per_hop,
-        "bytes_per_move": stage.bytes_per_move,
-        "groups": _groups(stage),
+        "lambda_max": graph.lambda_max,
+        # null of a filter by exact eigenbasis alone, and without a regularizer.
+        "hops": {
+            "filter": graph.transfers.filter.hops,
+            "regularizer": None if penalty is None else penalty.hops,
+        },
+        "meetings": graph.exchanges_counted,
+        "bytes_per_hop": graph.bytes_per_hop,
+        "bytes_per_move": graph.bytes_per_transpose,
+        "groups": _groups(graph),
     }
 
 
-def _groups(stage: PlannedStage) -> list[dict[str, Any]]:
-    """Groups of equal roles that meet alike, together."""
+def _groups(graph: PlannedGraph) -> list[dict[str, Any]]:
+    """Groups of equal roles and exchange, together."""
     count: dict[Any, int] = defaultdict(int)
     sent: dict[Any, int] = defaultdict(int)
-    for group, meeting in zip(stage.groups, stage.meetings, strict=True):
-        key = group.roles, meeting
+    for group, exchange in zip(graph.groups, graph.exchanges, strict=True):
+        key = group.roles, exchange
         count[key] += 1
-        if meeting == "boundary":
-            sent[key] += FLOAT * stage.work.hops * group.boundary.hop.total
-        elif meeting == "transpose":
-            sent[key] += FLOAT * stage.work.moves * group.move.total
+        if exchange == "boundary":
+            sent[key] += FLOAT * (graph.work.hops or 0) * group.boundary.hop.total
+        elif exchange == "transpose":
+            sent[key] += FLOAT * graph.work.transposes * group.transpose.total
     return [
-        {"roles": list(roles), "meets": meeting, "count": number,
-         "bytes_per_step": sent[roles, meeting]}
-        for (roles, meeting), number in count.items()
+        {"roles": list(roles), "meets": exchange, "count": number,
+         "bytes_per_step": sent[roles, exchange]}
+        for (roles, exchange), number in count.items()
     ]  # fmt: skip
 
 
 def _per_rank(plan: Plan) -> dict[str, Any]:
     none = Flow.none(plan.cluster)
-    hop = sum((pack.hop for stage in plan.stages for pack in stage.packs), none)
-    move = sum((pack.move for stage in plan.stages for pack in stage.packs), none)
+    hop = sum((pack.hop for graph in plan.graphs for pack in graph.packs), none)
+    transpose = sum((pack.transpose for graph in plan.graphs for pack in graph.packs), none)
     computing = plan.cost.computing(plan.machine)
     communicating = plan.cost.communicating(plan.machine)
     return {
         "elements": _figures(plan.elements),
-        "nodes": _figures(sum((s.nodes for s in plan.stages), np.zeros_like(plan.elements))),
-        "edges": _figures(sum((s.edges_held for s in plan.stages), np.zeros_like(plan.elements))),
+        "nodes": _figures(sum((s.nodes for s in plan.graphs), np.zeros_like(plan.elements))),
+        "edges": _figures(sum((s.edges_held for s in plan.graphs), np.zeros_like(plan.elements))),
         "device_bytes": _memory(plan.device_memory),
         "host_bytes": _memory(plan.host_memory),
         "boundary_bytes_per_hop": _bytes(hop),
-        "transposed_bytes_per_move": _bytes(move),
+        "transposed_bytes_per_move": _bytes(transpose),
         "bytes_per_step": _bytes(plan.cost.flow),
         "flops_per_step": _figures(plan.cost.flops),
         "traffic_bytes_per_step": _figures(plan.cost.traffic),
