@@ -247,7 +247,7 @@ OPTIONS = {
 }
 
 
-# In stage 1, DeepSpeed takes another optimizer for bf16 with fp32 accumulation: refused.
+# In stage 1, bf16 with fp32 accumulation takes another optimizer: a cell of test_engines.
 @pytest.mark.parametrize(
     ("stage", "option"),
     [(1, o) for o in OPTIONS if o != "fp32-accumulation-of-bf16"] + [(2, o) for o in OPTIONS],
