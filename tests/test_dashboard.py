@@ -8,8 +8,7 @@ import torch
 from cells import CELLS, Training
 from matplotlib.container import BarContainer
 
-from spectral_ds import measurement
-from spectral_ds.monitor import Board, Dashboard, GraphFacts, StepFacts, dashboard
+from spectral_ds.monitor import Board, Dashboard, GraphFacts, StepFacts, dashboard, measurement
 from spectral_ds.spectrum import Density, SignalToNoise
 
 BANDS, DECAY, STRENGTH = 4, 0.9, 0.8

@@ -238,6 +238,7 @@ def png(figure):
     return file.getvalue()
 
 
+@pytest.mark.usefixtures("processes")
 def test_importing_the_package_does_not_import_matplotlib():
     code = "import sys, spectral_ds.monitor.figures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
