@@ -28,8 +28,7 @@ from spectral_ds.laplacian import (
     ParameterGraph,
     WeightFeatures,
     Work,
-    Workspace,
-    make_plan,
+    plan_operators,
 )
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 
@@ -42,6 +41,16 @@ BLOCK = {
     "mlp.up_proj": (1536, 576),
     "mlp.down_proj": (576, 1536),
 }
+
+COPY, MUON = "copy of the gradient shard", "Muon, 5 Newton-Schulz steps"
+FILTERS: list[tuple[str, EdgeFamily, Response, int | str, KernelName]] = [
+    ("depth, window, exact", Depth(), Window(0.4), "auto", "auto"),
+    ("depth, heat, exact", Depth(), Heat(1.0), "auto", "auto"),
+    ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
+    ("similarity of columns, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
+    ("similarity, one hop, torch_csr", Similarity(), Window(0.4), 1, "torch_csr"),
+    ("similarity, one hop, torch_sparse", Similarity(), Window(0.4), 1, "torch_sparse"),
+]
 
 Tensors = list[torch.Tensor]
 
@@ -68,19 +77,19 @@ def make_filter(
         normalized=True,
         progress=lambda done: None,
     )
-    transfer = FixedTransfer(response, graph, order, 1e-3, device)
-    plan = make_plan(
+    transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, order, 1e-3, device)
+    plan = plan_operators(
         graph,
         layout,
         communicator,
         communicator,
-        work=Work(transfer.hops, moves=2),
+        work=Work(transfer.hops, transposes=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=bucket_elements(device),
     )
     seconds = time.perf_counter() - started
-    return GraphFilter(plan.operators, Workspace(plan.operators, device), transfer), seconds
+    return GraphFilter(plan.operators, transfer), seconds
 
 
 def newton_schulz(matrices: Tensors) -> None:
@@ -107,14 +116,27 @@ def milliseconds(action: Callable[[], object], device: torch.device, repeats: in
     return statistics.median(times[1:])
 
 
-def main() -> None:
-    """Measures everything in one run and prints the table."""
+def make_optimizer(weights: Tensors, gradients: Tensors) -> torch.optim.Optimizer:
+    """AdamW of copies of the weights, with these gradients."""
+    trained = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    return torch.optim.AdamW(trained, fused=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures everything in one run and prints the table."""
+    arguments = parse_arguments()
     device = arguments.device
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -127,44 +149,31 @@ def main() -> None:
     weights = [torch.randn_like(gradient) for gradient in gradients]
     copies = [torch.empty_like(gradient) for gradient in gradients]
     matrices = [g.view(p.shape) for g, p in zip(gradients, parameters, strict=True)]
-    trained = [torch.nn.Parameter(weight.clone()) for weight in weights]
-    for parameter, gradient in zip(trained, gradients, strict=True):
-        parameter.grad = gradient
-    adamw = torch.optim.AdamW(trained, fused=True)
-
     actions: dict[str, Callable[[], object]] = {
-        "copy of the gradient shard": lambda: torch._foreach_copy_(copies, gradients),
-        "AdamW, fused": adamw.step,
+        COPY: lambda: torch._foreach_copy_(copies, gradients),
+        "AdamW, fused": make_optimizer(weights, gradients).step,
     }
     columns = [replace(parameter, kind="column") for parameter in parameters]
-    filters: list[tuple[str, EdgeFamily, Response, int | str, KernelName]] = [
-        ("depth, window, exact", Depth(), Window(0.4), "auto", "auto"),
-        ("depth, heat, exact", Depth(), Heat(1.0), "auto", "auto"),
-        ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
-        ("similarity of columns, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
-        ("similarity, one hop, torch_csr", Similarity(), Window(0.4), 1, "torch_csr"),
-        ("similarity, one hop, torch_sparse", Similarity(), Window(0.4), 1, "torch_sparse"),
-    ]
     built = {}
-    for label, family, response, order, kernel in filters:
+    for label, family, response, order, kernel in FILTERS:
         nodes = columns if "columns" in label else parameters
         graph_filter, built[label] = make_filter(
             nodes, weights, family, response, order, kernel, device
         )
         actions[label] = functools.partial(graph_filter.apply, copies, 0.5)
-    actions["Muon, 5 Newton-Schulz steps"] = lambda: newton_schulz(matrices)
+    actions[MUON] = lambda: newton_schulz(matrices)
 
     times = {
         label: milliseconds(action, device, arguments.repeats)
         for label, action in tqdm(actions.items(), desc="benchmark", leave=False)
     }
-    copy, muon = times["copy of the gradient shard"], times["Muon, 5 Newton-Schulz steps"]
     elements = sum(parameter.numel for parameter in parameters)
     print(f"{elements / 1e6:.1f} M elements, fp32, {device}, {arguments.threads} threads\n")
     print(f"{'':37}  {'ms':>9}  {'/ copy':>8}  {'/ Muon':>8}  {'build s':>8}")
     for label, value in times.items():
         build = f"{built[label]:8.2f}" if label in built else ""
-        print(f"{label:37}  {value:9.2f}  {value / copy:8.2f}  {value / muon:8.4f}  {build:>8}")
+        ratios = f"{value / times[COPY]:8.2f}  {value / times[MUON]:8.4f}"
+        print(f"{label:37}  {value:9.2f}  {ratios}  {build:>8}")
 
 
 if __name__ == "__main__":

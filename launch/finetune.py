@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -29,11 +28,9 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from text import (
+from examples import (
     Batch,
     Corpus,
-    DataError,
-    Examples,
     batches,
     classification_examples,
     language_modelling_examples,
@@ -44,10 +41,10 @@ from tqdm import tqdm
 
 import spectral_ds
 from spectral_ds.checkpoint import CheckpointError
-
-
-class UserError(Exception):
-    """Something the user gave cannot be used; the message names it."""
+from spectral_ds.cli.arguments import at_least
+from spectral_ds.cli.errors import DataError, UserError
+from spectral_ds.cli.models import Source, load_tokenizer, refuse_longer
+from spectral_ds.config import read_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,8 +57,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", required=True, type=Path, help="TSV, JSONL, plain text or datasets folder")
     add("--task", choices=["causal-lm", "classification"], default="causal-lm")
     add("--deepspeed_config", required=True, type=Path, help="DeepSpeed's JSON configuration")
-    add("--steps", type=positive, default=100, help="optimizer steps in all, resumed ones included")
-    add("--sequence-length", type=positive, default=128, help="tokens")
+    add(
+        "--steps",
+        type=at_least(1),
+        default=100,
+        help="optimizer steps in all, resumed ones included",
+    )
+    add("--sequence-length", type=at_least(1), default=128, help="tokens")
     add("--learning-rate", type=float, help="instead of the configuration's")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("runs/finetune"), help="folder for all results")
@@ -72,14 +74,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--summary", type=Path, help="JSON file for the results (default OUTPUT/summary.json)")
     add("--local_rank", type=int, default=-1, help="appended by the deepspeed launcher")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return number
 
 
 def end_together(error: Exception | None) -> None:
@@ -99,13 +93,11 @@ def load_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """The DeepSpeed configuration, with what the command line sets."""
     path = arguments.deepspeed_config
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--deepspeed_config {path}: is not JSON ({error})") from error
+        config = read_json(path)
+    except spectral_ds.SpectralConfigError as error:
+        raise UserError(f"--deepspeed_config {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"--deepspeed_config {path}: is not a JSON object")
+        raise UserError(f"--deepspeed_config {path}: does not hold a JSON object")
     if arguments.learning_rate is not None:
         if "optimizer" not in config:
             raise UserError("--learning-rate: the configuration has no optimizer to set it for")
@@ -118,53 +110,25 @@ def load_config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load_model(arguments: argparse.Namespace, num_classes: int) -> tuple[Any, Any]:
     """The model in fp32 and its tokenizer."""
-    name, options = arguments.model, dict[str, Any](trust_remote_code=False)
-    if name.endswith(".gguf"):
-        name, options["gguf_file"] = os.path.split(name)
-    path = Path(arguments.model)
-    is_local = "gguf_file" in options or path.is_absolute() or name.startswith(".")
-    if is_local and not path.exists():
-        raise UserError(f"--model {path}: no such file or folder")
+    kind: Any = transformers.AutoModelForCausalLM
+    head = {}
+    if arguments.task == "classification":
+        kind = transformers.AutoModelForSequenceClassification
+        head = {"num_labels": num_classes}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name or ".", **options)
-        if arguments.task == "classification":
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                name or ".", dtype=torch.float32, num_labels=num_classes, **options
-            )
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                name or ".", dtype=torch.float32, **options
-            )
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--model {arguments.model}: cannot be loaded: {reason}") from error
-    if "gguf_file" in options:  # the weights are plain fp32 now; marked as quantized they would
-        model.hf_quantizer = None  # not be saved
+        source = Source.of(arguments.model)
+        tokenizer = load_tokenizer(source)
+        model = source.load(kind, dtype=torch.float32, **head)
+    except UserError as error:
+        raise UserError(f"--model {error}") from error
+    if source.is_gguf:  # the weights are plain fp32 now; marked as quantized they would not be
+        model.hf_quantizer = None  # saved
         del model.config.quantization_config
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
-    if arguments.sequence_length > longest:
-        raise UserError(
-            f"--sequence-length {arguments.sequence_length}: the model's longest is {longest}"
-        )
+    refuse_longer(arguments.sequence_length, model)
     return model, tokenizer
-
-
-def make_examples(
-    arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any, num_held_out: int
-) -> Examples:
-    """Training and held-out examples of the task."""
-    classify = arguments.task == "classification"
-    make = classification_examples if classify else language_modelling_examples
-    return make(
-        corpus,
-        tokenizer,
-        arguments.sequence_length,
-        num_held_out=num_held_out,
-        seed=arguments.seed,
-    )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -282,24 +246,110 @@ def save_model(engine: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def load_inputs(arguments: argparse.Namespace) -> tuple[dict[str, Any], Corpus, Any, Any]:
+    """The configuration, the text, the model and its tokenizer.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    config = load_config(arguments)
+    try:
+        corpus = load_corpus(arguments.data, labelled=arguments.task == "classification")
+    except DataError as error:
+        raise UserError(f"--data {arguments.data}: {error}") from error
+    torch.manual_seed(arguments.seed)  # a new classification head is the same on all ranks
+    model, tokenizer = load_model(arguments, corpus.num_classes)
+    return config, corpus, model, tokenizer
+
+
+def load_batches(
+    arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any, engine: Any, first_step: int
+) -> tuple[list[Batch], Iterator[Batch]]:
+    """This rank's held-out batches, and those to train on from a step on.
+
+    Raises:
+        UserError: there is too little text.
+    """
+    batch_size, world_size = engine.train_micro_batch_size_per_gpu(), dist.get_world_size()
+    place = {"batch_size": batch_size, "rank": dist.get_rank(), "world_size": world_size}
+    classify = arguments.task == "classification"
+    make_examples = classification_examples if classify else language_modelling_examples
+    try:
+        examples = make_examples(
+            corpus,
+            tokenizer,
+            arguments.sequence_length,
+            num_held_out=arguments.evaluation_batches * batch_size * world_size,
+            seed=arguments.seed,
+        )
+        held_out = []
+        if arguments.evaluation_batches:
+            order = batches(examples.held_out, examples.collate, seed=0, **place)
+            held_out = [next(order) for _ in range(arguments.evaluation_batches)]
+        data = batches(
+            examples.training,
+            examples.collate,
+            seed=arguments.seed,
+            first=first_step * engine.gradient_accumulation_steps(),
+            **place,
+        )
+    except DataError as error:
+        raise UserError(f"--data {arguments.data}: {error}") from error
+    return held_out, data
+
+
+def train(
+    arguments: argparse.Namespace,
+    engine: Any,
+    data: Iterator[Batch],
+    losses: list[float],
+    checkpoints: Path,
+) -> list[float]:
+    """All steps that `losses` does not have yet, which it gets; the seconds of each."""
+    seconds = []
+    progress = tqdm(
+        total=arguments.steps,
+        initial=len(losses),
+        desc="with spectral_ds" if spectral_ds.plugin_of(engine) else "fine-tuning",
+        unit="step",
+    )
+    while len(losses) < arguments.steps:
+        started = time.perf_counter()
+        losses.append(train_step(engine, data, arguments.seed, step=len(losses)))
+        get_accelerator().synchronize()
+        seconds.append(time.perf_counter() - started)
+        if engine.monitor.enabled:
+            loss_event = ("Train/Samples/train_loss", losses[-1], engine.global_samples)
+            engine.monitor.write_events([loss_event])
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        progress.update()
+        if arguments.save_interval and len(losses) % arguments.save_interval == 0:
+            engine.save_checkpoint(str(checkpoints), client_state={"losses": losses})
+    progress.close()
+    return seconds
+
+
+def figures_of_plugin(plugin: Any) -> dict[str, float | None]:
+    """What the summary has of a run with the plugin."""
+    measured = plugin.metrics()
+    return {
+        "filter_seconds": measured.get("filter_seconds"),  # none before the first monitored step
+        "boundary_bytes": measured.get("boundary_bytes"),
+        "nodes": plugin.graph.num_nodes,
+        "edges": plugin.graph.num_edges,
+    }
+
+
 def main() -> None:
     """Fine-tunes."""
     arguments = parse_arguments()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     deepspeed.init_distributed()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank != 0:  # no progress bars, neither transformers' nor ours
+    if dist.get_rank() != 0:  # no progress bars, neither transformers' nor ours
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign, assignment]
 
     error: Exception | None = None
     try:
-        config = load_config(arguments)
-        corpus = load_corpus(arguments.data, labelled=arguments.task == "classification")
-        torch.manual_seed(arguments.seed)  # a new classification head is the same on all ranks
-        model, tokenizer = load_model(arguments, corpus.num_classes)
-    except DataError as problem:
-        error = UserError(f"--data {arguments.data}: {problem}")
+        config, corpus, model, tokenizer = load_inputs(arguments)
     except UserError as problem:
         error = problem
     end_together(error)
@@ -320,50 +370,14 @@ def main() -> None:
     losses: list[float] = []
     if arguments.resume is not None:
         losses = resume(engine, checkpoints if arguments.resume is True else arguments.resume)
-
-    batch_size = engine.train_micro_batch_size_per_gpu()
-    num_held_out = arguments.evaluation_batches * batch_size * world_size
-    place = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
     try:
-        examples = make_examples(arguments, corpus, tokenizer, num_held_out)
-        held_out = []
-        if num_held_out:
-            order = batches(examples.held_out, examples.collate, seed=0, **place)
-            held_out = [next(order) for _ in range(arguments.evaluation_batches)]
-        data = batches(
-            examples.training,
-            examples.collate,
-            seed=arguments.seed,
-            first=len(losses) * engine.gradient_accumulation_steps(),
-            **place,
-        )
-    except DataError as problem:
-        error = UserError(f"--data {arguments.data}: {problem}")
+        held_out, data = load_batches(arguments, corpus, tokenizer, engine, len(losses))
+    except UserError as problem:
+        error = problem
     end_together(error)
 
     evaluation_before = evaluate(engine, held_out)
-    step_seconds = []
-    plugin = spectral_ds.plugin_of(engine)
-    progress = tqdm(
-        total=arguments.steps,
-        initial=len(losses),
-        desc="with spectral_ds" if plugin else "fine-tuning",
-        unit="step",
-    )
-    while len(losses) < arguments.steps:
-        started = time.perf_counter()
-        losses.append(train_step(engine, data, arguments.seed, step=len(losses)))
-        get_accelerator().synchronize()
-        step_seconds.append(time.perf_counter() - started)
-        if engine.monitor.enabled:
-            loss_event = ("Train/Samples/train_loss", losses[-1], engine.global_samples)
-            engine.monitor.write_events([loss_event])
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        progress.update()
-        if arguments.save_interval and len(losses) % arguments.save_interval == 0:
-            engine.save_checkpoint(str(checkpoints), client_state={"losses": losses})
-    progress.close()
-
+    step_seconds = train(arguments, engine, data, losses, checkpoints)
     summary = {
         "final_loss": losses[-1],
         "losses": losses,
@@ -371,17 +385,15 @@ def main() -> None:
         "evaluation_loss": evaluate(engine, held_out),
         "perturbation": reference.perturbation(),
         "step_seconds": statistics.median(step_seconds) if step_seconds else None,
-        "world_size": world_size,
+        "world_size": dist.get_world_size(),
         "zero_stage": engine.zero_optimization_stage(),
     }
+    plugin = spectral_ds.plugin_of(engine)
     if plugin is not None:
-        measured = plugin.metrics()
-        for name in ("filter_seconds", "boundary_bytes"):
-            summary[name] = measured.get(name)  # none before the first monitored step
-        summary |= {"nodes": plugin.graph.num_nodes, "edges": plugin.graph.num_edges}
+        summary |= figures_of_plugin(plugin)
     if arguments.save_model:
         save_model(engine, tokenizer, arguments.output / "model")
-    if rank == 0:
+    if dist.get_rank() == 0:
         target = arguments.summary or arguments.output / "summary.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

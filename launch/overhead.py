@@ -140,8 +140,8 @@ def is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def mean(values: list[float]) -> float:
-    """Of the slowest rank."""
+def mean_of_slowest(values: list[float]) -> float:
+    """Mean of the values of the slowest rank; a collective call."""
     found = torch.tensor(sum(values) / len(values), dtype=torch.float64)
     if dist.is_initialized():
         found = found.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,22 +149,54 @@ def mean(values: list[float]) -> float:
     return float(found)
 
 
-def main() -> None:
-    """Measures everything in one run and prints the table."""
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="observe")
     parser.add_argument("--blocks", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--zero", type=int, choices=range(4), help="by DeepSpeed, of this stage")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    return parser.parse_args()
+
+
+def start() -> torch.device:
+    """This rank's device, once the process group is there if a launcher started several."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def by_kind(own: list[float], every: int, drawn: int) -> dict[str, float]:
+    """The plugin's seconds on each kind of step, and their mean; a collective call.
+
+    Args:
+        own: the plugin's seconds of each step.
+        every: the preset's steps from one monitored step to the next.
+        drawn: its steps from one with figures to the next, of which the mean is taken.
+    """
+    # Which steps are of a kind, the first cycle aside, and how often it is among `drawn` steps.
+    steps = range(DRAWN, STEPS)
+    kinds = {
+        "with figures": ([s for s in steps if s % DRAWN == 0], 1),
+        "monitored": ([s for s in steps if s % MONITORED == 0 < s % DRAWN], drawn // every - 1),
+        "after a monitored one": ([s for s in steps if s % MONITORED == 1], drawn // every),
+        "other": ([s for s in steps if s % MONITORED > 1], drawn - 2 * (drawn // every)),
+    }
+    seconds = {kind: mean_of_slowest([own[s] for s in found]) for kind, (found, _) in kinds.items()}
+    total = sum(seconds[kind] * count for kind, (_, count) in kinds.items())
+    return {**seconds, f"mean of {drawn} steps": total / drawn}
+
+
+def main() -> None:
+    """Measures everything in one run and prints the table."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    device = start()
     preset = spectral_ds.load_config({"preset": arguments.preset})
     every, drawn = preset.monitor.interval, preset.monitor.figures_interval
     model = make_model(arguments.blocks, device)
@@ -183,17 +215,8 @@ def main() -> None:
             step = by_deepspeed(model, section, folder, arguments.zero)
         rest, own = measure(step, arguments.tokens, times, clock, device)
 
-    # Which steps are of a kind, the first cycle aside, and how often it is among `drawn` steps.
-    steps = range(DRAWN, STEPS)
-    kinds = {
-        "with figures": ([s for s in steps if s % DRAWN == 0], 1),
-        "monitored": ([s for s in steps if s % MONITORED == 0 < s % DRAWN], drawn // every - 1),
-        "after a monitored one": ([s for s in steps if s % MONITORED == 1], drawn // every),
-        "other": ([s for s in steps if s % MONITORED > 1], drawn - 2 * (drawn // every)),
-    }
-    rest_of_step = mean(rest[DRAWN:])
-    seconds = {kind: mean([own[s] for s in found]) for kind, (found, _) in kinds.items()}
-    total = sum(seconds[kind] * count for kind, (_, count) in kinds.items()) / drawn
+    rest_of_step = mean_of_slowest(rest[DRAWN:])
+    seconds = by_kind(own, every, drawn)
     if is_first():
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         engine = "torch" if arguments.zero is None else f"ZeRO-{arguments.zero}"
@@ -203,7 +226,7 @@ def main() -> None:
             f"monitored every {every} steps, figures every {drawn}\n"
         )
         print(f"{'a step, less the plugin':34} {rest_of_step:9.4f} s")
-        for kind, value in {**seconds, f"mean of {drawn} steps": total}.items():
+        for kind, value in seconds.items():
             share = 100 * value / rest_of_step
             print(f"{f'plugin: {kind}':34} {value:9.4f} s  {share:7.2f} % of a step")
     if dist.is_initialized():

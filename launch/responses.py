@@ -15,19 +15,28 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.polynomial import chebyshev
 from PIL import Image
 
 from spectral_ds.config import FilterConfig
+from spectral_ds.console.figure_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    WIDE,
+    new_figure,
+    styled,
+)
 from spectral_ds.filters import (
     BandTransfer,
     FixedTransfer,
@@ -43,10 +52,6 @@ from spectral_ds.stack.responses import smooth_response, step_gains
 
 Values = npt.NDArray[np.float64]
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-BLUE, SKY, ORANGE, RED, GREEN, GREY = (
-    "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#999999",
-)  # fmt: skip
 DEVICE = torch.device("cpu")
 BANDS = 8
 COLORS = 64  # of an image file
@@ -141,7 +146,9 @@ def make_transfer(
         transfer = BandTransfer(steps[0], lambda: fixed, lambda: 0, steps[2], DEVICE)
         return transfer, np.array(steps[0]), fixed.numpy()
     response = smooth_response(settings)
-    exact = FixedTransfer(response, graph, settings.order, settings.tolerance, DEVICE)
+    exact = FixedTransfer(
+        response, graph.lambda_max, graph.only_paths, settings.order, settings.tolerance, DEVICE
+    )
     return exact, np.zeros(0), None
 
 
@@ -163,30 +170,37 @@ def draw_response(
             axes.plot(frequency, series, color=ORANGE, linewidth=1.4, linestyle=(0, (3, 3)))
         axes.text(
             0.99, 0.95 - 0.1 * line, f"{label}, {note}" if label else note, color=color, ha="right",
-            va="top", fontsize=8, transform=axes.transAxes,
+            va="top", fontsize="small", transform=axes.transAxes,
         )  # fmt: skip
 
 
+def draw_gradient(axes: Axes, lambda_max: float) -> None:
+    """Signal and noise of the gradient that adaptive responses follow."""
+    edges = lambda_max * equal_edges(BANDS)
+    axes.stairs(SIGNAL, edges, color=BLUE, linewidth=2)
+    axes.stairs(NOISE, edges, color=RED, linewidth=2)
+    axes.set_ylim(0, 4.6)
+    axes.set_yticks([0, 2, 4])
+    axes.text(0.35, 2.6, "signal S", color=BLUE)
+    axes.text(1.1, 0.75, "noise N", color=RED)
+
+
+@styled
 def draw_responses() -> Figure:
     """Small multiples of every response."""
     graph = similarity_graph(points(8), 8, normalized=True)
     spectrum = np.linalg.eigvalsh(graph.laplacian().toarray())
-    figure, grid = plt.subplots(3, 4, figsize=(8, 6.3), sharex=True, layout="constrained")
+    figure = new_figure(9.4, WIDE)
+    grid = figure.subplots(3, 4, sharex=True)
     for axes, (title, curves) in zip(grid.flat, PANELS, strict=True):
-        axes.set_title(title, loc="left")
+        axes.set_title(title)
         axes.set_ylim(-0.12, 1.4)
         axes.set_yticks([0, 0.5, 1])
         if curves:
             draw_response(axes, curves, graph)
             axes.plot(spectrum, np.full_like(spectrum, -0.07), "|", color=GREY, markersize=4)
         else:
-            edges = graph.lambda_max * equal_edges(BANDS)
-            axes.stairs(SIGNAL, edges, color=BLUE, linewidth=2)
-            axes.stairs(NOISE, edges, color=RED, linewidth=2)
-            axes.set_ylim(0, 4.6)
-            axes.set_yticks([0, 2, 4])
-            axes.text(0.35, 2.6, "signal S", color=BLUE)
-            axes.text(1.1, 0.75, "noise N", color=RED)
+            draw_gradient(axes, graph.lambda_max)
             axes.set_ylabel("power of a band")
     for axes in grid[:, 0]:
         axes.set_ylabel("response h(λ)")
@@ -198,14 +212,10 @@ def draw_responses() -> Figure:
     whiten.set_yticks([0, 1, 2])
     figure.legend(
         handles=[
-            matplotlib.lines.Line2D([], [], color=BLUE, linewidth=2, label="response h(λ)"),
-            matplotlib.lines.Line2D(
-                [], [], color=ORANGE, linestyle=(0, (3, 3)), label="its Chebyshev series"
-            ),
-            matplotlib.lines.Line2D([], [], color=GREY, label="gains of the bands"),
-            matplotlib.lines.Line2D(
-                [], [], color=GREY, marker="|", linestyle="", label="eigenvalues of the graph"
-            ),
+            Line2D([], [], color=BLUE, linewidth=2, label="response h(λ)"),
+            Line2D([], [], color=ORANGE, linestyle=(0, (3, 3)), label="its Chebyshev series"),
+            Line2D([], [], color=GREY, label="gains of the bands"),
+            Line2D([], [], color=GREY, marker="|", linestyle="", label="eigenvalues of the graph"),
         ],
         loc="outside lower center",
         ncols=4,
@@ -232,13 +242,13 @@ def draw_signal(
     )  # fmt: skip
 
 
-def draw_frequencies() -> Figure:
-    """Eigenvectors of a low, a middle and a high frequency on three graphs."""
+def example_graphs() -> list[tuple[str, ParameterGraph, Values | None]]:
+    """A small graph of each kind: name, graph, places of its nodes, (nodes, 2), None for a path."""
     rows = points(8)
     layers = [ParameterNodes(f"layers.{block}.bias", (1, 1)) for block in range(16)]
     ring = ParameterNodes("weight", (24, 1))
     angle = 2 * np.pi * np.arange(24) / 24
-    graphs: list[tuple[str, ParameterGraph, Values | None]] = [
+    return [
         (
             "depth: one row\nin 16 blocks",
             make_graph(layers, [torch.ones(1)] * 16, Depth(), normalized=False),
@@ -255,30 +265,41 @@ def draw_frequencies() -> Figure:
             rows[:, :2].double().numpy(),
         ),
     ]
-    figure, grid = plt.subplots(
-        3, 3, figsize=(8, 6.2), layout="constrained", height_ratios=[0.6, 1, 1]
-    )
-    for line, (name, graph, places) in zip(grid, graphs, strict=True):
+
+
+def draw_eigenvector(
+    axes: Axes, graph: ParameterGraph, places: Values | None, signal: Values
+) -> PathCollection:
+    """Nodes coloured by an eigenvector: a curve over blocks on a path, else at their places."""
+    if places is None:
+        blocks = np.arange(len(signal))
+        nodes = draw_signal(axes, graph, np.stack([blocks, signal], axis=1), signal)
+        axes.axhline(0, color=GREY, linewidth=0.6, linestyle=":")
+        axes.set_xlabel("block")
+        axes.set_xticks(blocks[::5])
+        axes.margins(0.05, 0.25)
+        return nodes
+    nodes = draw_signal(axes, graph, places, signal)
+    axes.set_aspect("equal")
+    axes.margins(0.08)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    return nodes
+
+
+@styled
+def draw_frequencies() -> Figure:
+    """Eigenvectors of a low, a middle and a high frequency on three graphs."""
+    figure = new_figure(9.3, WIDE)
+    grid = figure.subplots(3, 3, height_ratios=[0.6, 1, 1])
+    for line, (name, graph, places) in zip(grid, example_graphs(), strict=True):
         values, vectors = np.linalg.eigh(graph.laplacian().toarray())
         low = int(np.flatnonzero(values > 1e-9)[0])
         for axes, which in zip(line, (low, len(values) // 2, -1), strict=True):
-            signal = vectors[:, which]
-            axes.set_title(f"λ = {values[which]:.2f}")
-            if places is None:
-                blocks = np.arange(len(signal))
-                draw_signal(axes, graph, np.stack([blocks, signal], axis=1), signal)
-                axes.axhline(0, color=GREY, linewidth=0.6, linestyle=":")
-                axes.set_xlabel("block")
-                axes.set_xticks(blocks[::5])
-                axes.margins(0.05, 0.25)
-            else:
-                nodes = draw_signal(axes, graph, places, signal)
-                axes.set_aspect("equal")
-                axes.margins(0.08)
-                axes.spines[["left", "bottom"]].set_visible(False)
+            axes.set_title(f"λ = {values[which]:.2f}", loc="center")
+            nodes = draw_eigenvector(axes, graph, places, vectors[:, which])
         line[0].set_ylabel(name)
     for axes, name in zip(grid[0], ("low", "middle", "highest"), strict=True):
-        axes.set_title(f"{name} frequency\n{axes.get_title()}")
+        axes.set_title(f"{name} frequency\n{axes.get_title()}", loc="center")
     bar = figure.colorbar(nodes, ax=grid, location="bottom", shrink=0.4, aspect=40)
     bar.set_ticks([-1, 0, 1], labels=["negative", "0", "positive"])
     bar.set_label("entry of the eigenvector at a node")
@@ -286,9 +307,9 @@ def draw_frequencies() -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """A PNG of 1,440 pixels' width and few colours, which keeps it small."""
+    """A PNG of few colours, which keeps it small."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=180)
+    figure.savefig(drawn)
     Image.open(drawn).convert("RGB").quantize(COLORS).save(path, optimize=True)
 
 
@@ -297,9 +318,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(".github/figures"))
     arguments = parser.parse_args()
-    matplotlib.use("agg")
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9})
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, figure in (("responses", draw_responses()), ("frequencies", draw_frequencies())):
         path = arguments.output / f"{name}.png"

@@ -61,7 +61,7 @@ def filtered_by_hand(section, model=None):
     with attached(model, section) as (_, plugin):
         set_gradients(model, gradients)
         plugin.filter_gradients()
-        graphs = [stage.graph for stage in plugin.stages]
+        graphs = [stage.graph for stage in plugin.stack.graphs]
     return {n: g.numpy() for n, g in gradients.items()}, gradients_now(model), graphs
 
 

@@ -12,8 +12,6 @@ import torch
 from cells import Training
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spectral_ds.checkpoint.persistence import Persistence
-
 STATEFUL = {
     "graph": {
         "edges": [
@@ -134,7 +132,7 @@ def by_adamw(name, section=STATEFUL, **config):
 
 def attempt(training, action):
     """The error of loading, and whether nothing was changed by it."""
-    before, graphs = state_of(training), [stage.graph for stage in training.plugin.stages]
+    before, graphs = state_of(training), [stacked.graph for stacked in training.plugin.stack.graphs]
     error = ""
     try:
         action(training)
@@ -142,7 +140,8 @@ def attempt(training, action):
         error = f"{type(problem).__name__}: {problem}"
     after = state_of(training)
     is_same = all(
-        stage.graph is graph for stage, graph in zip(training.plugin.stages, graphs, strict=True)
+        stage.graph is graph
+        for stage, graph in zip(training.plugin.stack.graphs, graphs, strict=True)
     )
     is_same &= before.keys() == after.keys() and all(
         np.array_equal(before[key], after[key]) for key in before
@@ -152,7 +151,7 @@ def attempt(training, action):
 
 def state_of(training):
     """All that this rank would save (collective)."""
-    state = Persistence(training.plugin).state()
+    state = training.plugin._persistence.state()
     found = {name: number.numpy() for name, number in state.numbers.items()}
     for index, edges in enumerate(state.edges):
         found[f"edges {index}"] = np.stack((edges.source, edges.target, edges.weight))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
@@ -76,20 +76,19 @@ class Sharded:
 
     def plan(self, graph, layout, **changes):
         usual = {
-            "work": Work(hops=1, moves=2),
+            "work": Work(hops=1, transposes=2),
             "exchange": "boundary",
             "kernel": "torch_csr",
             "bucket_elements": 2**20,
         }
         communicator = self.communicator
-        return make_plan(graph, layout, communicator, communicator, **{**usual, **changes})
+        return plan_operators(graph, layout, communicator, communicator, **{**usual, **changes})
 
     def statistics(self, sketch_width=0, bands=4, decay=0.9, keeps_mean=True):
         sketches = Sketches(self.parameters, self.layout, sketch_width, 0, self.communicator)
         signals = self.graph.of_node_signals(sketches.columns, sketches.layout)
-        operators = self.plan(signals, sketches.layout).operators
-        workspace = Workspace(operators, CPU)
-        spectrometer = Spectrometer(sketches, operators, workspace, self.communicator)
+        plan = self.plan(signals, sketches.layout)
+        spectrometer = Spectrometer(sketches, plan, self.communicator)
         return GradientStatistics(
             sketches, spectrometer, bands=bands, decay=decay, keeps_mean=keeps_mean
         )

@@ -92,7 +92,11 @@ def test_a_preset_that_is_none_is_one_line(tmp_path, capsys):
     assert "paper" in line
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in CONFIGS.iterdir() if path.suffix != ".md"),
+    ids=lambda path: path.name,
+)
 def test_every_ready_configuration_loads(path):
     assert spectral_ds.load_config(path).enabled
     if path.suffix == ".json":

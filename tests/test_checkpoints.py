@@ -82,7 +82,7 @@ NOTHING_BUT_EDGES = {"monitor": {"enabled": False}, "graph": {"laplacian": "comb
 
 
 def laplacian(training):
-    names = [node.name for node in training.plugin.stages[0].parameters]
+    names = [node.name for node in training.plugin.stack.graphs[0].parameters]
     return training.plugin.graph.laplacian(names).toarray()
 
 
@@ -197,6 +197,6 @@ def test_a_name_may_hold_the_separator_of_the_files(tmp_path):
     attach(2.0).save(tmp_path)
     plugin = attach(7.0)
     plugin.load(tmp_path)
-    first, second = plugin.regularizer.reference.fragments
+    first, second = plugin.stack.regularizer.reference.fragments
     assert first.eq(2).all()
     assert second.eq(3).all()

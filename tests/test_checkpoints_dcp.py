@@ -186,7 +186,7 @@ def not_strict(folder):
     section = changed(COMBINATORIAL, checkpoint={"strict": False})
     training = start("fsdp2", folder / "others.npz", section)
     assert not torch.equal(reference_of(training), saved)
-    (stage,), said = training.plugin.stages, []
+    (stage,), said = training.plugin.stack.graphs, []
     training.plugin.engine.log = lambda message, level=0: said.append(message)
     graph = stage.graph
     load(training, folder)
@@ -197,7 +197,7 @@ def not_strict(folder):
 
 
 def reference_of(training):
-    held = training.plugin.regularizer.reference.fragments
+    held = training.plugin.stack.regularizer.reference.fragments
     return torch.cat([part for part in held if part is not None])
 
 

@@ -231,15 +231,15 @@ def warm_start(stage, folder, is_by_position):
     training = by_adamw(f"zero{stage}", section)
     engine, plugin, said = training.engine, training.plugin, []
     plugin.engine.log = lambda message, level=0: said.append(message)
-    before = plugin.regularizer.metrics(plugin._weights())
+    before = plugin.stack.regularizer.metrics(plugin.stack.weights())
     old = plugin.graph.laplacian().toarray()
     if is_by_position:
         engine.load_checkpoint(str(folder), f"{stage}", True, False, False, True)
     else:
         engine.load_checkpoint(str(folder), f"{stage}", load_module_only=True)
     new = plugin.graph.laplacian().toarray()
-    metrics = plugin.regularizer.metrics(plugin._weights())
-    plugin.stages[0].build()
+    metrics = plugin.stack.regularizer.metrics(plugin.stack.weights())
+    plugin.stack.graphs[0].build()
     fresh = plugin.graph.laplacian().toarray()
     step = engine.global_steps
     training.close()

@@ -28,12 +28,14 @@ from transformers import (
 )
 
 import spectral_ds
-from spectral_ds.cli import candidates, env, findings, main, spectra, subject
-from spectral_ds.cli.errors import UserError
-from spectral_ds.cli.findings import Findings
-from spectral_ds.cli.inspection import Inspection
-from spectral_ds.cli.subject import Subject
-from spectral_ds.cli.text import read_texts, token_batches
+from spectral_ds.cli import env, main
+from spectral_ds.cli.errors import DataError, UserError
+from spectral_ds.cli.inspect import candidates, group_spectrum, inspection, model_under_test
+from spectral_ds.cli.inspect.batches import token_batches
+from spectral_ds.cli.inspect.graph_properties import InspectedGraph
+from spectral_ds.cli.inspect.inspection import Inspection
+from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
+from spectral_ds.cli.text import read_texts
 from spectral_ds.config import EdgeConfig, GraphConfig
 from spectral_ds.laplacian import kernels
 from spectral_ds.spectrum import SignalToNoise
@@ -122,7 +124,7 @@ def distinct(values):
 
 
 def expected(weights, chosen, edges, node, laplacian):
-    """Facts of some parameters' nodes by dense linear algebra over the whole graph."""
+    """GraphProperties of some parameters' nodes by dense linear algebra over the whole graph."""
     head_width = 24 // HEADS
     adjacency = oracle.adjacency_of(weights, edges, kind=node, head_width=head_width)
     matrix = oracle.laplacian_of(adjacency, laplacian)
@@ -194,27 +196,27 @@ def test_inspect_agrees_with_dense_linear_algebra(folder, edges, node, laplacian
     [graph] = summary["graphs"]
     parts = [(graph["whole"], set(weights), edges)]
     parts += [
-        (facts, set(weights), [edge])
-        for facts, edge in zip(graph["families"].values(), edges, strict=True)
+        (properties, set(weights), [edge])
+        for properties, edge in zip(graph["families"].values(), edges, strict=True)
     ]
     roles = {name: oracle.role_and_block(name)[0] for name in weights}
     assert set(graph["roles"]) == set(roles.values())
     parts += [
-        (facts, {name for name in weights if roles[name] == role}, edges)
-        for role, facts in graph["roles"].items()
+        (properties, {name for name in weights if roles[name] == role}, edges)
+        for role, properties in graph["roles"].items()
     ]
-    for facts, chosen, chosen_edges in parts:
+    for properties, chosen, chosen_edges in parts:
         wanted = expected(weights, chosen, chosen_edges, node, laplacian)
-        assert {key: facts[key] for key in wanted} == wanted
-        assert sum(facts["density"]) == pytest.approx(1)
-        assert sum(facts["degree_histogram"]) == facts["nodes"]
+        assert {key: properties[key] for key in wanted} == wanted
+        assert sum(properties["density"]) == pytest.approx(1)
+        assert sum(properties["degree_histogram"]) == properties["nodes"]
 
 
 def test_density_counts_the_eigenvalues(folder):
     [graph] = inspect(folder, {"graph": {"edges": [SIMILAR]}})["graphs"]
     laplacian = oracle.laplacian_of(oracle.adjacency_of(filtered_weights(folder), [SIMILAR]))
     values = np.linalg.eigvalsh(laplacian).round(9)
-    counts = np.histogram(values.clip(0), np.linspace(0, 2, findings.BINS + 1))[0]
+    counts = np.histogram(values.clip(0), np.linspace(0, 2, inspection.BINS + 1))[0]
     assert graph["whole"]["density"] == pytest.approx(counts / counts.sum())
 
 
@@ -287,7 +289,7 @@ def test_encoders_and_gguf_files_are_inspected(tmp_path, make, name, rows, vecto
     assert len(graph["roles"]) == whole["components"] == len(rows) + vectors + alone
     assert whole["isolated"] == alone
     assert depth["components"] == in_block + alone
-    largest = max(facts["edges"] for facts in graph["roles"].values())
+    largest = max(properties["edges"] for properties in graph["roles"].values())
     assert largest == BLOCKS * INNER + (BLOCKS - 1) * INNER
     assert (whole["neighbours"]["min"], whole["neighbours"]["max"]) == (0 if alone else 1, 4)
 
@@ -302,15 +304,15 @@ def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path, monkeypa
     assert "gguf" in line
 
 
-def linear_subject(rows, columns):
+def linear_model(rows, columns):
     torch.manual_seed(0)
-    return Subject(torch.nn.Linear(columns, rows, bias=False), seed=0)
+    return ModelUnderTest(torch.nn.Linear(columns, rows, bias=False), seed=0)
 
 
 def inspection_of(model, edge, laplacian="normalized"):
     graph = GraphConfig(edges=(edge,), laplacian=laplacian)
     built = model.build(graph, model.nodes(graph), lambda done: None)
-    found = Inspection(
+    found = InspectedGraph(
         built, model.weights(), model.layout.own,
         eigenvalues=4, bins=16, seed=0, progress=lambda done: None,
     )  # fmt: skip
@@ -318,22 +320,22 @@ def inspection_of(model, edge, laplacian="normalized"):
 
 
 def test_large_groups_are_measured_without_dense_matrices():
-    facts, graph = inspection_of(linear_subject(1500, 24), EdgeConfig(neighbours=6))
-    assert graph.num_nodes > spectra.DENSE_NODES
+    properties, graph = inspection_of(linear_model(1500, 24), EdgeConfig(neighbours=6))
+    assert graph.num_nodes > group_spectrum.DENSE_NODES
     values = np.linalg.eigvalsh(graph.laplacian().toarray())
-    assert facts.lambda_max == pytest.approx(values[-1], rel=1e-5)
-    above = distinct(values[facts.components :])
-    assert facts.lowest_eigenvalues == pytest.approx(above[:4], rel=1e-5)
+    assert properties.lambda_max == pytest.approx(values[-1], rel=1e-5)
+    above = distinct(values[properties.components :])
+    assert properties.lowest_eigenvalues == pytest.approx(above[:4], rel=1e-5)
     counts = np.histogram(values, np.linspace(0, 2, 17))[0] / len(values)
-    assert facts.density == pytest.approx(counts, abs=0.05)
+    assert properties.density == pytest.approx(counts, abs=0.05)
 
 
 def test_a_long_ring_has_its_known_eigenvalues():
-    facts, _ = inspection_of(linear_subject(1400, 2), EdgeConfig("ring"), "combinatorial")
+    properties, _ = inspection_of(linear_model(1400, 2), EdgeConfig("ring"), "combinatorial")
     known = [2 - 2 * np.cos(2 * np.pi * k / 1400) for k in range(1, 5)]
-    assert facts.lowest_eigenvalues == pytest.approx(known, rel=1e-6)
-    assert facts.lambda_max == pytest.approx(4, rel=1e-5)
-    assert (facts.components, facts.edges) == (1, 1400)
+    assert properties.lowest_eigenvalues == pytest.approx(known, rel=1e-6)
+    assert properties.lambda_max == pytest.approx(4, rel=1e-5)
+    assert (properties.components, properties.edges) == (1, 1400)
 
 
 @pytest.fixture(scope="module")
@@ -427,18 +429,18 @@ def test_graphs_that_follow_gradients_are_inspected_with_data(folder):
 
 
 def test_a_graph_of_too_many_nodes_is_refused_before_it_is_built(monkeypatch):
-    monkeypatch.setattr(subject, "MAX_NODES", 90)
+    monkeypatch.setattr(model_under_test, "MAX_NODES", 90)
     config = spectral_ds.load_config({"graph": {"node": "element", "edges": [{"family": "ring"}]}})
     with pytest.raises(UserError, match=r"spectral_ds.graph: 100 nodes are more than the 90"):
-        Findings(linear_subject(10, 10), config, eigenvalues=1)
+        Inspection(linear_model(10, 10), config, eigenvalues=1)
 
 
 def judge(monkeypatch, signal, noise, steps, seeds=(1, 2)):
-    """Verdicts by name on the weights of one matrix, whose gradient is signal plus noise.
+    """Results by name on the weights of one matrix, whose gradient is signal plus noise.
 
     The seeds are of the noise of both halves of the gradients.
     """
-    model = linear_subject(*signal.shape)
+    model = linear_model(*signal.shape)
     halves = iter(seeds)
 
     def gradients(model, batches):
@@ -447,25 +449,25 @@ def judge(monkeypatch, signal, noise, steps, seeds=(1, 2)):
             sample = signal + noise * torch.randn(signal.shape, generator=generator)
             yield [sample.reshape(-1)]
 
-    monkeypatch.setattr(findings, "gradients_of", gradients)
-    found = Findings(model, spectral_ds.load_config({}), eigenvalues=4)
+    monkeypatch.setattr(inspection, "gradients_of", gradients)
+    found = Inspection(model, spectral_ds.load_config({}), eigenvalues=4)
     found.take_means(torch.zeros(steps, 1, 1))
-    verdicts = found.verdicts()
+    results = found.candidate_results()
     graphs = {candidate.name: candidate.graph for candidate in found.candidates}
-    return {each.name: each for each in verdicts}, candidates.recommend(verdicts, graphs)
+    return {each.name: each for each in results}, candidates.recommend(results, graphs)
 
 
 def test_planted_clusters_of_gradients_are_found(monkeypatch):
     centers = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
     signal = (centers - centers.mean(dim=0)).repeat(32, 1)
-    verdicts, recommendation = judge(monkeypatch, signal, 3.0, steps=24)
-    best = verdicts["gradient similarity, rows"]
+    results, recommendation = judge(monkeypatch, signal, 3.0, steps=24)
+    best = results["gradient similarity, rows"]
     assert best.kept_over_total > 3
     assert best.signal_kept > 0.5
     assert sum(best.signal) == pytest.approx(float(signal.square().sum()), rel=0.3)
     assert sum(best.noise) == pytest.approx(9 * signal.numel(), rel=0.3)
-    assert verdicts["weights similarity, rows"].signal_kept < 0.05
-    assert verdicts["depth"].words == "joins nothing on this model"
+    assert results["weights similarity, rows"].signal_kept < 0.05
+    assert results["depth"].words == "joins nothing on this model"
     assert "use gradient similarity, rows" in recommendation.words
     [edge] = spectral_ds.load_config(recommendation.config).graph.edges
     assert edge.features == "gradient"
@@ -475,14 +477,14 @@ def test_planted_clusters_of_gradients_are_found(monkeypatch):
 def test_no_graph_is_recommended_for_noise(monkeypatch, size, steps):
     for seed in range(12):
         seeds = 2 * seed + 1, 2 * seed + 2
-        verdicts, recommendation = judge(monkeypatch, torch.zeros(size), 1.0, steps, seeds)
-        assert recommendation.config == {"spectral_ds": {"preset": "observe"}}, (seed, verdicts)
+        results, recommendation = judge(monkeypatch, torch.zeros(size), 1.0, steps, seeds)
+        assert recommendation.config == {"spectral_ds": {"preset": "observe"}}, (seed, results)
 
 
 def test_noise_is_signal_only_to_the_graph_that_was_made_from_it(monkeypatch):
     def signal_to_noise(seeds):
-        verdicts, _ = judge(monkeypatch, torch.zeros(400, 32), 1.0, 24, seeds)
-        found = verdicts["gradient similarity, rows"]
+        results, _ = judge(monkeypatch, torch.zeros(400, 32), 1.0, 24, seeds)
+        found = results["gradient similarity, rows"]
         return sum(found.signal[:4]) / sum(found.noise[:4])
 
     assert abs(signal_to_noise((1, 2))) < 0.02
@@ -541,13 +543,13 @@ def test_each_format_gives_the_texts(tmp_path, kind):
         datasets.Dataset.from_dict({"text": ROWS}).save_to_disk(str(path))
     else:
         path.write_text(("\n" if kind == "lines.txt" else "\n\n").join(ROWS))
-    assert read_texts(path, None) == ROWS
+    assert read_texts(path) == ROWS
 
 
 def test_another_text_column_is_read_or_missed(tmp_path):
     (tmp_path / "a.tsv").write_text("id\treview\tby\n1\tfine\tme\n")
     assert read_texts(tmp_path / "a.tsv", "review") == ["fine"]
-    with pytest.raises(UserError, match="no column 'words', only id, review, by"):
+    with pytest.raises(DataError, match="no column 'words', only id, review, by"):
         read_texts(tmp_path / "a.tsv", "words")
 
 
@@ -560,12 +562,13 @@ def test_no_two_batches_share_text(tmp_path):
 
     (tmp_path / "a.txt").write_text("\n".join(str(i) for i in range(1, 601)))
     place = {"batches": 6, "batch_size": 5, "sequence_length": 40, "seed": 3}
-    tokens = token_batches(tmp_path / "a.txt", None, Letters(), **place)
+    texts = read_texts(tmp_path / "a.txt")
+    tokens = token_batches(texts, Letters(), **place)
     assert tokens.shape == (6, 5, 40)
     numbers = tokens[tokens > 0].tolist()
     assert len(numbers) == len(set(numbers)) == 600
-    with pytest.raises(UserError, match=r"1,200 tokens.*need 1,400"):
-        token_batches(tmp_path / "a.txt", None, Letters(), **{**place, "batches": 7})
+    with pytest.raises(DataError, match=r"1,200 tokens.*need 1,400"):
+        token_batches(texts, Letters(), **{**place, "batches": 7})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import operator
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from spectral_ds import config as config_module
 from spectral_ds.config import (
     PRESETS,
+    RESPONSES,
     EdgeConfig,
     FilterConfig,
     GraphConfig,
@@ -452,3 +454,27 @@ def test_digest_is_a_sha256() -> None:
     digest = load_config({}).digest()
     assert len(digest) == 64
     assert int(digest, 16) > 0
+
+
+def keys_of(config: object, above: str = "") -> set[str]:
+    """Every key of a section, as the configuration's README writes it."""
+    found = set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("graphs", "temporal"):
+            found.add(above + field.name)
+        elif dataclasses.is_dataclass(value):
+            found |= keys_of(value, f"{above}{field.name}.")
+        elif field.name == "edges":
+            found |= keys_of(value[0], f"{above}edges[].") | {above + "edges"}
+        else:
+            found.add(above + field.name)
+    return found
+
+
+def test_the_readme_of_the_configurations_has_every_key_response_and_preset() -> None:
+    text = (Path(__file__).parent.parent / "configs" / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    missing = (keys_of(load_config({})) | {*PRESETS, *RESPONSES}) - named
+    assert not missing

@@ -8,7 +8,15 @@ import torch
 from cells import CELLS, Training
 from matplotlib.container import BarContainer
 
-from spectral_ds.monitor import Board, Dashboard, GraphFacts, StepFacts, dashboard, measurement
+from spectral_ds.monitor import (
+    Board,
+    Dashboard,
+    FilterReading,
+    GraphReading,
+    StepReading,
+    dashboard,
+    graph_measurement,
+)
 from spectral_ds.spectrum import Density, SignalToNoise
 
 BANDS, DECAY, STRENGTH = 4, 0.9, 0.8
@@ -25,11 +33,14 @@ SECTION = {
 
 def facts_of_two_steps(name):
     """What was given to the figures of the second step, and the weights before either step."""
-    usual, measurement.DENSE_NODES = measurement.DENSE_NODES, 1000  # nothing is estimated
+    usual, graph_measurement.DENSE_NODES = (
+        graph_measurement.DENSE_NODES,
+        1000,
+    )  # nothing is estimated
     try:
         training = Training(CELLS[name], SECTION, rates=(1.0, 0.5))
         given = []
-        shown = training.plugin.dashboard
+        shown = training.plugin.monitor._dashboard
         shown.board.is_open = True
         shown.show = lambda step, graph: given.append((step, graph))
         weights = []
@@ -40,7 +51,7 @@ def facts_of_two_steps(name):
         training.close()
         return found
     finally:
-        measurement.DENSE_NODES = usual
+        graph_measurement.DENSE_NODES = usual
 
 
 def gradients_at(weights, index):
@@ -138,11 +149,11 @@ def test_figures_are_given_what_dense_numpy_finds(ranks, name):
 
     wiener = dense.step(np.clip(signal / (signal + noise), 0, 1))
     centers = (np.arange(BANDS) + 0.5) / BANDS
-    np.testing.assert_allclose(step.adaptive, wiener(2 * centers - 1), atol=1e-3)
+    np.testing.assert_allclose(step.filter.adaptive, wiener(2 * centers - 1), atol=1e-3)
     middles = (np.arange(32) + 0.5) / 16 - 1
     acting = 1 - STRENGTH + STRENGTH * wiener(middles)
-    np.testing.assert_allclose(step.gains, acting, atol=1e-3)
-    assert step.strength == STRENGTH
+    np.testing.assert_allclose(step.filter.gains, acting, atol=1e-3)
+    assert step.filter.strength == STRENGTH
     after = oracle.apply_function(
         dense.laplacian,
         lambda v: 1 - STRENGTH + STRENGTH * wiener(2 * v / dense.highest - 1),
@@ -156,7 +167,8 @@ def test_figures_are_given_what_dense_numpy_finds(ranks, name):
     norms = {n: np.sqrt(np.sum(g**2)) for n, g in second.items()}
     rough = dense.roughness(after)
     expected = [as_table(norms, blocks, roles), as_table(rough, blocks, roles)]
-    for (_, _, table), wanted in zip(step.tables, expected, strict=True):
+    tables = step.gradient_norms, step.roughness
+    for table, wanted in zip(tables, expected, strict=True):
         np.testing.assert_allclose(table, wanted, rtol=2e-3, atol=1e-5)
     assert np.isfinite(expected[1]).sum() > 20
     moved = {n: np.sum((weights[1][n] - weights[0][n]) ** 2.0) for n in filtered}
@@ -203,11 +215,11 @@ def test_each_array_is_drawn_in_its_place():
     board = Kept()
     shown = Dashboard(board, "wiener", [2, 3], ["l.*.a", "l.*.b", "l.*.c"], 1)
     found = SignalToNoise(shares(0), shares(2), shares(3), 9)
-    tables = [("Norm of it", "norm", shares(4, 6).reshape(2, 3))]
-    tables += [("Other of it", "other", shares(5, 6).reshape(2, 3))]
-    step = StepFacts(shares(6), shares(7), shares(8), 0.25, found, shares(9), tables, shares(10, 2))
+    norms, rough = (shares(seed, 6).reshape(2, 3) for seed in (4, 5))
+    acting = FilterReading(0.25, shares(8), shares(9))
+    step = StepReading("update", shares(6), shares(7), acting, found, norms, rough, shares(10, 2))
     density = Density(shares(11), np.linspace(0, 3.5, 6))
-    graph = GraphFacts(density, (shares(12), shares(13)), (shares(14), shares(15)))
+    graph = GraphReading(density, (shares(12), shares(13)), (shares(14), shares(15)))
     for number in range(3):
         shown.record(10 * number, shares(20 + number))
     shown.show(step, graph)
@@ -216,7 +228,7 @@ def test_each_array_is_drawn_in_its_place():
     drawn = board.drawn
     bars, line = drawn["density_of_states"].axes
     np.testing.assert_array_equal(heights(bars)[0], density.share)
-    np.testing.assert_array_equal(line.lines[0].get_ydata(), step.gains)
+    np.testing.assert_array_equal(line.lines[0].get_ydata(), step.filter.gains)
     assert line.get_ylabel() == "gain, wiener at strength 0.25"
     np.testing.assert_array_equal(heights(drawn["energy"].axes[0]), [step.before, step.after])
     [mesh] = drawn["energy_over_time"].axes[0].collections
@@ -225,8 +237,15 @@ def test_each_array_is_drawn_in_its_place():
     np.testing.assert_array_equal(mesh.get_coordinates()[0, :, 0], [-5, 5, 15, 25])
     powers = [patch.get_data().values for patch in drawn["signal_to_noise"].axes[0].patches]
     np.testing.assert_array_equal(powers, [found.signal, found.noise])
-    np.testing.assert_array_equal(heights(drawn["gains"].axes[0])[0], step.adaptive)
-    for (_, label, table), name in zip(tables, ("norm_of_it", "other_of_it"), strict=True):
+    np.testing.assert_array_equal(heights(drawn["gains"].axes[0])[0], step.filter.adaptive)
+    for table, label, name in (
+        (norms, "gradient norm", "gradient_norm_by_block_and_role"),
+        (
+            rough,
+            "share of the highest frequency",
+            "roughness_of_the_filtered_update_by_block_and_role",
+        ),
+    ):
         axes, bar = drawn[name].axes
         np.testing.assert_array_equal(axes.collections[0].get_array().reshape(3, 2), table.T)
         assert bar.get_ylabel() == label

@@ -14,8 +14,8 @@ import torch
 from cells import Training
 from traffic import counting_bytes
 
-from spectral_ds.laplacian import Work, Workspace, make_plan
-from spectral_ds.laplacian.exchange import BoundaryExchange
+from spectral_ds.laplacian import Work, plan_operators
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
 
 EDGES = {
@@ -79,7 +79,7 @@ def sent_in_a_step(training, graph, section):
     graph = {**GRAPHS[graph], "laplacian": "combinatorial"}
     training.attach({**section, "graph": graph, "monitor": {"enabled": False}})
     plugin = training.plugin
-    [stage] = plugin.stages
+    [stage] = plugin.stack.graphs
     with counting_bytes() as sent:
         training.step()
     by_way = [
@@ -90,8 +90,8 @@ def sent_in_a_step(training, graph, section):
 
 
 def plan_of(plugin, way, work, bucket_elements):
-    [stage], engine = plugin.stages, plugin.engine
-    return make_plan(
+    [stage], engine = plugin.stack.graphs, plugin.engine
+    return plan_operators(
         stage.graph,
         ShardLayout.gather(engine.fragments, engine.communicator),
         engine.communicator,
@@ -104,7 +104,7 @@ def plan_of(plugin, way, work, bucket_elements):
 
 
 def facts_of(plugin):
-    [stage], engine = plugin.stages, plugin.engine
+    [stage], engine = plugin.stack.graphs, plugin.engine
     graph, hops = stage.graph, stage.filter.transfer.hops
     found = {
         "parameters": graph.parameters,
@@ -120,7 +120,7 @@ def facts_of(plugin):
     for label, (way, bucket_elements) in PLANS.items():
         moves_of = boundary_moves if way == "boundary" else transpose_moves
         with buckets_of_exchanges() as buckets:
-            plan = plan_of(plugin, way, Work(hops, moves=2), bucket_elements)
+            plan = plan_of(plugin, way, Work(hops, transposes=2), bucket_elements)
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),
@@ -131,17 +131,17 @@ def facts_of(plugin):
 
 def product(operators, lambda_max, fragments):
     """L x on this rank's fragments of the graph; x is `signal_of` each parameter."""
-    workspace = Workspace(operators, torch.device("cpu"))
     x = [signal_of(f.parameter, f.start, f.length) for f in fragments]
     y = [torch.zeros_like(each) for each in x]
     for operator in operators:
-        scratch = workspace.of(operator)
+        scratch = operator.scratch
         for each in scratch:
-            each.fill_(torch.nan)
+            each.values.fill_(torch.nan)
         operator.load(x, scratch.x)
         operator.apply(scratch.x, scratch.out)
-        own = scratch.x[: operator.block.own]
-        operator.store(lambda_max / 2 * scratch.out.add_(own), y)
+        own = scratch.x.values[: operator.block.own]
+        scratch.out.values.add_(own).mul_(lambda_max / 2)
+        operator.store(scratch.out, y)
     pairs = zip(fragments, y, strict=True)
     return [each.numpy() for f, each in pairs if tiny.is_filtered(f.parameter)]
 

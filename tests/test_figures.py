@@ -14,10 +14,11 @@ from matplotlib.container import BarContainer
 from matplotlib.text import Text
 from PIL import Image
 
-from spectral_ds.cli import plots
-from spectral_ds.cli.candidates import Verdict
-from spectral_ds.cli.inspection import Distribution, Facts, Roughness
-from spectral_ds.cli.summary import GraphSummary
+from spectral_ds.cli.inspect import plots
+from spectral_ds.cli.inspect.candidates import CandidateResult
+from spectral_ds.cli.inspect.graph_properties import Distribution, GraphProperties, Roughness
+from spectral_ds.cli.inspect.report import GraphReport
+from spectral_ds.console import figure_style
 from spectral_ds.monitor import figures
 
 ROLES = [
@@ -151,11 +152,11 @@ def test_a_figure_can_be_read(case):
             assert len(axis.get_ticklocs()) <= 10
 
 
-def facts(seed=0):
+def properties(seed=0):
     """Of a part of a graph, as `spectral-ds inspect` has found them."""
     generator = np.random.default_rng(seed)
     distribution = Distribution(0.0, 1.0, 1.5, 4.0)
-    return Facts(
+    return GraphProperties(
         nodes=100,
         edges=200,
         components=3,
@@ -171,35 +172,33 @@ def facts(seed=0):
     )
 
 
-def graph_summary(name, family):
-    roles = {role: facts(seed) for seed, role in enumerate(ROLES)}
-    return GraphSummary(name, "row", "normalized", facts(), {family: facts()}, roles)
+def graph_report(name, family):
+    roles = {role: properties(seed) for seed, role in enumerate(ROLES)}
+    return GraphReport(name, "row", "normalized", properties(), {family: properties()}, roles)
 
 
-def verdict(name, seed):
+def candidate_result(name, seed):
     signal, noise = shares(8, seed).tolist(), shares(8, seed + 1).tolist()
-    return Verdict(name, 10, 8, signal, noise, 0.3, 0.2, 1.5, {}, "")
+    return CandidateResult(name, 10, 8, signal, noise, 0.3, 0.2, 1.5, {}, "")
 
 
 FAMILIES = "edges[0]: similarity of weights, 8 neighbours within the parameter", "edges[0]: ring"
-GRAPHS = [graph_summary(f"graphs[{i}]", family) for i, family in enumerate(FAMILIES)]
-CANDIDATES = [verdict(f"gradient similarity, rows {i}", i) for i in range(9)]
+GRAPHS = [graph_report(f"graphs[{i}]", family) for i, family in enumerate(FAMILIES)]
+CANDIDATES = [candidate_result(f"gradient similarity, rows {i}", i) for i in range(9)]
 PLOTS = {
-    "density": lambda: plots._density(GRAPHS),
-    "eigenvalues": lambda: plots._eigenvalues(GRAPHS),
-    "degrees": lambda: plots._degrees(GRAPHS),
-    "roughness": lambda: plots._roughness(GRAPHS),
-    "snr": lambda: plots._snr(CANDIDATES),
+    "density": lambda: plots.role_densities(GRAPHS),
+    "eigenvalues": lambda: plots.role_eigenvalues(GRAPHS),
+    "degrees": lambda: plots.degree_histograms(GRAPHS),
+    "roughness": lambda: plots.role_roughness(GRAPHS),
+    "snr": lambda: plots.candidate_ratios(CANDIDATES),
 }
 
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_a_plot_of_inspect_can_be_read(name):
-    with pyplot.rc_context({**plots.STYLE, "figure.dpi": plots.DPI}):
-        figure = PLOTS[name]()
-        figure.savefig(io.BytesIO())
-        texts = drawn_texts(figure)
-        pyplot.close(figure)
+    figure = PLOTS[name]()
+    figure.savefig(io.BytesIO())
+    texts = drawn_texts(figure)
     words = [text for text, _ in texts]
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert figure.get_suptitle() in words or all(title in words for title in titles)
@@ -210,7 +209,7 @@ def test_a_plot_of_inspect_can_be_read(name):
     if name == "eigenvalues":
         [legend] = figure.legends
         marks = [(h.get_marker(), h.get_color()) for h in legend.legend_handles]
-        assert marks == [("|", plots.BLUE), ("o", plots.RED)]
+        assert marks == [("|", figure_style.BLUE), ("o", figure_style.RED)]
         assert [text.get_text() for text in legend.get_texts()] == ["lowest above 0", "largest"]
     assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 8
     # Nothing is cut off by the picture's edge, and no two words meet.
@@ -240,7 +239,8 @@ def png(figure):
 
 @pytest.mark.usefixtures("processes")
 def test_importing_the_package_does_not_import_matplotlib():
-    code = "import sys, spectral_ds.monitor.figures; sys.exit('matplotlib' in sys.modules)"
+    modules = "spectral_ds.monitor.figures, spectral_ds.cli.inspect.plots"
+    code = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
@@ -459,10 +459,13 @@ def lab(rgb, sight):
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_can_be_told_apart(sight):
     together = [
-        (figures.BLUE, figures.ORANGE),
-        (figures.SKY, figures.RED),
-        (figures.BLUE, figures.RED),
-        *((c, "white") for c in (figures.BLUE, figures.SKY, figures.ORANGE, figures.RED)),
+        (figure_style.BLUE, figure_style.ORANGE),
+        (figure_style.SKY, figure_style.RED),
+        (figure_style.BLUE, figure_style.RED),
+        *(
+            (c, "white")
+            for c in (figure_style.BLUE, figure_style.SKY, figure_style.ORANGE, figure_style.RED)
+        ),
     ]
     for pair in together:
         one, other = lab([to_rgb(color) for color in pair], sight)
@@ -471,9 +474,9 @@ def test_colours_can_be_told_apart(sight):
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_the_heat_maps_lightness_rises_and_blank_is_none_of_its_colours(sight):
-    colors = lab(colormaps[figures.HEAT_MAP](np.linspace(0, 1, 64))[:, :3], sight)
+    colors = lab(colormaps[figure_style.HEAT_MAP](np.linspace(0, 1, 64))[:, :3], sight)
     steps = np.diff(colors[:, 0])
     assert (steps > 0).all()
     assert steps.max() < 3 * steps.mean()
-    blank = lab(to_rgb(figures.BLANK), sight)
+    blank = lab(to_rgb(figure_style.BLANK), sight)
     assert np.linalg.norm(colors - blank, axis=1).min() > 20

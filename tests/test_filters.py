@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from spectral_ds.filters import (
-    NO_SERIES,
     BandTransfer,
     ChebyshevSeries,
     FixedTransfer,
@@ -28,7 +27,7 @@ from spectral_ds.filters import (
     wiener_gains,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import SignalAndNoise
 
@@ -53,12 +52,12 @@ def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
         normalized=normalized,
         progress=lambda done: None,
     )
-    plan = make_plan(
+    plan = plan_operators(
         graph,
         layout,
         ALONE,
         ALONE,
-        work=Work(hops=3, moves=2),
+        work=Work(hops=3, transposes=2),
         exchange="auto",
         kernel=kernel,
         bucket_elements=10**6,
@@ -67,9 +66,13 @@ def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
     return graph, plan
 
 
+def transfer_on(graph, response, order, tolerance):
+    return FixedTransfer(response, graph.lambda_max, graph.only_paths, order, tolerance, CPU)
+
+
 def filter_of(graph, plan, transfer, **schedule):
     """The whole filter of one graph."""
-    graph_filter = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer)
+    graph_filter = GraphFilter(plan.operators, transfer)
     return SpectralFilter(lambda: [graph_filter], StrengthSchedule(**schedule))
 
 
@@ -117,13 +120,12 @@ def test_a_tolerance_out_of_reach_names_the_keys():
 @pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
 def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     graph, plan = small_graph(kernel=kernel, families=families)
-    workspace = Workspace(plan.operators, CPU)
-    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
-    graph_filter = GraphFilter(plan.operators, workspace, transfer)
+    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
+    graph_filter = GraphFilter(plan.operators, transfer)
     results = []
     for leftover in (0.0, float("nan")):
-        for buffer in workspace.of(plan.operators[0]):
-            buffer.fill_(leftover)
+        for matrix in plan.operators[0].scratch:
+            matrix.values.fill_(leftover)
         gradients = [torch.arange(45.0) + i for i in range(3)]
         graph_filter.apply(gradients, 0.5)
         results.append(torch.cat(gradients))
@@ -140,7 +142,7 @@ def test_kernels_multiply_alike(kernel):
     out = torch.randn(27, 5)
     for alpha, beta in ((1.0, 0.0), (2.0, -1.0)):
         expected = alpha * scaled @ x.double().numpy() + beta * out.double().numpy()
-        operator.apply(x, out, alpha, beta)
+        operator.apply(operator.matrix(x), operator.matrix(out), alpha, beta)
         np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
@@ -185,7 +187,7 @@ def test_strength_warms_up_falls_and_skips_steps(schedule, strengths):
 
 def test_a_step_of_strength_zero_leaves_gradients_alone():
     graph, plan = small_graph()
-    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
+    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
     whole = filter_of(graph, plan, transfer, strength=0.8, warmup_steps=4, interval=2)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)
@@ -200,7 +202,7 @@ def test_a_step_of_strength_zero_leaves_gradients_alone():
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_strength_mixes_the_filtered_signal_with_the_signal(families, strength):
     graph, plan = small_graph(families=families)
-    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-6, CPU)
+    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-6)
     gradients = [torch.randn(45) for _ in range(3)]
     x = torch.cat(gradients).view(27, 5).double().numpy()
     values, vectors = np.linalg.eigh(graph.laplacian().toarray())
@@ -247,18 +249,18 @@ def test_graphs_filter_one_after_another_then_comes_the_norm_then_time():
 
 def test_identity_is_known_as_such_and_costs_no_hop():
     graph, plan = small_graph()
-    transfer = FixedTransfer(Identity(), graph, "auto", 1e-3, CPU)
+    transfer = transfer_on(graph, Identity(), "auto", 1e-3)
     assert (transfer.hops, transfer.is_identity) == (0, True)
     assert filter_of(graph, plan, transfer, strength=1.0).is_idle(0)
-    assert not FixedTransfer(Polynomial((0.5,)), graph, "auto", 1e-3, CPU).is_identity
+    assert not transfer_on(graph, Polynomial((0.5,)), "auto", 1e-3).is_identity
 
 
 def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
     """The exact eigenbasis then takes the series, not the response."""
     graph, _ = small_graph(families=PATHS)
     x = np.linspace(-1, 1, 9)
-    exact = FixedTransfer(Heat(3.0), graph, "auto", 1e-3, CPU)
-    coarse = FixedTransfer(Heat(3.0), graph, 2, 1e-3, CPU)
+    exact = transfer_on(graph, Heat(3.0), "auto", 1e-3)
+    coarse = transfer_on(graph, Heat(3.0), 2, 1e-3)
     np.testing.assert_allclose(exact.at(x)(), np.exp(-3 * (x + 1)), atol=1e-12)
     assert exact.error <= 1e-7  # where rows are exchanged, the series takes the same values
     assert coarse.hops == 2
@@ -270,11 +272,11 @@ def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
 def test_only_paths_take_responses_that_have_no_series(monkeypatch):
     monkeypatch.setattr(chebyshev, "MAX_ORDER", 20)
     paths, _ = small_graph(families=PATHS)
-    transfer = FixedTransfer(Heat(1e3), paths, "auto", 1e-3, CPU)
-    assert transfer.hops == NO_SERIES
+    transfer = transfer_on(paths, Heat(1e3), "auto", 1e-3)
+    assert transfer.hops is None
     np.testing.assert_allclose(transfer.at(np.array([-1.0, 1.0]))(), [1, 0], atol=1e-12)
     with pytest.raises(ToleranceError):
-        FixedTransfer(Heat(1e3), small_graph()[0], "auto", 1e-3, CPU)
+        transfer_on(small_graph()[0], Heat(1e3), "auto", 1e-3)
 
 
 @pytest.mark.parametrize("edges", [(0, 0.25, 1), (0, 0.2, 0.5, 1), tuple(np.linspace(0, 1, 9))])
@@ -326,8 +328,8 @@ def test_the_filter_follows_gains_when_their_version_changes(families):
 
 def test_a_graph_that_is_not_ready_leaves_signals_alone():
     graph, plan = small_graph()
-    transfer = FixedTransfer(Heat(1.0), graph, "auto", 1e-3, CPU)
-    waiting = GraphFilter(plan.operators, Workspace(plan.operators, CPU), transfer, is_ready=False)
+    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
+    waiting = GraphFilter(plan.operators, transfer, is_ready=False)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)
     waiting.apply(gradients, 1.0)
@@ -383,10 +385,16 @@ def test_rescaling_restores_the_norm_of_each_parameter():
     assert signal[4].tolist() == signal[5].tolist() == [0, 0]
 
 
+def temporal_filter(*lengths, decay, amplify):
+    names = [str(index) for index in range(len(lengths))]
+    fragments = [Fragment(n, 0, length) for n, length in zip(names, lengths, strict=True)]
+    return TemporalFilter(fragments, names, ALONE, decay=decay, amplify=amplify)
+
+
 @pytest.mark.parametrize("scales", [[1.0] * 5, [4.0, 4096.0, 0.5, 1.0, 64.0]])
 def test_temporal_filter_is_grokfast(scales):
     """Against algorithm 2 of arXiv 2405.20233, written as a loop; its mean is in true units."""
-    temporal = TemporalFilter([4, 2], ALONE, decay=0.9, amplify=2.0)
+    temporal = temporal_filter(4, 2, decay=0.9, amplify=2.0)
     mean = None
     for scale in scales:
         gradient = torch.randn(4)
@@ -399,11 +407,11 @@ def test_temporal_filter_is_grokfast(scales):
 
 
 def test_temporal_filter_forgets_a_step_that_is_not_finite():
-    temporal = TemporalFilter([2, 2], ALONE, decay=0.9, amplify=2.0)
+    temporal = temporal_filter(2, 2, decay=0.9, amplify=2.0)
     temporal.apply([torch.ones(2), torch.ones(2)], 1.0)
     temporal.apply([torch.tensor([float("inf"), 1]), 9 * torch.ones(2)], 1.0)
     assert [mean.tolist() for mean in temporal.means] == [[1, 1], [1, 1]]
-    fresh = TemporalFilter([2], ALONE, decay=0.9, amplify=2.0)
+    fresh = temporal_filter(2, decay=0.9, amplify=2.0)
     fresh.apply([torch.full((2,), float("nan"))], 1.0)
     assert fresh.means[0].tolist() == [0, 0]
     assert not fresh.has_mean.any()

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
-from spectral_ds.cli import main, text
+from spectral_ds.cli import main
+from spectral_ds.cli.inspect import batches
 
 SPECIAL = ["[PAD]", "[SEP]", "[MASK]"]
 STEPS = ["--steps", "4", "--batch-size", "2", "--sequence-length", "16"]
@@ -66,8 +67,8 @@ def test_masked_tokens_alone_are_to_be_guessed():
         mask_token_id = 99
 
     tokens = torch.arange(4 * 8 * 64).view(4, 8, 64) % 90
-    batches = text.masked(tokens, Mask, seed=0)
-    for batch, whole in zip(batches, tokens, strict=True):
+    found = batches.masked(tokens, Mask, seed=0)
+    for batch, whole in zip(found, tokens, strict=True):
         hidden = batch["input_ids"] == 99
         assert torch.equal(batch["input_ids"][~hidden], whole[~hidden])
         assert torch.equal(batch["labels"][hidden], whole[hidden])

@@ -12,7 +12,7 @@ from spectral_ds.filters import (
     Heat,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.spectrum import chebyshev_moments
 
@@ -46,28 +46,29 @@ def signal_of(name):
 
 
 def filtered_on_ranks(name):
-    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; meetings."""
+    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups."""
     sharded = sharded_of(name)
-    transfer = FixedTransfer(HEAT, sharded.graph, "auto", 1e-7, CPU)
+    transfer = FixedTransfer(
+        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "auto", 1e-7, CPU
+    )
     found = {}
     ways = {"boundary": 2**20, "transpose": 2**20, "auto": 2**20, "auto, small buckets": 50}
     for way, bucket_elements in ways.items():
         plan = sharded.plan(
             sharded.graph,
             sharded.layout,
-            work=Work(transfer.hops, moves=2),
+            work=Work(transfer.hops, transposes=2),
             exchange=way.partition(",")[0],
             bucket_elements=bucket_elements,
         )
-        workspace = Workspace(plan.operators, CPU)
         for operator in plan.operators:
-            for buffer in workspace.of(operator):
-                buffer.fill_(torch.nan)
+            for matrix in operator.scratch:
+                matrix.values.fill_(torch.nan)
         signal = sharded.local(signal_of(name))
         with counting_bytes() as sent:
-            GraphFilter(plan.operators, workspace, transfer).apply(signal, 0.9)
+            GraphFilter(plan.operators, transfer).apply(signal, 0.9)
         total = sum(sharded.communicator.gather_objects(sum(sent)))
-        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.meetings
+        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
 
 
@@ -122,10 +123,10 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
     if (name, world_size) == ("depth and ring", 4):
         assert min(wins, loses) > 0
     for result in results:
-        for way, (filtered, counted, planned, meetings) in result[1].items():
+        for way, (filtered, counted, planned, exchanges) in result[1].items():
             assert counted == planned
             if way in by_hand:  # small buckets divide columns anew, with other rounding
-                assert (counted, meetings["boundary"], meetings["transpose"]) == by_hand[way]
+                assert (counted, exchanges["boundary"], exchanges["transpose"]) == by_hand[way]
             for parameter, value in expected.items():
                 np.testing.assert_allclose(filtered[parameter], value, atol=2e-6)
 
@@ -151,19 +152,18 @@ def moments_of_a_rank_without_columns():
     )
     found = []
     for exchange in ("boundary", "transpose"):
-        plan = make_plan(
+        plan = plan_operators(
             graph,
             layout,
             communicator,
             communicator,
-            work=Work(hops=3, moves=2),
+            work=Work(hops=3, transposes=2),
             exchange=exchange,
             kernel="torch_csr",
             bucket_elements=2**20,
         )
-        workspace = Workspace(plan.operators, CPU)
         signal = [weights[first:last].square()]
-        found.append(chebyshev_moments(plan.operators, workspace, signal, 8, communicator).numpy())
+        found.append(chebyshev_moments(plan.operators, signal, 8, communicator).numpy())
     return found
 
 

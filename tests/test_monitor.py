@@ -384,7 +384,7 @@ class Drawn:
         self.writer = SummaryWriter(str(folder))
         self.plugin = spectral_ds.attach(self.model, self.optimizer, section, writer=self.writer)
         self.facts = []
-        self.plugin.dashboard.show = lambda step, graph: self.facts.append(step)
+        self.plugin.monitor._dashboard.show = lambda step, graph: self.facts.append(step)
 
     def step(self):
         self.model(torch.randn(8, 6)).square().sum().backward()
@@ -403,8 +403,8 @@ def test_what_acts_at_the_current_strength_is_drawn_and_judged(tmp_path):
         run.step()
         middles = (np.arange(32) + 0.5) / 16
         expected = 1 - strength + strength * np.exp(-1.5 * middles)
-        np.testing.assert_allclose(run.facts[-1].gains, expected, rtol=1e-6)
-        assert run.facts[-1].strength == pytest.approx(strength)
+        np.testing.assert_allclose(run.facts[-1].filter.gains, expected, rtol=1e-6)
+        assert run.facts[-1].filter.strength == pytest.approx(strength)
     found = run.plugin.snr()
     energy = np.square(0.2 + 0.8 * np.exp(-1.5 * 2 * found.centers))
     signal, noise = np.maximum(found.signal, 0), np.maximum(found.noise, 0)
@@ -420,7 +420,7 @@ def test_until_the_graph_is_known_no_filter_is_drawn(tmp_path):
     run = Drawn(tmp_path, {**HEAT, "graph": {"edges": edges, "refresh_interval": 2}})
     for is_known in (False, False, True):
         run.step()
-        assert (run.facts[-1].gains.min() < 1) == is_known
+        assert (run.facts[-1].filter.gains.min() < 1) == is_known
     run.close()
 
 
@@ -433,7 +433,7 @@ def test_a_graph_that_was_rebuilt_is_not_kept(tmp_path):
     run.step()
     assert first() is run.plugin.graph
     assert len(run.facts) == 1  # of that graph
-    run.plugin.stages[0].build()
+    run.plugin.stack.graphs[0].build()
     gc.collect()
     assert first() is None
     run.close()
@@ -521,7 +521,7 @@ def to_boards(names, folder):
             if kind == "folder":
                 section["monitor"]["folder"] = str(place)
                 training = Training(CELLS[name], section)
-                writer = training.plugin._own_writer
+                writer = training.plugin.monitor._board._own_writer
             else:
                 training = Training(CELLS[name], None)
                 writer = SummaryWriter(str(place)) if dist.get_rank() == 0 else None

@@ -444,21 +444,21 @@ def test_what_only_one_node_cannot_read_is_said_on_both(tmp_path):
             assert word in line
 
 
-def here(**facts):
+def here(**values):
     node = check.look_here(3)
-    return replace(node, facts={**node.facts, **facts})
+    return replace(node, values={**node.values, **values})
 
 
 def test_a_difference_names_the_node_the_thing_and_both_values():
     nodes = [here(torch="1.0"), here(torch="2.0"), here(torch="1.0", own="x"), None]
     host = os.uname().nodename
-    assert check.judge(nodes, timeout=1).problems == [
+    assert check.compare(nodes, timeout=1).problems == [
         f"node 1 ({host}): torch is 2.0, on node 0 ({host}) 1.0",
         f"node 2 ({host}): own is x, on node 0 ({host}) absent",
         "node 3 did not come within 1 s",
     ]
     many = here(**{str(number): "" for number in range(check.MOST_LISTED + 5)})
-    problems = check.judge([here(), many], timeout=1).problems
+    problems = check.compare([here(), many], timeout=1).problems
     assert problems[-1] == f"node 1 ({host}): 5 more differences"
     assert len(problems) == check.MOST_LISTED + 1
 
@@ -467,11 +467,11 @@ def test_the_file_of_the_environment_goes_over_the_section(tmp_path, monkeypatch
     (tmp_path / "ds.json").write_text('{"spectral_ds": {"seed": 1}, "a": {"b": [true]}}')
     (tmp_path / "section.yaml").write_text("seed: 2")
     monkeypatch.delenv("SPECTRAL_DS_CONFIG", raising=False)
-    facts = check.look_here(1, tmp_path / "ds.json").facts
-    assert (facts["spectral_ds.seed"], facts["a.b[0]"]) == ("1", "true")
-    assert check.look_here(1, tmp_path / "section.yaml").facts["spectral_ds.seed"] == "2"
+    values = check.look_here(1, tmp_path / "ds.json").values
+    assert (values["spectral_ds.seed"], values["a.b[0]"]) == ("1", "true")
+    assert check.look_here(1, tmp_path / "section.yaml").values["spectral_ds.seed"] == "2"
     monkeypatch.setenv("SPECTRAL_DS_CONFIG", str(tmp_path / "section.yaml"))
-    assert check.look_here(1, tmp_path / "ds.json").facts == {**facts, "spectral_ds.seed": "2"}
+    assert check.look_here(1, tmp_path / "ds.json").values == {**values, "spectral_ds.seed": "2"}
 
 
 @pytest.mark.parametrize(

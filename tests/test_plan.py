@@ -15,7 +15,7 @@ from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket, bucket_elements, linked_parameters
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
@@ -34,7 +34,7 @@ SECTIONS = {
     "penalty": {**ROWS, "regularizer": {"strength": 1e-3, "coupling": "decoupled"}},
 }
 MONITORED = {"preset": "paper", "operator": {"kernel": "torch_csr"}}
-# Ways to meet, and how many elements of a bucket a rank may hold: few make slices of columns.
+# Exchanges, and how many elements of a bucket a rank may hold: few make slices of columns.
 USUAL = "auto", bucket_elements(torch.device("cpu"))
 PLANS = [USUAL, ("boundary", 700), ("transpose", 700), ("transpose", USUAL[1])]
 
@@ -49,10 +49,10 @@ def measured(engine_name):
     for label, section in SECTIONS.items():
         section = {**section, "monitor": {"enabled": False}, "operator": {"kernel": "torch_csr"}}
         plugin = spectral_ds.attach(holder, optimizer, section)
-        found[label] = facts_of(plugin.stages[0], plugin.engine)
+        found[label] = facts_of(plugin.stack.graphs[0], plugin.engine)
         plugin.detach()
     plugin = spectral_ds.attach(holder, optimizer, MONITORED)
-    found["statistics"] = statistics_bytes(plugin.stages[0].statistics)
+    found["statistics"] = statistics_bytes(plugin.stack.graphs[0].samples.statistics)
     plugin.detach()
     found["fragments"] = [
         (f.parameter, f.start, f.length) for f in plugin.engine.fragments if f.length > 0
@@ -63,16 +63,16 @@ def measured(engine_name):
 
 def statistics_bytes(statistics):
     """Of three sketches of the gradient, and of what measures their spectra."""
-    sketches, measures = 3 * 4 * statistics.sketches.empty().numel(), statistics._spectrometer
-    kernels = sum(kernel_bytes(measures.operators).values())
-    return sketches + kernels + measures.workspace.bytes
+    sketches, plan = 3 * 4 * statistics.sketches.empty().numel(), statistics._spectrometer.plan
+    kernels = sum(kernel_bytes(plan.operators).values())
+    return sketches + kernels + plan.scratch_bytes
 
 
 def facts_of(stage, engine):
     facts = {
         "graph": (stage.graph.num_nodes, stage.graph.num_edges, stage.graph.lambda_max),
         "step": stage.bytes_sent(1.0),
-        "scratch": stage.workspace.bytes,
+        "scratch": stage.plan.scratch_bytes,
         "edges": sum(24 * len(g.edges) + 8 * len(g.degree) for g in stage.graph.groups),
         "kernels": sum(kernel_bytes(stage.plan.operators).values()),
     }
@@ -80,7 +80,7 @@ def facts_of(stage, engine):
     for way, elements in PLANS:
         plan = stage.plan
         if (way, elements) != USUAL:
-            plan = make_plan(
+            plan = plan_operators(
                 stage.graph,
                 layout,
                 engine.communicator,
@@ -92,9 +92,9 @@ def facts_of(stage, engine):
             )
         facts[way, elements] = {
             "work": plan.work,
-            "scratch": Workspace(plan.operators, torch.device("cpu")).bytes,
-            "bytes": (plan.bytes_per_hop, plan.bytes_per_move, plan.bytes_sent),
-            "meetings": plan.meetings,
+            "scratch": plan.scratch_bytes,
+            "bytes": (plan.bytes_per_hop, plan.bytes_per_transpose, plan.bytes_sent),
+            "groups by exchange": plan.exchanges,
             "exchanges": sum(op.exchange is not None for op in plan.operators),
             "transpositions": sum(op.transposition is not None for op in plan.operators),
         }
@@ -132,7 +132,9 @@ def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monito
     section = {**section, "monitor": {"enabled": monitored}, "operator": {"exchange": way}}
     cluster = planning.Cluster(world_size, 2)
     config = load_config(section)
-    return planning.make_plan(model, config, engine, cluster, planning.Machine(), elements, groups)
+    return planning.plan_configuration(
+        model, config, engine, cluster, planning.Machine(), elements, groups
+    )
 
 
 @pytest.fixture(
@@ -161,19 +163,19 @@ def test_bytes_of_known_edges_are_exact(cell, label):
     engine, world_size, by_rank = cell
     for way, elements in PLANS:
         plan = planned(SECTIONS[label], engine, world_size, way, elements)
-        [stage] = plan.stages
-        expected, least, most = stage.edges
-        assert (stage.all_nodes, expected, stage.lambda_max) == by_rank[0][label]["graph"]
+        [graph] = plan.graphs
+        expected, least, most = graph.edges
+        assert (graph.all_nodes, expected, graph.lambda_max) == by_rank[0][label]["graph"]
         assert least == expected == most
         facts = by_rank[0][label][way, elements]
-        work = stage.work
-        sent = work.hops * stage.bytes_per_hop + work.moves * stage.bytes_per_move
-        assert facts["bytes"] == (stage.bytes_per_hop, stage.bytes_per_move, sent)
+        work = graph.work
+        sent = work.hops * graph.bytes_per_hop + work.transposes * graph.bytes_per_transpose
+        assert facts["bytes"] == (graph.bytes_per_hop, graph.bytes_per_transpose, sent)
         assert facts["work"] == work
-        assert facts["meetings"] == stage.meetings_counted
+        assert facts["groups by exchange"] == graph.exchanges_counted
         slices = dict.fromkeys(("local", "boundary", "transpose"), 0)
-        for pack in stage.packs:
-            slices[pack.meeting] += pack.slices
+        for pack in graph.packs:
+            slices[pack.exchange] += pack.slices
         assert facts["transpositions"] == slices["transpose"]
         # A slice of which no rank needs anything has no exchange.
         assert facts["exchanges"] <= slices["boundary"]
@@ -184,24 +186,24 @@ def test_bytes_of_known_edges_are_exact(cell, label):
 def test_each_rank_holds_what_is_planned(cell, label):
     engine, world_size, by_rank = cell
     for way in PLANS:
-        [stage] = planned(SECTIONS[label], engine, world_size, *way).stages
+        [graph] = planned(SECTIONS[label], engine, world_size, *way).graphs
         held = [facts[label][way]["scratch"] for facts in by_rank]
         # Slices of columns are taken to be alike on each rank.
-        assert stage.memory["scratch"].max() == pytest.approx(max(held), rel=0.1)
-    [stage] = planned(SECTIONS[label], engine, world_size).stages
+        assert graph.memory["scratch"].max() == pytest.approx(max(held), rel=0.1)
+    [graph] = planned(SECTIONS[label], engine, world_size).graphs
     for kind in ("scratch", "kernels"):
-        assert stage.memory[kind].tolist() == [facts[label][kind] for facts in by_rank]
+        assert graph.memory[kind].tolist() == [facts[label][kind] for facts in by_rank]
     edges = np.array([facts[label]["edges"] for facts in by_rank])
-    runs = sum(len(group.parts.rank) for group in stage.groups)
-    assert (edges <= stage.memory["edges"]).all()
-    assert (stage.memory["edges"] <= edges + 24 * runs).all()  # owners are merged where they touch
+    runs = sum(len(group.parts.rank) for group in graph.groups)
+    assert (edges <= graph.memory["edges"]).all()
+    assert (graph.memory["edges"] <= edges + 24 * runs).all()  # owners are merged where they touch
 
 
 def test_statistics_take_about_what_is_planned(cell):
     engine, world_size, by_rank = cell
-    [stage] = planned(MONITORED, engine, world_size, monitored=True).stages
+    [graph] = planned(MONITORED, engine, world_size, monitored=True).graphs
     held = [facts["statistics"] for facts in by_rank]
-    np.testing.assert_allclose(stage.memory["statistics"], held, rtol=0.3)
+    np.testing.assert_allclose(graph.memory["statistics"], held, rtol=0.3)
 
 
 LINEAR = {f"layers.{block}.linear.weight": (400, 64) for block in range(3)}
@@ -228,12 +230,12 @@ def similar(engine, scope):
             normalized=True,
             progress=lambda done: None,
         )
-        plan = make_plan(
+        plan = plan_operators(
             graph,
             layout,
             communicator,
             communicator,
-            work=Work(hops=4, moves=2),
+            work=Work(hops=4, transposes=2),
             exchange="boundary",
             kernel="torch_csr",
             bucket_elements=2**19,
@@ -249,17 +251,17 @@ def test_bytes_of_similar_rows_are_close(ranks, engine, scope, world_size):
     found = ranks(world_size).run(similar, engine, scope)[0]
     for node, (edges, sent) in found.items():
         plan = planned_linear(LINEAR, engine, world_size, scope=scope, node=node)
-        [stage] = plan.stages
-        expected, least, most = stage.edges
+        [graph] = plan.graphs
+        expected, least, most = graph.edges
         assert least <= edges <= most
         assert expected == pytest.approx(edges, rel=0.05)
-        assert stage.bytes_per_hop == pytest.approx(sent, rel=0.05)
+        assert graph.bytes_per_hop == pytest.approx(sent, rel=0.05)
 
 
 def planned_linear(shapes, engine, world_size, machines=1, node="row", others=(), **edge):
     graph = {"node": node, "edges": [{"family": "similarity", **edge}, *others]}
     config = load_config({"graph": graph, "operator": {"exchange": "boundary"}})
-    return planning.make_plan(
+    return planning.plan_configuration(
         planning.Model("linear", shapes, 0),
         config,
         engine,
@@ -308,7 +310,7 @@ def test_every_rank_sends_and_receives_what_is_planned(engine, world_size):
                 bucket = Bucket.of(members)
                 needed = needed_by_brute_force(bucket, families, layout)
                 same_flow(group.boundary.hop, needed, cluster)
-                same_flow(group.move, moved_by_brute_force(bucket, layout), cluster)
+                same_flow(group.transpose, moved_by_brute_force(bucket, layout), cluster)
 
 
 def needed_by_brute_force(bucket, families, layout):
@@ -337,7 +339,7 @@ def moved_by_brute_force(bucket, layout):
         communicator = Communicator.alone(torch.device("cpu"))
         communicator.rank, communicator.world_size = rank, size
         plan = Transposition.plan(bucket.nodes, rectangles, slices, communicator)
-        moved[rank] = plan.receive_splits
+        moved[rank] = plan.buffers.receive_splits
     return moved
 
 
@@ -367,11 +369,11 @@ def test_similar_rows_are_as_near_as_by_chance(engine, world_size, others):
     families = [Fixed(one_way), *(Ring() for _ in others)]
     pairs = needed_by_brute_force(bucket, families, layout)
     plan = planned_linear(shapes, engine, world_size, 2, others=others, scope="role")
-    [stage] = plan.stages
+    [graph] = plan.graphs
     both = Edges.concatenate([one_way, one_way.reversed()]).combined(np.maximum)
     ring = nodes * len(others)
-    assert stage.edges[0] == pytest.approx(len(both) / 2 + ring, rel=0.02)
-    [group] = stage.groups
+    assert graph.edges[0] == pytest.approx(len(both) / 2 + ring, rel=0.02)
+    [group] = graph.groups
     machine = np.arange(world_size) // (world_size // 2)
     near = pairs * (machine[:, None] == machine)
     hop = group.boundary.hop

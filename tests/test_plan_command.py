@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from spectral_ds.cli import main
-from spectral_ds.cli.plan_models import PRESETS, model_of
+from spectral_ds.cli.plan.models import KNOWN_MODELS, model_of
 
 
 def plan_by_command(capsys, *words):
@@ -36,7 +36,7 @@ def test_presets_have_their_published_sizes():
     sizes = {"llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
     for name, elements in sizes.items():
         assert model_of(name).elements == elements
-    assert set(PRESETS) == {*sizes, "llama-3-70b"}
+    assert set(KNOWN_MODELS) == {*sizes, "llama-3-70b"}
 
 
 def test_a_folder_is_planned_like_the_model_in_it(tmp_path, capsys):

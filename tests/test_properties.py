@@ -14,7 +14,7 @@ from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Ti
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, Workspace, make_plan
+from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, intervals
 
@@ -71,12 +71,12 @@ class Model(NamedTuple):
         )
 
     def plan(self, graph, bucket_elements=10**6, dtype=torch.float64):
-        return make_plan(
+        return plan_operators(
             graph,
             self.layout,
             ALONE,
             ALONE,
-            work=Work(hops=1, moves=2),
+            work=Work(hops=1, transposes=2),
             exchange="auto",
             kernel="torch_csr",
             bucket_elements=bucket_elements,
@@ -87,23 +87,23 @@ class Model(NamedTuple):
         """L x by the operators of a plan; signals by name."""
         graph = self.graph()
         operators = self.plan(graph, bucket_elements).operators
-        workspace = Workspace(operators, CPU, torch.float64)
         x, y = flattened(signal), [torch.full((p.numel,), torch.nan) for p in self.parameters]
         y = [each.double() for each in y]
         for operator in operators:
-            scratch = workspace.of(operator)
+            scratch = operator.scratch
             operator.load(x, scratch.x)
             operator.apply(scratch.x, scratch.out)
-            operator.store(graph.lambda_max / 2 * (scratch.out + scratch.x), y)
+            scratch.out.values.add_(scratch.x.values).mul_(graph.lambda_max / 2)
+            operator.store(scratch.out, y)
         return shaped(y, signal)
 
     def filtered(self, signal, response, strength=1.0):
         """(1 − s) x + s h(L) x by the package, in float32."""
         graph = self.graph()
         operators = self.plan(graph, dtype=torch.float32).operators
-        transfer = FixedTransfer(response, graph, "auto", 1e-6, CPU)
+        transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, "auto", 1e-6, CPU)
         x = [each.float() for each in flattened(signal)]
-        GraphFilter(operators, Workspace(operators, CPU), transfer).apply(x, strength)
+        GraphFilter(operators, transfer).apply(x, strength)
         return shaped(x, signal)
 
     def dense_laplacian(self):
@@ -350,12 +350,11 @@ def test_transposed_slices_hold_every_element_once(drawn):
 def test_buckets_hold_every_element_once_and_no_more_than_they_may(model, bucket_elements):
     graph = model.graph()
     operators = model.plan(graph, bucket_elements).operators
-    workspace = Workspace(operators, CPU, torch.float64)
     times = [torch.zeros(p.numel, dtype=torch.float64) for p in model.parameters]
     for operator in operators:
-        scratch = workspace.of(operator)
-        operator.load(times, scratch.x)
-        operator.store(scratch.x + 1, times)
+        operator.load(times, operator.scratch.x)
+        operator.scratch.x.values.add_(1)
+        operator.store(operator.scratch.x, times)
         block = operator.block
         if block.stored * block.width > bucket_elements:  # no smaller slice, and no other group
             assert block.width <= 16

@@ -40,7 +40,7 @@ def test_adaptive_filters_apply_the_gains_of_the_estimates(preset):
             if preset == "denoise":
                 gains = np.clip(estimate.signal / total, 0, 1) if total.any() else np.ones(4)
             else:
-                total = plugin.stages[0].statistics.power.numpy()
+                total = plugin.stack.graphs[0].samples.statistics.power.numpy()
                 gains = total**-0.5 * np.sqrt(total.sum() / 4)
 
             def response(values, gains=gains, graph=plugin.graph):
@@ -112,7 +112,7 @@ def test_a_graph_of_gradients_that_were_never_finite_stays_unknown():
             set_gradients(model, gradients)
             stepper.step()
             is_known = step >= 6  # the first refresh after finite samples
-            assert plugin.stages[0].filter.is_ready == is_known
+            assert plugin.stack.graphs[0].filter.is_ready == is_known
             assert (plugin.graph.num_edges > 0) == is_known
             same = [
                 np.array_equal(gradient, gradients[name], equal_nan=True)
@@ -143,7 +143,7 @@ def test_a_response_that_no_longer_fits_a_new_graph_is_a_warning_and_training_go
         assert warning.levelname == "WARNING"
         assert "filter.tau" in warning.getMessage()
         # It is filtered by the highest order that there is.
-        transfer = plugin.stages[0].filter.transfer
+        transfer = plugin.stack.graphs[0].filter.transfer
         assert 0.1 < transfer.error < 0.5
         values, vectors = np.linalg.eigh(plugin.graph.laplacian().toarray())
         smooth = (vectors / (1 + 3e3 * values.clip(0))) @ vectors.T @ gradients["0.weight"].numpy()
@@ -172,9 +172,9 @@ def test_rebuilding_the_graph_leaves_nothing_behind():
                 set_gradients(model, gradients_of(model, step))
                 stepper.step()
                 now = []
-                for stage in plugin.stages:
-                    now += [stage.graph, stage.plan, stage.workspace, stage.filter]
-                    now += [*stage.plan.operators, *stage.spectrometer.operators]
+                for stage in plugin.stack.graphs:
+                    now += [stage.graph, stage.plan, stage.filter]
+                    now += [*stage.plan.operators, *stage.spectrometer.plan.operators]
                 old += map(weakref.ref, now)
             alive = {id(each()) for each in old if each() is not None}
             assert alive == set(map(id, now))

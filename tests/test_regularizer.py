@@ -227,7 +227,7 @@ def two_decoupled_steps(name, reference, device):
     training = Training(name, settings, rates=(0.5, 0.25))
     for index in range(2):
         training.step(index)
-    held = training.plugin.regularizer.reference.fragments or []
+    held = training.plugin.stack.regularizer.reference.fragments or []
     kinds = {(part.device.type, part.dtype) for part in held if part is not None}
     weights = training.snapshot()
     training.close()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from synthetic import GRAPHS, Sharded, random_arrays, sketch_of, smooth_bands, smooth_power
 
+from spectral_ds.checkpoint import SavedState
 from spectral_ds.filters import (
     wiener_gains,
 )
@@ -194,6 +195,10 @@ def test_drift_over_the_window_is_no_noise_to_consecutive_samples():
     assert window.noise.sum() > 2.9
 
 
+def saved(part):
+    return SavedState("a state", (), part.numbers, (), lambda kind, wanted: [])
+
+
 def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
     stream = Stream(6)
     samples = [stream.sample() for _ in range(6)]
@@ -202,7 +207,7 @@ def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
         statistics.compare_consecutive()
     for sample in samples[:4]:
         before.observe(sample, 1.0)
-    after.restore(before.numbers())
+    after.restore("s", saved(before.state("s")))()
     for sample in samples[4:]:
         after.observe(sample, 1.0)
     flat = [torch.cat(sample).double().numpy() for sample in samples]
@@ -211,8 +216,9 @@ def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
     assert pairs == 4
     assert signal == pytest.approx(weights_of(4) @ common, rel=1e-5)
 
-    older = {name: number for name, number in after.numbers().items() if name != "consecutive"}
-    before.restore(older)
+    older = after.state("s")
+    del older.numbers["s.consecutive"]
+    before.restore("s", saved(older))()
     assert before.consecutive.means[0] == 3
 
 

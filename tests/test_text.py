@@ -11,7 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
-from text import DataError, batches, load_corpus
+from examples import batches, load_corpus
+
+from spectral_ds.cli.errors import DataError
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
 

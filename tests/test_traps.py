@@ -33,7 +33,7 @@ def overflow_of_what_is_not_filtered(name):
     """
     training = Training(name, MEANS)
     plugin = training.plugin
-    statistics, temporal = plugin.stages[0].statistics, plugin.filter.temporal
+    statistics, temporal = plugin.stack.graphs[0].samples.statistics, plugin.stack.filter.temporal
     embedding = training.module.llama.model.embed_tokens.weight
     assert not any("embed" in p.name for p in plugin.graph.parameters)
     found = []

@@ -9,7 +9,7 @@ from cells import Training
 from synthetic import smooth_power
 
 import spectral_ds
-from spectral_ds.monitor import ENOUGH_SAMPLES, verdict
+from spectral_ds.monitor.verdict import ENOUGH_SAMPLES, verdict
 from spectral_ds.spectrum import (
     kept_over_total,
 )

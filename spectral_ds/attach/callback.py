@@ -26,7 +26,6 @@ from spectral_ds.attach.live import live
 from spectral_ds.attach.runner import VARIABLE, Runner, config_of_environment, say
 from spectral_ds.config import SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.engines.torch_engine import TorchEngine
 from spectral_ds.plugin import SpectralPlugin
 
 PREFIX = "spectral_ds/"
@@ -144,7 +143,7 @@ class SpectralCallback(TrainerCallback):
         plugin = self.plugin
         if plugin is None or not plugin.config.checkpoint.enabled:
             return
-        if isinstance(plugin.engine, TorchEngine):  # DeepSpeed's own, in the same folder, carry it
+        if plugin.engine.checkpoints is None:  # DeepSpeed's own, in the same folder, carry it
             plugin.save(_checkpoint(args, state.global_step) / FOLDER)
 
     def on_train_end(

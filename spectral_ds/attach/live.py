@@ -47,7 +47,7 @@ def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | Non
 
 
 def _wrapped(modules: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Those in DistributedDataParallel, and the outermost ones of `fully_shard`."""
+    """The modules in DistributedDataParallel, and the outermost ones of `fully_shard`."""
     if not dist.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule

@@ -165,7 +165,7 @@ class Runner:
             self.report()
 
     def _clipped(self, tensors: set[int]) -> list[Training]:
-        """Those that train some of what is clipped, attached now if they were not yet."""
+        """The trainings of some of what is clipped, attached now if they were not yet."""
         for optimizer in self._alive():
             if optimizer in self._settled:
                 continue

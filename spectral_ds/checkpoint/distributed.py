@@ -149,7 +149,7 @@ def _starts(tensors: Mapping[str, Any], state: PluginState) -> dict[str, int]:
 def _checksums(
     tensors: Mapping[str, Any], unwrap: Unwrapper, state: PluginState, communicator: Communicator
 ) -> dict[str, int]:
-    """Of each tensor, whole, on all ranks, as int64 (collective)."""
+    """A checksum of each whole tensor, as int64, on all ranks (collective)."""
     starts, own = _starts(tensors, state), {}
     for key, tensor in tensors.items():
         if _is_sharded(tensor):

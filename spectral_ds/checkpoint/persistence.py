@@ -1,150 +1,90 @@
-"""Persistence: the plugin's state with the engine's own checkpoints.
+"""Persistence: the parts' states, together, in the engine's own checkpoints or by hand.
 
-DeepSpeed's `save_checkpoint` and `load_checkpoint` carry it by themselves; for other engines the
+DeepSpeed's `save_checkpoint` and `load_checkpoint` carry them by themselves; for other engines the
 plugin has `state_dict` and `load_state_dict`.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from spectral_ds.checkpoint import (
+from spectral_ds.checkpoint.distributed import from_tensors, to_tensors
+from spectral_ds.checkpoint.folder import read_state, write_state
+from spectral_ds.checkpoint.state import (
     CheckpointError,
-    Pieces,
+    Part,
     PluginState,
     SavedState,
+    StatefulStack,
     difference_of_graphs,
-    from_tensors,
-    read_state,
-    to_tensors,
-    write_state,
 )
-
-if TYPE_CHECKING:
-    from spectral_ds.plugin import SpectralPlugin
-
-REFERENCE, TEMPORAL = "reference", "temporal"
+from spectral_ds.engines import Engine, UnsupportedEngineError
+from spectral_ds.engines.capabilities import DistributedTensors
 
 
 class Persistence:
-    """Collects and restores the state of one plugin."""
+    """Collects and restores the state of one plugin.
 
-    def __init__(self, plugin: "SpectralPlugin") -> None:
-        self._plugin = plugin
-        self._engine = plugin.engine
+    Args:
+        engine: counts the steps, and may carry the state in checkpoints of its own.
+        stack: the parts that have state.
+        is_strict: whether a state that cannot be used is an error; if not, new graphs are made.
+        resumed: called when the plugin has gone on from another moment.
+    """
+
+    def __init__(
+        self, engine: Engine, stack: StatefulStack, is_strict: bool, resumed: Callable[[], None]
+    ) -> None:
+        self._engine, self._stack = engine, stack
+        self._is_strict, self._resumed = is_strict, resumed
+
+    def carry(self) -> None:
+        """Have the engine's own checkpoints carry the state, if it makes any."""
+        if self._engine.checkpoints is not None:
+            self._engine.checkpoints.carry(self.save, self.load, self.begin_anew)
 
     def state(self) -> PluginState:
         """The state as this rank holds it (collective)."""
-        plugin, engine = self._plugin, self._engine
+        engine, stack = self._engine, self._stack
         shapes = {name: tuple(shape) for name, shape in engine.shapes.items()}
-        state = PluginState(shapes, self._graphs())
+        state = PluginState(shapes, [graph.digest for graph in stack.graphs])
         state.numbers["step"] = torch.tensor([float(engine.step)], dtype=torch.float64)
-        for index, stage in enumerate(plugin.stages):
-            state.edges.append(stage.graph.primary_edges())
-            is_ready = torch.tensor([float(stage.filter.is_ready)], dtype=torch.float64)
-            state.numbers[f"graph.{index}.is_ready"] = is_ready
-            statistics = stage.statistics
-            if statistics is not None:
-                for name, number in statistics.numbers().items():
-                    state.numbers[f"statistics.{index}.{name}"] = number
-            for kind, running in stage.running.items():
-                for name, number in running.numbers().items():
-                    state.numbers[f"{kind}.{index}.{name}"] = number
-                own = running.sketches.layout.own
-                state.pieces[f"{kind}.{index}"] = Pieces(own, list(running.complete()))
-        temporal = plugin.filter.temporal
-        if temporal is not None:
-            state.numbers["temporal.has_mean"] = self._by_parameter(temporal.has_mean)
-            state.pieces[TEMPORAL] = self._of_filtered(temporal.means)
-        if plugin.regularizer is not None and plugin.regularizer.reference.fragments is not None:
-            state.pieces[REFERENCE] = self._of_filtered(plugin.regularizer.reference.fragments)
+        for part in (*stack.graphs, *stack.memories):
+            state.add(part.state())
         return state
-
-    def _graphs(self) -> list[str]:
-        """A digest of the configuration of each graph."""
-        config = self._plugin.config
-        return [_digest({**asdict(graph), "seed": config.seed}) for graph in config.stack]
-
-    def _of_filtered(self, values: Sequence[torch.Tensor | None]) -> Pieces:
-        filtered = self._plugin.is_filtered
-        chosen = [
-            (fragment, value)
-            for fragment, value, is_in in zip(self._engine.fragments, values, filtered, strict=True)
-            if is_in
-        ]
-        return Pieces([fragment for fragment, _ in chosen], [value for _, value in chosen])
-
-    def _by_parameter(self, flags: torch.Tensor) -> torch.Tensor:
-        """A flag a fragment as a number a parameter, equal on all ranks."""
-        position = {name: i for i, name in enumerate(self._engine.shapes)}
-        found = torch.zeros(len(position), dtype=torch.float64)
-        for fragment, flag in zip(self._engine.fragments, flags.tolist(), strict=True):
-            found[position[fragment.parameter]] += flag
-        communicator = self._engine.communicator
-        return communicator.sum_(found.to(communicator.device)).sign().cpu()
 
     def restore(self, saved: SavedState, engine_step: int | None = None) -> None:
         """Go on from a state (collective). All ranks raise before anything is changed, or none.
 
-        Of a state of other graphs, unless `checkpoint.strict`, all is used that depends on none.
+        From a state of other graphs, unless strict, all is used that depends on no graph.
 
         Args:
             engine_step: that the state must be of; None: the engine is set to the state's step.
 
         Raises:
-            CheckpointError: a part that the configuration needs is missing, the state is of another
-                step, or, if strict, of other graphs.
+            CheckpointError: something that a part needs is missing, the state is of another step,
+                or, if strict, of other graphs.
         """
-        plugin, engine = self._plugin, self._engine
+        engine, stack = self._engine, self._stack
         with engine.everyone.all_or_none():
             difference = self._other_graphs(saved)
-        stages = [] if difference else plugin.stages
-        own = self._of_filtered([None] * len(plugin.is_filtered)).fragments
-        temporal, regularizer = plugin.filter.temporal, plugin.regularizer
-        means = references = None
-        sketches: list[dict[str, list[torch.Tensor]]] = []
+        parts: Sequence[Part] = [*(() if difference else stack.graphs), *stack.memories]
         with engine.everyone.all_or_none():
             step = int(saved.number("step"))
-            is_ready = [saved.number(f"graph.{index}.is_ready") > 0 for index in range(len(stages))]
             if engine_step not in (None, step):
                 raise CheckpointError(
                     f"the plugin's state is of step {step}, but the engine's own part of the "
                     f"checkpoint is of step {engine_step}: saving was cut off between the two, or "
                     "one of them was replaced"
                 )
-            if temporal is not None and "temporal.has_mean" in saved.numbers:
-                means = saved.pieces(TEMPORAL, own)
-            if regularizer is not None and regularizer.reference.fragments is not None:
-                references = saved.pieces(REFERENCE, own)
-            for index, stage in enumerate(stages):
-                found = {}
-                for kind, running in stage.running.items():
-                    if running.fits(_of(f"{kind}.{index}", saved.numbers)):
-                        found[kind] = saved.pieces(f"{kind}.{index}", running.sketches.layout.own)
-                sketches.append(found)
-        for index, (stage, found) in enumerate(zip(stages, sketches, strict=True)):
-            for kind, complete in found.items():
-                stage.running[kind].restore(_of(f"{kind}.{index}", saved.numbers), complete)
-            if stage.statistics is not None and "sketch" in found:
-                stage.statistics.restore(_of(f"statistics.{index}", saved.numbers))
-            stage.restore(saved.edges[index], is_ready[index])
-        if temporal is not None and means is not None:
-            self._fill(temporal.means, means)
-            position = {name: i for i, name in enumerate(engine.shapes)}
-            has_mean = saved.numbers["temporal.has_mean"].tolist()
-            flags = [has_mean[position[f.parameter]] > 0 for f in engine.fragments]
-            temporal.has_mean = torch.tensor(flags, device=temporal.has_mean.device)
-        if regularizer is not None and references is not None:
-            assert regularizer.reference.fragments is not None
-            self._fill(regularizer.reference.fragments, references)
+            restorations = [part.restore(saved) for part in parts]
+        for put_in_place in restorations:
+            put_in_place()
         if difference:
-            self._build_anew()
+            stack.rebuild()
             self._warn(
                 f"{difference}; checkpoint.strict is false: it goes on with a new graph, and with "
                 "step, reference and running mean of the saved state"
@@ -160,29 +100,22 @@ class Persistence:
         """How the saved graphs are others; empty if they are not.
 
         Raises:
-            CheckpointError: they are, and `checkpoint.strict` is true.
+            CheckpointError: they are, and a state that cannot be used is an error.
         """
-        difference = difference_of_graphs(saved.graphs, self._graphs())
+        here = [graph.digest for graph in self._stack.graphs]
+        difference = difference_of_graphs(saved.graphs, here)
         if not difference:
             return ""
         difference = (
             f"{saved.where} is of another graph configuration (spectral_ds.graph, graphs or seed): "
             f"{difference}"
         )
-        if self._plugin.config.checkpoint.strict:
+        if self._is_strict:
             raise CheckpointError(
                 f"{difference}; restore it, or set spectral_ds.checkpoint.strict to false to start "
                 "with a new graph"
             )
         return difference
-
-    def _fill(self, targets: Sequence[torch.Tensor | None], values: Sequence[torch.Tensor]) -> None:
-        incoming = iter(values)
-        for target, is_in in zip(targets, self._plugin.is_filtered, strict=True):
-            if is_in:
-                value = next(incoming)
-                if target is not None:
-                    target.copy_(value)
 
     def save(self, folder: Path) -> None:
         """Write the state into a folder that all ranks see (collective)."""
@@ -198,11 +131,11 @@ class Persistence:
             engine_step: that the engine has restored from the same checkpoint; None: there is none.
 
         Raises:
-            CheckpointError: what is there cannot be used, and `checkpoint.strict` is true.
+            CheckpointError: what is there cannot be used, and that is an error.
         """
         if not is_expected:
-            self._build_anew()
-            self._plugin.resumed()
+            self._stack.rebuild()
+            self._resumed()
             self._engine.log(
                 "the checkpoint was made without the plugin; it goes on with the "
                 "graph of the present weights, and with the reference of before"
@@ -211,18 +144,41 @@ class Persistence:
         self._go_on(lambda: read_state(folder, self.state(), self._engine.everyone), engine_step)
 
     def begin_anew(self) -> None:
-        """Begin a new training from weights that were loaded alone (collective).
-
-        They are the reference now, and the graph is made of them.
-        """
-        regularizer = self._plugin.regularizer
-        if regularizer is not None and regularizer.reference.fragments is not None:
-            weights = self._of_filtered(self._engine.weights()).values
-            self._fill(regularizer.reference.fragments, [w for w in weights if w is not None])
-        self._build_anew()
-        self._plugin.resumed()
+        """Begin a new training from weights that were loaded alone (collective)."""
+        self._stack.begin_anew()
+        self._resumed()
         self._engine.log(
             "weights were loaded alone; the graph is made of them, and they are the reference"
+        )
+
+    def tensors(self) -> dict[str, Any]:
+        """The state for `torch.distributed.checkpoint` (collective).
+
+        Raises:
+            UnsupportedEngineError: the engine has checkpoints of its own.
+        """
+        shards, graphs = self._shards(), self._stack.graphs
+        return to_tensors(
+            self.state(),
+            [graph.most_edges() for graph in graphs],
+            {name: sizes for graph in graphs for name, sizes in graph.whole_pieces().items()},
+            shards.wrap,
+            shards.local_part,
+            self._engine.communicator,
+        )
+
+    def use_tensors(self, tensors: dict[str, Any]) -> None:
+        """Go on from what `tensors` gave (collective).
+
+        Raises:
+            CheckpointError: it cannot be used, and that is an error.
+            UnsupportedEngineError: the engine has checkpoints of its own.
+        """
+        engine, shards = self._engine, self._shards()
+        self._go_on(
+            lambda: from_tensors(
+                tensors, shards.local_part, self.state(), engine.everyone, engine.communicator
+            )
         )
 
     def _go_on(self, read: Callable[[], SavedState], engine_step: int | None = None) -> None:
@@ -230,64 +186,22 @@ class Persistence:
         try:
             self.restore(read(), engine_step)
         except CheckpointError as error:
-            if self._plugin.config.checkpoint.strict:
+            if self._is_strict:
                 raise
-            self._build_anew()
+            self._stack.rebuild()
             self._warn(
                 f"{error}; checkpoint.strict is false: it goes on with a new graph, and with "
                 "nothing of the saved state"
             )
-        self._plugin.resumed()
+        self._resumed()
 
-    def _build_anew(self) -> None:
-        """Graphs of what the model is now (collective)."""
-        for stage in self._plugin.stages:
-            stage.build()
+    def _shards(self) -> DistributedTensors:
+        if self._engine.tensors is None:
+            raise UnsupportedEngineError(
+                "this engine's own checkpoints carry the plugin's state; state_dict() is for "
+                "FSDP2, DDP and plain modules"
+            )
+        return self._engine.tensors
 
     def _warn(self, message: str) -> None:
         self._engine.log(message, logging.WARNING)
-
-    def tensors(self) -> dict[str, Any]:
-        """The state for `torch.distributed.checkpoint` (collective)."""
-        capacity = [stage.most_edges() for stage in self._plugin.stages]
-        whole = {
-            f"{kind}.{index}": {
-                parameter.name: parameter.nodes * running.sketches.columns[parameter.name]
-                for parameter in stage.parameters
-                if parameter.name in running.sketches.columns
-            }
-            for index, stage in enumerate(self._plugin.stages)
-            for kind, running in stage.running.items()
-        }
-        engine = self._engine
-        return to_tensors(
-            self.state(),
-            capacity,
-            whole,
-            engine.distributed,
-            engine.local_part,
-            engine.communicator,
-        )
-
-    def use_tensors(self, tensors: dict[str, Any]) -> None:
-        """Go on from what `tensors` gave (collective).
-
-        Raises:
-            CheckpointError: it cannot be used, and `checkpoint.strict` is true.
-        """
-        engine = self._engine
-        self._go_on(
-            lambda: from_tensors(
-                tensors, engine.local_part, self.state(), engine.everyone, engine.communicator
-            )
-        )
-
-
-def _of(prefix: str, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Numbers below a prefix, by the rest of their names."""
-    start = f"{prefix}."
-    return {n.removeprefix(start): t for n, t in numbers.items() if n.startswith(start)}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""PluginState: everything the plugin carries from step to step, as this rank holds it."""
+"""What the plugin carries from step to step: the parts that own it, and all of it together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -26,10 +26,43 @@ class Pieces:
     fragments: Sequence[Fragment]
     values: list[torch.Tensor | None]
 
+    @classmethod
+    def of(
+        cls, fragments: Sequence[Fragment | None], values: Sequence[torch.Tensor | None]
+    ) -> "Pieces":
+        """The values of the fragments that are not None."""
+        pairs = [(f, v) for f, v in zip(fragments, values, strict=True) if f is not None]
+        return cls([fragment for fragment, _ in pairs], [value for _, value in pairs])
+
+    def fill(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy values into those that there are, in place."""
+        for target, value in zip(self.values, values, strict=True):
+            if target is not None:
+                target.copy_(value)
+
+
+@dataclass
+class PartState:
+    """The state of one part, by names that no other part has.
+
+    Attributes:
+        numbers: small tensors, equal on all ranks.
+        pieces: sharded tensors.
+        edges: of a graph, those from the nodes that this rank answers for; None: it is no graph.
+    """
+
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: dict[str, Pieces] = field(default_factory=dict)
+    edges: Edges | None = None
+
+    def __or__(self, other: "PartState") -> "PartState":
+        edges = other.edges if self.edges is None else self.edges
+        return PartState(self.numbers | other.numbers, self.pieces | other.pieces, edges)
+
 
 @dataclass
 class PluginState:
-    """The state at the end of a step.
+    """The state at the end of a step, as this rank holds it.
 
     Attributes:
         model: shape of every parameter by name: who reads must have the same.
@@ -45,6 +78,13 @@ class PluginState:
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     edges: list[Edges] = field(default_factory=list)
     pieces: dict[str, Pieces] = field(default_factory=dict)
+
+    def add(self, part: PartState) -> None:
+        """Take in the state of a part; graphs come in their order."""
+        self.numbers |= part.numbers
+        self.pieces |= part.pieces
+        if part.edges is not None:
+            self.edges.append(part.edges)
 
 
 # Gives the values of wanted fragments of one kind.
@@ -77,6 +117,64 @@ class SavedState(NamedTuple):
         if name not in self.numbers:
             raise CheckpointError(f"{self.where} lacks {name!r}")
         return float(self.numbers[name].item())
+
+
+# Puts in place what has been read of a state (collective).
+Restoration = Callable[[], None]
+
+
+class Part(Protocol):
+    """Owns a part of the state."""
+
+    def state(self) -> PartState:
+        """What it carries, as this rank holds it (collective)."""
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """Read what it needs of a state; no communication, and nothing is changed yet.
+
+        Raises:
+            CheckpointError: the state lacks something that it needs.
+        """
+
+
+class GraphPart(Part, Protocol):
+    """A graph and what is measured on it.
+
+    Attributes:
+        digest: of its configuration.
+    """
+
+    @property
+    def digest(self) -> str: ...
+
+    def most_edges(self) -> int:
+        """The most directed edges that it can have."""
+
+    def whole_pieces(self) -> dict[str, dict[str, int]]:
+        """The pieces that a distributed checkpoint keeps whole: elements by name and parameter."""
+
+
+class StatefulStack(Protocol):
+    """All parts of a plugin, and how it begins without a state."""
+
+    @property
+    def graphs(self) -> Sequence[GraphPart]: ...
+
+    @property
+    def memories(self) -> Sequence[Part]:
+        """The parts that depend on no graph."""
+
+    def rebuild(self) -> None:
+        """Make graphs of what the model is now (collective)."""
+
+    def begin_anew(self) -> None:
+        """Make graphs of the present weights, which are the reference from now on (collective)."""
+
+
+def numbers_below(prefix: str, numbers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The numbers whose names begin with a prefix and a dot, by the rest of their names."""
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in numbers.items() if n.startswith(start)}
 
 
 def difference_of_graphs(saved: Sequence[str], expected: Sequence[str]) -> str:

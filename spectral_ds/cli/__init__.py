@@ -1,4 +1,4 @@
-"""The command line: `spectral-ds COMMAND`, one file a command.
+"""The command line: `spectral-ds COMMAND`, one file or folder a command.
 
 Each command's module has `add_parser(commands)`, which says what it takes and sets `run`, the
 function of the parsed arguments that does it. What takes long to import is imported there.

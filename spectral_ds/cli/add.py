@@ -11,6 +11,7 @@ from typing import Any
 
 import hjson  # type: ignore[import-untyped]
 
+from spectral_ds.cli.arguments import add_command
 from spectral_ds.cli.errors import UserError
 from spectral_ds.config import PRESETS, SECTION, load_config, read_json
 
@@ -31,19 +32,19 @@ TOKEN = re.compile(
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "add",
-        help="a DeepSpeed config with the section added",
+        run,
+        summary="a DeepSpeed config with the section added",
         description='Prints a DeepSpeed config with the section "spectral_ds" as its last key.\n'
         "All the rest stays as it is, byte for byte, comments too.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     parser.add_argument("config", type=Path, metavar="DS_CONFIG.json")
     parser.add_argument("--preset", choices=PRESETS, default="paper", help="default: paper")
     parser.add_argument("--write", action="store_true", help="write the file in place")
     parser.add_argument("--force", action="store_true", help="replace a section that is there")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """`spectral-ds check`: whether all nodes of a training have the same packages and configuration.
 
 Started once on each node. Node 0 opens a TCPStore; every node puts what it has there, node 0
-compares, and every node prints node 0's verdict and ends with the same status. Node 0 closes the
+compares, and every node prints what it has found and ends with the same status. Node 0 closes the
 store when the others have read it. The training's own store is another one and needs another port:
 a node that is done sooner than node 0 would find this one there.
 """
@@ -10,7 +10,6 @@ import argparse
 import datetime
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.resources
 import json
 import os
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ds.attach.runner import VARIABLE
+from spectral_ds.cli.arguments import add_command
 from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.packages import installed_version
 from spectral_ds.config import SECTION, SpectralConfigError, load_config, read_json
 
 PACKAGES = ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse")
@@ -42,14 +43,15 @@ EXAMPLES = """examples, on two nodes:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "check",
-        help="before a training on several nodes: do all have the same packages and config",
+        run,
+        summary="before a training on several nodes: do all have the same packages and config",
         description="Started on every node, compares Python, packages, the source of spectral_ds "
         "and the configuration\nwith those of node 0. All nodes print the same; exit status 0, or "
         "1 on all if something differs\nor a node does not come. launch/multinode.sh does it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add("--nodes", type=int, required=True, help="how many there are")
@@ -71,7 +73,6 @@ def add_parser(commands: Any) -> None:
     )
     add("--timeout", type=float, default=600.0, help="seconds to wait for nodes (default: 600)")
     add("--json", action="store_true", help="print JSON, and nothing else")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,17 +80,17 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_impossible(arguments)
     here = look_here(arguments.nodes, arguments.config, arguments.same)
     place = arguments.master_addr, arguments.master_port
-    meeting = _Meeting(arguments.nodes, arguments.node_rank, place, arguments.timeout)
-    verdict = meeting.verdict(here)
+    rendezvous = _Rendezvous(arguments.nodes, arguments.node_rank, place, arguments.timeout)
+    result = rendezvous.result(here)
     if arguments.json:
-        sys.stdout.write(json.dumps(asdict(verdict), indent=2) + "\n")
-    elif verdict.problems:
+        sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
+    elif result.problems:
         # One write, or those of several nodes get mixed on one terminal.
-        lines = "".join(f"\n  {problem}" for problem in verdict.problems)
+        lines = "".join(f"\n  {problem}" for problem in result.problems)
         sys.stderr.write(f"spectral-ds check: these nodes cannot train together:{lines}\n")
     elif arguments.node_rank == 0:
-        print(f"spectral-ds check: {_agreement(here, verdict)}")
-    return 1 if verdict.problems else 0
+        print(f"spectral-ds check: {_agreement(here, result)}")
+    return 1 if result.problems else 0
 
 
 def _refuse_impossible(arguments: argparse.Namespace) -> None:
@@ -105,62 +106,55 @@ def _refuse_impossible(arguments: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Node:
+class TrainingNode:
     """What a node has.
 
     Attributes:
         host: its name.
-        facts: value by name; all are compared.
+        values: value by name; all are compared.
         trouble: what it could not read, one line each.
     """
 
     host: str
-    facts: dict[str, str]
+    values: dict[str, str]
     trouble: list[str]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """What all nodes are told: their host names, None for one that did not come; what is wrong."""
 
     hosts: list[str | None]
     problems: list[str]
 
 
-def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) -> Node:
+def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) -> TrainingNode:
     """What this node has.
 
     Args:
         nodes: how many nodes it was told there are.
         config: a DeepSpeed JSON, or YAML of the section.
-        same: further facts, each "name=value".
+        same: further values, each "name=value".
 
     Raises:
         UserError: one of `same` has no "=".
     """
-    facts = {"--nodes": str(nodes)}
+    values = {"--nodes": str(nodes)}
     for each in same:
         name, sign, value = each.partition("=")
         if not sign:
             raise UserError(f"--same {each}: must be NAME=VALUE")
-        facts[name] = value
-    facts["python"] = platform.python_version()
-    facts |= {name: _version(name) for name in PACKAGES}
+        values[name] = value
+    values["python"] = platform.python_version()
+    values |= {name: installed_version(name) or "not installed" for name in PACKAGES}
     # Editable installations of different sources have the same version.
-    facts |= dict(_digests(Path(str(importlib.resources.files("spectral_ds")))))
+    values |= dict(_digests(Path(str(importlib.resources.files("spectral_ds")))))
     trouble = []
     try:
-        facts |= dict(_flat(_configuration(config)))
+        values |= dict(_flat(_configuration(config)))
     except SpectralConfigError as error:
         trouble = str(error).splitlines()
-    return Node(platform.node(), facts, trouble)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return TrainingNode(platform.node(), values, trouble)
 
 
 def _digests(package: Path) -> Iterator[tuple[str, str]]:
@@ -200,14 +194,14 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, json.dumps(value, default=repr, ensure_ascii=False)
 
 
-def judge(nodes: Sequence[Node | None], timeout: float) -> Verdict:
+def compare(nodes: Sequence[TrainingNode | None], timeout: float) -> CheckResult:
     """Compare all nodes with node 0.
 
     Args:
         nodes: by rank; None for one that did not come within `timeout` seconds. Node 0 came.
     """
     first = nodes[0]
-    assert first is not None, "node 0 judges"
+    assert first is not None, "node 0 compares"
     problems = [f"node 0 ({first.host}): {line}" for line in first.trouble]
     for rank, node in enumerate(nodes[1:], 1):
         if node is None:
@@ -216,39 +210,39 @@ def judge(nodes: Sequence[Node | None], timeout: float) -> Verdict:
         own = [line for line in node.trouble if line not in first.trouble]
         own += [
             f"{name} is {_value(node, name)}, on node 0 ({first.host}) {_value(first, name)}"
-            for name in [*first.facts, *(name for name in node.facts if name not in first.facts)]
-            if node.facts.get(name) != first.facts.get(name)
+            for name in [*first.values, *(name for name in node.values if name not in first.values)]
+            if node.values.get(name) != first.values.get(name)
             # What the one could not read is said already.
-            and (name in first.facts or not first.trouble)
-            and (name in node.facts or not node.trouble)
+            and (name in first.values or not first.trouble)
+            and (name in node.values or not node.trouble)
         ]
         problems += [f"node {rank} ({node.host}): {line}" for line in own[:MOST_LISTED]]
         if len(own) > MOST_LISTED:
             problems.append(f"node {rank} ({node.host}): {len(own) - MOST_LISTED} more differences")
-    return Verdict([None if node is None else node.host for node in nodes], problems)
+    return CheckResult([None if node is None else node.host for node in nodes], problems)
 
 
-def _value(node: Node, name: str) -> str:
-    return node.facts.get(name, "absent")
+def _value(node: TrainingNode, name: str) -> str:
+    return node.values.get(name, "absent")
 
 
-def _agreement(here: Node, verdict: Verdict) -> str:
-    versions = ", ".join(f"{name} {here.facts[name]}" for name in ("python", *PACKAGES))
-    count = len(verdict.hosts)
+def _agreement(here: TrainingNode, result: CheckResult) -> str:
+    versions = ", ".join(f"{name} {here.values[name]}" for name in ("python", *PACKAGES))
+    count = len(result.hosts)
     agree = "1 node: " if count == 1 else f"{count} nodes agree: "
-    has_section = any(name.startswith(f"{SECTION}.") for name in here.facts)
+    has_section = any(name.startswith(f"{SECTION}.") for name in here.values)
     return agree + versions + ("" if has_section else f'; no configuration with "{SECTION}"')
 
 
-class _Meeting:
+class _Rendezvous:
     """The nodes' TCPStore, seen from one of them."""
 
     def __init__(self, nodes: int, rank: int, place: tuple[str, int], timeout: float) -> None:
         self.nodes, self.rank, self.place, self.timeout = nodes, rank, place, timeout
         self.deadline = time.monotonic() + timeout
 
-    def verdict(self, here: Node) -> Verdict:
-        """Put this node's part there and take the verdict.
+    def result(self, here: TrainingNode) -> CheckResult:
+        """Put this node's part there and take the result.
 
         Raises:
             UserError: the place or the rank is another's.
@@ -260,7 +254,7 @@ class _Meeting:
             if store.add(f"came {self.rank}", 1) > 1:
                 raise UserError(f"--node-rank {self.rank}: another node has come as this one")
             store.set(f"node {self.rank}", json.dumps(asdict(here)))
-            return self._judged(store) if self.rank == 0 else self._told(store)
+            return self._compared(store) if self.rank == 0 else self._told(store)
         except RuntimeError as error:  # torch's errors of stores and connections
             reason = str(error).splitlines()[0].partition(" Exception raised from")[0]
             raise UserError(f"the store at {self._address}: {reason}") from error
@@ -269,9 +263,9 @@ class _Meeting:
     def _address(self) -> str:
         return "--master-addr {} --master-port {}".format(*self.place)
 
-    def _without_node_0(self, reason: str) -> Verdict:
+    def _without_node_0(self, reason: str) -> CheckResult:
         problem = f"node 0 did not come within {self.timeout:g} s ({reason})"
-        return Verdict([None] * self.nodes, [problem])
+        return CheckResult([None] * self.nodes, [problem])
 
     def _open(self) -> Any:
         dist: Any = importlib.import_module("torch.distributed")
@@ -292,28 +286,30 @@ class _Meeting:
                 return reason
             time.sleep(POLL_SECONDS)
 
-    def _judged(self, store: Any) -> Verdict:
-        """On node 0: wait for the others, compare, tell them."""
+    def _compared(self, store: Any) -> CheckResult:
+        """Wait for the others, compare, and tell them; for node 0."""
         keys = [f"node {rank}" for rank in range(self.nodes)]
         while not store.check(keys) and time.monotonic() < self.deadline:
             time.sleep(POLL_SECONDS)
         came = [key if store.check([key]) else None for key in keys]
-        nodes = [None if key is None else Node(**json.loads(store.get(key))) for key in came]
-        verdict = judge(nodes, self.timeout)
-        store.set("verdict", json.dumps(asdict(verdict)))
+        nodes = [
+            None if key is None else TrainingNode(**json.loads(store.get(key))) for key in came
+        ]
+        result = compare(nodes, self.timeout)
+        store.set("result", json.dumps(asdict(result)))
         until = time.monotonic() + GRACE_SECONDS
         others = sum(node is not None for node in nodes) - 1
         while store.add("read", 0) < others and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
-        return verdict
+        return result
 
-    def _told(self, store: Any) -> Verdict:
-        """On the others: wait for node 0's verdict, which gives up by itself."""
+    def _told(self, store: Any) -> CheckResult:
+        """Wait for the result of node 0, which gives up by itself; for the others."""
         until = time.monotonic() + self.timeout + GRACE_SECONDS
-        while not store.check(["verdict"]):
+        while not store.check(["result"]):
             if time.monotonic() > until:
                 return self._without_node_0(f"another program may be at {self._address}")
             time.sleep(POLL_SECONDS)
-        verdict = Verdict(**json.loads(store.get("verdict")))
+        result = CheckResult(**json.loads(store.get("result")))
         store.add("read", 1)
-        return verdict
+        return result

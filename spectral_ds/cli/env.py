@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from spectral_ds.cli.arguments import add_command
+from spectral_ds.cli.packages import installed_version
+
 PACKAGES = (
     "spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse", "torch-scatter",
     "omegaconf", "tensorboard", "safetensors",
 )  # fmt: skip
-KERNELS = ("torch_csr", "torch_sparse", "dense")
 # What else inspect or the launch scripts read: package, what for.
 OPTIONAL = {"gguf": "models in .gguf files", "datasets": "datasets folders"}
 EXAMPLES = """examples:
@@ -28,16 +30,16 @@ EXAMPLES = """examples:
 
 def add_parser(commands: Any) -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "env",
-        help="versions, kernels, engines and devices; what is missing and how to get it",
+        run,
+        summary="versions, kernels, engines and devices; what is missing and how to get it",
         description="Says what is installed and what works here: each multiply kernel is tried.\n"
         "Exit status 0, or 1 if nothing can run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,13 +57,15 @@ def environment() -> dict[str, Any]:
     """Versions, kernels, engines, devices, communication, and what is missing."""
     import torch
 
+    from spectral_ds.laplacian.kernels import KERNELS
+
     dist = torch.distributed
     available = dist.is_available()
     backends = {
         "gloo": available and dist.is_gloo_available(),
         "nccl": available and dist.is_nccl_available(),
     }
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     kernels = {name: _outcome(_try_kernel, name) for name in KERNELS}
     engines = {
         "deepspeed": _outcome(_try_deepspeed),
@@ -77,13 +81,6 @@ def environment() -> dict[str, Any]:
         "communication": backends,
         "missing": list(_missing(versions, kernels)),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _outcome(attempt: Any, *arguments: Any) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def _missing(versions: dict[str, Any], kernels: dict[str, Any]) -> Iterator[dict
         found = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)
         if found:
             name, least = found.groups()
-            version = versions.get(name) or _version(name)
+            version = versions.get(name) or installed_version(name)
             if version is None or _numbers(version) < _numbers(least):
                 why = "is not installed" if version is None else f"is {version}, too old"
                 yield {
@@ -178,7 +175,7 @@ def _missing(versions: dict[str, Any], kernels: dict[str, Any]) -> Iterator[dict
             "torch-sparse",
         }
     for name, purpose in OPTIONAL.items():
-        if _version(name) is None:
+        if installed_version(name) is None:
             yield {
                 "what": name,
                 "why": f"optional, for {purpose}",
@@ -187,13 +184,13 @@ def _missing(versions: dict[str, Any], kernels: dict[str, Any]) -> Iterator[dict
 
 
 def _numbers(version: str) -> list[int]:
-    """Of a release: 2.13.0+cpu is [2, 13, 0]."""
+    """Numbers of a release: [2, 13, 0] of 2.13.0+cpu."""
     found = re.match(r"\d+(\.\d+)*", version)
     return [int(part) for part in found.group().split(".")] if found else []
 
 
 def _show(found: dict[str, Any]) -> None:
-    from spectral_ds.cli.report import make_console, make_table
+    from spectral_ds.cli.terminal import make_console, make_table
 
     console = make_console()
     table = make_table("", ("what", "which", "found"), words=3)

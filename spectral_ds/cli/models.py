@@ -27,6 +27,10 @@ class Source:
     name: str
     options: dict[str, str]
 
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.options
+
     @classmethod
     def of(cls, given: str) -> "Source":
         """A folder, a .gguf file, or else a name on the hub.
@@ -104,3 +108,14 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     return source.load(transformers.AutoTokenizer)
+
+
+def refuse_longer(sequence_length: int, model: Any) -> None:
+    """Refuse sequences that a model has no positions for.
+
+    Raises:
+        UserError: `--sequence-length` is above its longest.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(f"--sequence-length {sequence_length}: the model's longest is {longest}")

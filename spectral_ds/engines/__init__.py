@@ -1,9 +1,10 @@
 """Where sharded gradients live: one file per engine. Knows fragments, no graph.
 
-A new engine: subclass `Engine` (base.py) in a file of its own; set `communicator`, `everyone`,
-`shapes`, `fragments` and `holders`; return views of the local gradients and weights, and learning
-rates, in the order of the fragments; call each hook once a step; and name it in `engine_for`.
-Everything above works on fragments, so nothing else changes.
+A new engine is a subclass of `Engine` (base.py) in a file of its own, and a line in `engine_for`.
+It sets `communicator`, `everyone`, `shapes`, `fragments` and `holders`; returns flat views of this
+rank's gradients and weights, and learning rates, in the order of the fragments; tells its `step`
+and `config_section`; and calls the hooks of `install` at each optimizer step, until `remove`.
+Everything else has a default. Nothing above this folder changes. README.md has more.
 """
 
 import sys
@@ -49,8 +50,8 @@ def _deepspeed_engine_for(engine: Any) -> Engine:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from spectral_ds.engines.deepspeed import refuse_unsupported
     from spectral_ds.engines.deepspeed_bf16 import DeepSpeedBF16Engine
+    from spectral_ds.engines.deepspeed_refusals import refuse_unsupported
     from spectral_ds.engines.deepspeed_replicated import DeepSpeedReplicatedEngine
     from spectral_ds.engines.deepspeed_zero3 import DeepSpeedZero3Engine
     from spectral_ds.engines.deepspeed_zero12 import DeepSpeedZero12Engine

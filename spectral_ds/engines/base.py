@@ -1,18 +1,17 @@
 """Engine: what the rest of the package needs to know of a training engine.
 
-A new engine is one new file: a subclass that yields fragments and calls a hook before each
-optimizer step and one after each update.
+Gradients, weights and hooks; what only some engines can do besides is in `capabilities`.
 """
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from spectral_ds.console.messages import logger
+from spectral_ds.engines.capabilities import DistributedTensors, EngineCheckpoints, EngineMonitor
 from spectral_ds.sharding import Communicator, Fragment
 
 # What torch.compile and activation checkpointing put into parameter names.
@@ -35,6 +34,9 @@ class Engine(ABC):
         fragments: what this rank owns; fixed. `gradients`, `weights` and `learning_rates` follow
             this order.
         holders: the user's objects by which the plugin can be found again.
+        monitor: the engine's own monitor; None if it has none or it is off, on all ranks alike.
+        checkpoints: the engine's own checkpoints; None if it makes none.
+        tensors: how `torch.distributed.checkpoint` sees the shards; None if it cannot.
     """
 
     communicator: Communicator
@@ -42,6 +44,9 @@ class Engine(ABC):
     shapes: Mapping[str, tuple[int, ...]]
     fragments: Sequence[Fragment]
     holders: Sequence[object]
+    monitor: EngineMonitor | None = None
+    checkpoints: EngineCheckpoints | None = None
+    tensors: DistributedTensors | None = None
 
     @property
     @abstractmethod
@@ -108,47 +113,12 @@ class Engine(ABC):
     def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:  # noqa: B027
         """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
 
-    def carry(  # noqa: B027
-        self,
-        save: Callable[[Path], None],
-        load: Callable[[Path, bool, int], None],
-        begin_anew: Callable[[], None],
-    ) -> None:
-        """Have the engine's own checkpoints carry the plugin's state, if it makes any.
-
-        Args:
-            save: writes the state into a folder of the checkpoint.
-            load: reads it; is also told whether the checkpoint says that it has one, and the step
-                that the engine has restored from it.
-            begin_anew: called when the engine has loaded weights alone.
-        """
-
     def restore_step(self, step: int) -> None:  # noqa: B027
         """Go on counting steps from here, if the plugin may set `step`; else `step` stays."""
 
-    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
-        """A float32 tensor that `torch.distributed.checkpoint` saves as the parameter's shards.
-
-        Args:
-            fragment: one of `fragments`.
-            values: flat, of the fragment's length.
-
-        Raises:
-            UnsupportedEngineError: the engine has checkpoints of its own.
-        """
-        raise UnsupportedEngineError(
-            "this engine's own checkpoints carry the plugin's state; state_dict() is for FSDP2, "
-            "DDP and plain modules"
-        )
-
-    def local_part(self, tensor: Any) -> torch.Tensor:
-        """This rank's flat part of a tensor that `distributed` made."""
-        flat: torch.Tensor = tensor.reshape(-1)
-        return flat
-
     @abstractmethod
     def remove(self) -> None:
-        """Undo `install`."""
+        """Take back every hook: `install`, `watch_loss` and `checkpoints.carry`."""
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Say something once, on rank 0."""
@@ -165,26 +135,12 @@ class Engine(ABC):
         """The number under which the engine's monitor files what is written now."""
         return self.step
 
-    @property
-    def summary_writer(self) -> Any:
-        """The `SummaryWriter` of the engine's own monitor; None without one and on other ranks."""
-        return None
-
-    @property
-    def has_monitor(self) -> bool:
-        """Whether the engine has a monitor that `write` writes to; equal on all ranks."""
-        return False
-
-    @abstractmethod
-    def write(self, metrics: Mapping[str, float]) -> None:
-        """Write scalars to the engine's own monitor (rank 0 writes; others do nothing)."""
-
 
 def learning_rate_of(group: Mapping[str, Any]) -> float:
-    """That of a torch optimizer's parameter group.
+    """The learning rate of a torch optimizer's parameter group.
 
     Raises:
-        UnsupportedEngineError: it has none.
+        UnsupportedEngineError: the group has none.
     """
     if group["lr"] is None:
         raise UnsupportedEngineError(

@@ -1,15 +1,14 @@
-"""What all DeepSpeed engines share: the hooks, the step, the monitor, what is refused.
+"""What all DeepSpeed engines share: the hooks, the step, the records of what a rank owns.
 
 `before_step` wraps `engine._take_model_step`: it runs only at the accumulation boundary, before
 overflow check, norm and clipping. (An optimizer pre-step hook would come after clipping, and
 once per parameter group.) `after_update` has its place in the step of each kind of optimizer.
 """
 
-import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -19,19 +18,44 @@ from spectral_ds.engines.base import (
     canonical_name,
     learning_rate_of,
 )
-from spectral_ds.engines.hooks import WrappedMethod, require_method
+from spectral_ds.engines.deepspeed_checkpoints import DeepSpeedCheckpoints
+from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor, board_step_of
+from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator, Fragment
 
 HOOKED = "_take_model_step"
-# In a checkpoint: the folder of the plugin's state, and its mark in the client state.
-FOLDER = "spectral_ds"
 
 
-class DeepSpeedEngine(Engine):
+@dataclass(frozen=True, eq=False)
+class PlacedFragment:
+    """A fragment and where the optimizer keeps it.
+
+    Attributes:
+        fragment: the run of the flattened parameter that this rank owns.
+        parameter: the parameter.
+        group: index of the optimizer's parameter group.
+        offset: elements before the fragment in the flat tensor that it lies in.
+    """
+
+    fragment: Fragment
+    parameter: torch.nn.Parameter
+    group: int
+    offset: int
+
+    def part_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view of the fragment in the flat tensor that it lies in."""
+        return flat.view(-1).narrow(0, self.offset, self.fragment.length)
+
+
+Placed = TypeVar("Placed", bound=PlacedFragment)
+
+
+class DeepSpeedEngine(Engine, Generic[Placed]):
     """Base of the adapters for a `deepspeed.DeepSpeedEngine`.
 
-    A subclass says where gradients and weights live, and when they have been updated.
+    A subclass says where gradients and weights live, by one `PlacedFragment` a fragment, and when
+    the weights have been updated.
 
     Args:
         engine: the user's engine.
@@ -45,12 +69,10 @@ class DeepSpeedEngine(Engine):
         self.holders = (engine, engine.module)
         self.everyone = Communicator(group, torch.device(engine.device))
         self.communicator = self.everyone
-        self.fragments: list[Fragment] = []
-        # Of each fragment: its parameter; the index of the optimizer's parameter group; where in
-        # the optimizer it is, as the subclass counts.
-        self._parameters: list[torch.nn.Parameter] = []
-        self._groups: list[int] = []
-        self._places: list[tuple[int, ...]] = []
+        self.checkpoints: DeepSpeedCheckpoints = DeepSpeedCheckpoints(engine)
+        if engine.monitor.enabled:
+            self.monitor = DeepSpeedMonitor(engine)
+        self._placed: list[Placed] = []
         # DeepSpeed keeps the float32 gradient on the CPU, and norms that it took during backward.
         self._is_offloaded = False
         # The gradient of a parameter that a step does not use is that of an earlier step, or zeros.
@@ -59,18 +81,13 @@ class DeepSpeedEngine(Engine):
         self._named = {canonical_name(n): p for n, p in engine.module.named_parameters()}
         self._name_of = {id(parameter): name for name, parameter in self._named.items()}
 
-    def _add_fragment(
-        self,
-        parameter: torch.nn.Parameter,
-        start: int,
-        length: int,
-        group: int,
-        place: tuple[int, ...],
-    ) -> None:
-        self.fragments.append(Fragment(self._name_of[id(parameter)], start, length))
-        self._parameters.append(parameter)
-        self._groups.append(group)
-        self._places.append(place)
+    def _fragment(self, parameter: torch.nn.Parameter, start: int, length: int) -> Fragment:
+        return Fragment(self._name_of[id(parameter)], start, length)
+
+    def _own(self, placed: Iterable[Placed]) -> None:
+        """Set what this rank owns, and with it `fragments`."""
+        self._placed = list(placed)
+        self.fragments = [each.fragment for each in self._placed]
 
     def _shapes_of(self, trained: set[int]) -> dict[str, tuple[int, ...]]:
         """Full shapes of the parameters with these ids, in model order."""
@@ -104,19 +121,19 @@ class DeepSpeedEngine(Engine):
 
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
-        return [learning_rate_of(groups[group]) for group in self._groups]
+        return [learning_rate_of(groups[placed.group]) for placed in self._placed]
 
-    def _has_gradient(self, parameter: torch.nn.Parameter) -> bool:
+    def _has_gradient(self, placed: Placed) -> bool:
         """Whether the parameter got a gradient since the last step."""
-        return self._used is None or parameter in self._used
+        return self._used is None or placed.parameter in self._used
 
     def gradients_changed(self) -> None:
         if self._is_offloaded:
             norms = self._optimizer.norm_for_param_grads
-            for parameter, gradient in zip(self._parameters, self.gradients(), strict=True):
+            for placed, gradient in zip(self._placed, self.gradients(), strict=True):
                 if gradient is not None:
                     norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-                    norms[self._optimizer.get_param_id(parameter)] = norm
+                    norms[self._optimizer.get_param_id(placed.parameter)] = norm
 
     def install(
         self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
@@ -131,7 +148,7 @@ class DeepSpeedEngine(Engine):
         if after_update is not None:
             self._handles.append(self._call_after_update(after_update))
         if self._keeps_old_gradients:
-            self._used = UsedParameters(self._parameters)
+            self._used = UsedParameters(placed.parameter for placed in self._placed)
             self._handles.append(self._used)
         self._handles.append(WrappedMethod(self._engine, HOOKED, take_model_step))
 
@@ -145,58 +162,6 @@ class DeepSpeedEngine(Engine):
             return original(loss, *args, **kwargs)
 
         self._handles.append(WrappedMethod(self._engine, "backward", backward))
-
-    def carry(
-        self,
-        save: Callable[[Path], None],
-        load: Callable[[Path, bool, int], None],
-        begin_anew: Callable[[], None],
-    ) -> None:
-        """See `Engine.carry`; the state is in `<tag>/spectral_ds`.
-
-        It is written before DeepSpeed's own files, and these before DeepSpeed names the newest tag.
-        A crash on the way leaves the newest tag as it was, if the tag being written is another. If
-        a tag is written again, a crash may leave the state of one step with files of another, which
-        `load` refuses.
-        """
-        engine = self._engine
-        signature = inspect.signature(engine.load_checkpoint)
-
-        def save_checkpoint(
-            original: Callable[..., Any],
-            save_dir: Any,
-            tag: Any = None,
-            client_state: Mapping[str, Any] | None = None,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            tag = f"global_step{engine.global_steps}" if tag is None else tag
-            save(Path(save_dir, str(tag), FOLDER))
-            marked = {**(client_state or {}), FOLDER: {"tag": str(tag)}}
-            return original(save_dir, tag, marked, *args, **kwargs)
-
-        def load_checkpoint(
-            original: Callable[..., Any], load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any
-        ) -> Any:
-            path, client_state = original(load_dir, tag, *args, **kwargs)
-            given = signature.bind(load_dir, tag, *args, **kwargs).arguments
-            if path is None:
-                return path, client_state
-            if given.get("load_module_only", False):  # DeepSpeed does not set its step either
-                begin_anew()
-            else:
-                mark = (client_state or {}).get(FOLDER)
-                folder = Path(path).parent / FOLDER
-                if mark and not folder.is_dir():
-                    # A universal checkpoint lies beside the one that it was made from.
-                    folder = Path(load_dir, mark["tag"], FOLDER)
-                load(folder, mark is not None, self.step)
-            return path, client_state
-
-        self._handles += [
-            WrappedMethod(engine, "save_checkpoint", save_checkpoint),
-            WrappedMethod(engine, "load_checkpoint", load_checkpoint),
-        ]
 
     @abstractmethod
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:
@@ -234,7 +199,7 @@ class DeepSpeedEngine(Engine):
         return WrappedMethod(self._optimizer, "_optimizer_step", optimizer_step)
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, self.checkpoints):
             handle.remove()
         self._handles = []
 
@@ -244,61 +209,4 @@ class DeepSpeedEngine(Engine):
 
     @property
     def board_step(self) -> int:
-        # Where DeepSpeed puts its own scalars of this step, after having counted its samples.
-        return int(self._engine.global_samples + self._engine.train_batch_size())
-
-    @property
-    def summary_writer(self) -> Any:
-        return getattr(self._engine.monitor.tb_monitor, "summary_writer", None)
-
-    @property
-    def has_monitor(self) -> bool:
-        return bool(self._engine.monitor.enabled)
-
-    def write(self, metrics: Mapping[str, float]) -> None:
-        if self.has_monitor:
-            samples = self.board_step
-            self._engine.monitor.write_events(
-                [(f"spectral_ds/{name}", value, samples) for name, value in metrics.items()]
-            )
-
-
-def refuse_unsupported(engine: Any) -> None:
-    """Raise UnsupportedEngineError for the first thing in use that is not supported."""
-    from deepspeed.runtime.pipe.engine import PipelineEngine
-
-    config = engine._config
-    zero = config.zero_config
-    devices = {
-        str(getattr(getattr(zero, key, None), "device", None)).rpartition(".")[2]
-        for key in ("offload_optimizer", "offload_param")
-    }
-    reasons = {
-        "pipeline parallelism": isinstance(engine, PipelineEngine),
-        "mixture-of-experts layers": engine.has_moe_layers,
-        "tensor or model parallelism": engine.mp_world_size > 1,
-        "ZenFlow; remove zero_optimization.zenflow": bool(engine.zenflow),
-        "SuperOffload; remove zero_optimization.offload_optimizer.super_offload": (
-            engine.super_offload()
-        ),
-        "NVMe swapping; set the offload device to cpu": "nvme" in devices,
-        "MiCS; remove zero_optimization.mics_shard_size": getattr(zero, "mics_shard_size", -1) > 0,
-        "hpZ; remove zero_optimization.zero_hpz_partition_size": (
-            getattr(zero, "zero_hpz_partition_size", 1) > 1
-        ),
-        "DeepCompile; set compile.deepcompile to false": getattr(
-            getattr(config, "compile_config", None), "deepcompile", False
-        ),
-        "managed_gradient_accumulation: false, where each step may be of another number of "
-        "micro-batches; set it to true": not getattr(config, "managed_gradient_accumulation", True),
-        "DeepSpeed's Muon optimizer, which runs inside the step": "muon"
-        in type(engine.basic_optimizer).__name__.lower(),
-        "fp16 in ZeRO stage 0, where DeepSpeed divides the gradient by a loss scale that it never "
-        "applied; use stage 1, 2 or 3, or bf16": (
-            engine.fp16_enabled() and engine.zero_optimization_stage() == 0
-        ),
-    }
-    for reason, in_use in reasons.items():
-        if in_use:
-            raise UnsupportedEngineError(f"spectral_ds does not support {reason}")
-    require_method(engine, HOOKED)
+        return board_step_of(self._engine)

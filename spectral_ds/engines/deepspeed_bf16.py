@@ -4,46 +4,63 @@ Float32 weights are flat partitions, one a parameter group and rank. Gradients a
 rank; a rank steps on its part of them, but takes the norm of the whole without a reduction.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from spectral_ds.engines.deepspeed import DeepSpeedEngine
+from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import after_step_of
 
 
-class DeepSpeedBF16Engine(DeepSpeedEngine):
-    """Fragments are the runs of parameters in this rank's partitions.
+@dataclass(frozen=True, eq=False)
+class BF16Fragment(PlacedFragment):
+    """A run of a group's float32 partition; `offset` counts in that.
 
-    Their places are (parameter group, position in it, offset in the partition).
+    Attributes:
+        position: of the parameter in its group.
     """
+
+    position: int
+
+    def run_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The view of the fragment in a tensor of the whole parameter."""
+        return whole.view(-1).narrow(0, self.fragment.start, self.fragment.length)
+
+
+class DeepSpeedBF16Engine(DeepSpeedEngine[BF16Fragment]):
+    """Fragments are the runs of parameters in this rank's partitions."""
 
     def __init__(self, engine: Any) -> None:
         optimizer = engine.optimizer
         super().__init__(engine, optimizer.dp_process_group)
         self.shapes = self._shapes_of({id(p) for group in optimizer.bf16_groups for p in group})
-        for group, parameters in enumerate(optimizer.bf16_groups):
-            partition_size = optimizer.fp32_groups_flat_partition[group].numel()
+        self._own(self._runs())
+
+    def _runs(self) -> Iterator[BF16Fragment]:
+        """The runs of all parameters in this rank's partitions."""
+        for group, parameters in enumerate(self._optimizer.bf16_groups):
+            partition_size = self._optimizer.fp32_groups_flat_partition[group].numel()
             first = self.communicator.rank * partition_size
             begin = 0  # of the parameter in the group
             for position, parameter in enumerate(parameters):
                 start = max(first - begin, 0)
                 length = min(first + partition_size - begin, parameter.numel()) - start
                 if length > 0:
-                    place = (group, position, begin + start - first)
-                    self._add_fragment(parameter, start, length, group, place)
+                    fragment = self._fragment(parameter, start, length)
+                    offset = begin + start - first
+                    yield BF16Fragment(fragment, parameter, group, offset, position)
                 begin += parameter.numel()
 
     def gradients(self) -> list[torch.Tensor | None]:
-        values = self._optimizer.fp32_groups_gradients
-        has_gradient = self._optimizer.fp32_groups_has_gradients
+        optimizer = self._optimizer
         return [
-            values[group][position].view(-1).narrow(0, fragment.start, fragment.length)
-            if has_gradient[group][position]
+            placed.run_of(optimizer.fp32_groups_gradients[placed.group][placed.position])
+            if optimizer.fp32_groups_has_gradients[placed.group][placed.position]
             else None
-            for (group, position, _), fragment in zip(self._places, self.fragments, strict=True)
+            for placed in self._placed
         ]
 
     def gradients_changed(self) -> None:
@@ -58,10 +75,7 @@ class DeepSpeedBF16Engine(DeepSpeedEngine):
 
     def weights(self) -> list[torch.Tensor]:
         partitions = self._optimizer.fp32_groups_flat_partition
-        return [
-            partitions[group].detach().narrow(0, offset, fragment.length)
-            for (group, _, offset), fragment in zip(self._places, self.fragments, strict=True)
-        ]
+        return [placed.part_of(partitions[placed.group].detach()) for placed in self._placed]
 
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:
         return after_step_of(self._engine.basic_optimizer, after_update)

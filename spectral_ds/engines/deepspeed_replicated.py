@@ -4,58 +4,68 @@ In float32 the optimizer is torch's own. In bfloat16 DeepSpeed wraps it and keep
 `FP16_UnfusedOptimizer` one tensor a parameter, `FP16_Optimizer` one flat tensor a parameter group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from spectral_ds.engines.base import UnsupportedEngineError
-from spectral_ds.engines.deepspeed import DeepSpeedEngine
+from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import after_step_of
 from spectral_ds.sharding import Communicator
 
 
-class DeepSpeedReplicatedEngine(DeepSpeedEngine):
-    """One fragment a parameter, the same on all ranks; every rank filters all of them alike.
+@dataclass(frozen=True, eq=False)
+class ReplicatedFragment(PlacedFragment):
+    """A whole parameter; `offset` counts in the flat tensor of its group, where there is one.
 
-    Their places are (parameter group, position in it, elements before it in the group).
+    Attributes:
+        position: of the parameter in its group.
     """
+
+    position: int
+
+
+class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
+    """One fragment a parameter, the same on all ranks; every rank filters all of them alike."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.data_parallel_group)
         self.communicator = Communicator.alone(self.everyone.device)
-        optimizer = self._optimizer
+        placed = {id(each.parameter): each for each in self._parameters()}
+        self.shapes = self._shapes_of(
+            {id(p) for p in self._named.values() if p.requires_grad and id(p) in placed}
+        )
+        self._own(placed[id(self._named[name])] for name in self.shapes)
+
+    def _parameters(self) -> Iterator[ReplicatedFragment]:
+        """All parameters of the model that the optimizer has, in its order."""
         # Low precision optimizers put float32 copies into their groups and keep the parameters.
-        groups = getattr(optimizer, "fp16_groups", None) or [
-            group["params"] for group in optimizer.param_groups
+        groups = getattr(self._optimizer, "fp16_groups", None) or [
+            group["params"] for group in self._optimizer.param_groups
         ]
-        place_of: dict[int, tuple[int, int, int]] = {}
         for group, parameters in enumerate(groups):
             offset = 0
             for position, parameter in enumerate(parameters):
-                place_of[id(parameter)] = (group, position, offset)
+                if id(parameter) in self._name_of:
+                    fragment = self._fragment(parameter, 0, parameter.numel())
+                    yield ReplicatedFragment(fragment, parameter, group, offset, position)
                 offset += parameter.numel()
-        named = self._named
-        self.shapes = self._shapes_of(
-            {id(p) for p in named.values() if p.requires_grad and id(p) in place_of}
-        )
-        for name in self.shapes:
-            place = place_of[id(named[name])]
-            self._add_fragment(named[name], 0, named[name].numel(), place[0], place)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        return [None if p.grad is None else p.grad.view(-1) for p in self._parameters]
+        gradients = [placed.parameter.grad for placed in self._placed]
+        return [None if gradient is None else gradient.view(-1) for gradient in gradients]
 
     def weights(self) -> list[torch.Tensor]:
         optimizer = self._optimizer
         if hasattr(optimizer, "fp32_groups"):
-            return [optimizer.fp32_groups[g][i].detach().view(-1) for g, i, _ in self._places]
+            copies = optimizer.fp32_groups
+            return [copies[p.group][p.position].detach().view(-1) for p in self._placed]
         if hasattr(optimizer, "fp32_groups_flat"):
-            return [
-                optimizer.fp32_groups_flat[group].detach().narrow(0, offset, fragment.length)
-                for (group, _, offset), fragment in zip(self._places, self.fragments, strict=True)
-            ]
-        return [parameter.detach().view(-1) for parameter in self._parameters]
+            flat = optimizer.fp32_groups_flat
+            return [placed.part_of(flat[placed.group].detach()) for placed in self._placed]
+        return [placed.parameter.detach().view(-1) for placed in self._placed]
 
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:
         if getattr(self._optimizer, "fused_adam_legacy", False):

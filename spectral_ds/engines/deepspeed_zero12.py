@@ -5,82 +5,82 @@ On the device they are a list of views that tiles the partition; with CPU offloa
 at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from spectral_ds.engines.deepspeed import DeepSpeedEngine
+from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 
 
-class DeepSpeedZero12Engine(DeepSpeedEngine):
-    """Fragments of a `DeepSpeedZeroOptimizer`; their places are (parameter group, offset in it)."""
+@dataclass(frozen=True, eq=False)
+class Zero12Fragment(PlacedFragment):
+    """A run of this rank's partition of a group; `offset` counts in that.
+
+    Attributes:
+        position: of the parameter among those of the partition.
+    """
+
+    position: int
+
+
+class DeepSpeedZero12Engine(DeepSpeedEngine[Zero12Fragment]):
+    """Fragments of a `DeepSpeedZeroOptimizer`: the runs of parameters in this rank's partitions."""
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(engine, engine.optimizer.real_dp_process_group[0])
-        zero = self._optimizer
+        zero = engine.optimizer
+        super().__init__(engine, zero.real_dp_process_group[0])
         self._is_offloaded = bool(zero.cpu_offload)
         self._keeps_old_gradients = True  # on the device they are zeros instead
         self.shapes = self._shapes_of({id(p) for group in zero.bit16_groups for p in group})
-        for group, parameters in enumerate(zero.params_in_partition):
-            self._add_fragments(group, parameters)
+        self._own(self._runs())
 
-    def _add_fragments(self, group: int, parameters: list[torch.nn.Parameter]) -> None:
-        """The runs of these parameters in this rank's partition of one parameter group."""
+    def _runs(self) -> Iterator[Zero12Fragment]:
+        """The runs of all parameters in this rank's partitions."""
         zero, rank = self._optimizer, self.communicator.rank
-        partition_size = int(zero.partition_size[group])
-        for parameter in parameters:
-            key = zero.get_param_id(parameter)
-            start = int(zero.grad_start_offset[group][rank][key])
-            offset = int(zero.grad_partition_insertion_offset[group][rank][key])
-            length = min(parameter.numel() - start, partition_size - offset)
-            if length > 0:
-                self._add_fragment(parameter, start, length, group, (group, offset))
+        for group, parameters in enumerate(zero.params_in_partition):
+            partition_size = int(zero.partition_size[group])
+            for position, parameter in enumerate(parameters):
+                key = zero.get_param_id(parameter)
+                start = int(zero.grad_start_offset[group][rank][key])
+                offset = int(zero.grad_partition_insertion_offset[group][rank][key])
+                length = min(parameter.numel() - start, partition_size - offset)
+                if length > 0:
+                    fragment = self._fragment(parameter, start, length)
+                    yield Zero12Fragment(fragment, parameter, group, offset, position)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        zero = self._optimizer
         if self._is_offloaded:
-            return self._offloaded_gradients()
-        # DeepSpeed's list follows `params_in_partition`; what belongs to no parameter is padding.
-        tensors = [
-            tensor.view(-1)
-            for group, parameters in enumerate(zero.params_in_partition)
-            for tensor, _ in zip(
-                (
-                    tensor
-                    for tensor in zero.averaged_gradients[group]
-                    if not getattr(tensor, "_zero_padding", False)
-                ),
-                parameters,
-                strict=False,
-            )
-            if tensor.numel() > 0
-        ]
-        assert [tensor.numel() for tensor in tensors] == [
+            partitions = self._optimizer.single_partition_of_fp32_groups
+            return [
+                placed.part_of(partitions[placed.group].grad)
+                if self._has_gradient(placed)
+                else None
+                for placed in self._placed
+            ]
+        averaged = self._averaged_gradients()
+        found = [averaged[placed.group][placed.position].view(-1) for placed in self._placed]
+        assert [len(gradient) for gradient in found] == [
             fragment.length for fragment in self.fragments
         ], "gradients do not tile the shard"
         return [
-            tensor if self._has_gradient(parameter) else None
-            for tensor, parameter in zip(tensors, self._parameters, strict=True)
+            gradient if self._has_gradient(placed) else None
+            for gradient, placed in zip(found, self._placed, strict=True)
         ]
 
-    def _offloaded_gradients(self) -> list[torch.Tensor | None]:
-        partitions = self._optimizer.single_partition_of_fp32_groups
+    def _averaged_gradients(self) -> list[list[torch.Tensor]]:
+        """By group, the part of each parameter that has a part in the partition, in its order."""
+        zero = self._optimizer
+        # What belongs to no parameter is padding, also between parameters.
         return [
-            partitions[group].grad.view(-1).narrow(0, offset, fragment.length)
-            if self._has_gradient(parameter)
-            else None
-            for (group, offset), fragment, parameter in zip(
-                self._places, self.fragments, self._parameters, strict=True
-            )
+            [t for t in zero.averaged_gradients[group] if not getattr(t, "_zero_padding", False)]
+            for group in range(len(zero.params_in_partition))
         ]
 
     def weights(self) -> list[torch.Tensor]:
         partitions = self._optimizer.single_partition_of_fp32_groups
-        return [
-            partitions[group].detach().view(-1).narrow(0, offset, fragment.length)
-            for (group, offset), fragment in zip(self._places, self.fragments, strict=True)
-        ]
+        return [placed.part_of(partitions[placed.group].detach()) for placed in self._placed]
 
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:
         groups = len(self._optimizer.bit16_groups)

@@ -4,22 +4,33 @@ Sub-groups of parameters are stepped one after the other; small parameters, whic
 every rank, are gathered at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from spectral_ds.engines.deepspeed import DeepSpeedEngine
+from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import require_method
 
 COPY_TO_LOW_PRECISION = "_reassign_or_swap_out_partitioned_parameters"
 
 
-class DeepSpeedZero3Engine(DeepSpeedEngine):
-    """Fragments of a `DeepSpeedZeroOptimizer_Stage3`.
+@dataclass(frozen=True, eq=False)
+class Zero3Fragment(PlacedFragment):
+    """This rank's run of a parameter; `offset` counts in the float32 partition of its sub-group.
 
-    Their places are (sub-group, position in it, offset in its flat partition).
+    Attributes:
+        sub_group: index of the sub-group.
+        position: of the parameter in its sub-group.
     """
+
+    sub_group: int
+    position: int
+
+
+class DeepSpeedZero3Engine(DeepSpeedEngine[Zero3Fragment]):
+    """Fragments of a `DeepSpeedZeroOptimizer_Stage3`, at most one a parameter."""
 
     def __init__(self, engine: Any) -> None:
         zero = engine.optimizer
@@ -29,39 +40,37 @@ class DeepSpeedZero3Engine(DeepSpeedEngine):
         self.shapes = self._shapes_of(
             {id(p) for group in zero.fp16_groups for p in group if p.requires_grad}
         )
-        rank = self.communicator.rank
+        self._own(self._runs())
+
+    def _runs(self) -> Iterator[Zero3Fragment]:
+        """This rank's runs of all trainable parameters."""
+        zero, rank = self._optimizer, self.communicator.rank
         for sub_group, parameters in enumerate(zero.fp16_groups):
+            group = zero.sub_group_to_group_id[sub_group]
             for position, parameter in enumerate(parameters):
                 start = parameter.partition_numel() * rank
                 length = min(parameter.partition_numel(), parameter.ds_numel - start)
                 if length > 0 and parameter.requires_grad:
+                    fragment = self._fragment(parameter, start, length)
                     offset = zero.grad_position[zero.get_param_id(parameter)][1]
-                    group = zero.sub_group_to_group_id[sub_group]
-                    place = (sub_group, position, offset)
-                    self._add_fragment(parameter, start, length, group, place)
+                    yield Zero3Fragment(fragment, parameter, group, offset, sub_group, position)
 
     def gradients(self) -> list[torch.Tensor | None]:
+        return [
+            self._gradient(placed) if self._has_gradient(placed) else None
+            for placed in self._placed
+        ]
+
+    def _gradient(self, placed: Zero3Fragment) -> torch.Tensor:
         zero = self._optimizer
-        found: list[torch.Tensor | None] = []
-        for (sub_group, position, offset), fragment, parameter in zip(
-            self._places, self.fragments, self._parameters, strict=True
-        ):
-            if not self._has_gradient(parameter):
-                found.append(None)
-            elif self._is_offloaded:
-                partition = zero.fp32_partitioned_groups_flat[sub_group].grad
-                found.append(partition.view(-1).narrow(0, offset, fragment.length))
-            else:
-                gradient = zero.averaged_gradients[sub_group][position]
-                found.append(gradient.view(-1).narrow(0, 0, fragment.length))
-        return found
+        if self._is_offloaded:
+            return placed.part_of(zero.fp32_partitioned_groups_flat[placed.sub_group].grad)
+        averaged: torch.Tensor = zero.averaged_gradients[placed.sub_group][placed.position]
+        return averaged.view(-1).narrow(0, 0, placed.fragment.length)  # the rest is padding
 
     def weights(self) -> list[torch.Tensor]:
         partitions = self._optimizer.fp32_partitioned_groups_flat
-        return [
-            partitions[sub_group].detach().view(-1).narrow(0, offset, fragment.length)
-            for (sub_group, _, offset), fragment in zip(self._places, self.fragments, strict=True)
-        ]
+        return [placed.part_of(partitions[placed.sub_group].detach()) for placed in self._placed]
 
     def _call_after_update(self, after_update: Callable[[], None]) -> Any:
         zero = self._optimizer

@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) and HSDP: gradients are DTensors cut along dimension 0."""
+"""FSDP2 (`fully_shard`) and HSDP: a `TorchEngine` with DTensors cut along dimension 0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +22,11 @@ class FSDP2Engine(TorchEngine):
 
         return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
-    def _find_shards(self, named: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
+    def _find_shards(self) -> None:
         from torch.distributed.tensor import DTensor
 
         mesh, axis = None, 0
-        for name, parameter in named.items():
+        for name, parameter in self._parameters.items():
             if not isinstance(parameter, DTensor):
                 raise UnsupportedEngineError(
                     f"parameter {name!r} is not sharded by fully_shard, others are; "
@@ -46,8 +46,10 @@ class FSDP2Engine(TorchEngine):
         self.everyone = Communicator(None, collective_device)
         self.communicator = Communicator(mesh.get_group(axis), collective_device)
         self.fragments = [
-            _fragment(name, parameter, self.communicator) for name, parameter in named.items()
+            _fragment(name, parameter, self.communicator)
+            for name, parameter in self._parameters.items()
         ]
+        self.tensors = ShardedTensors(self._parameters)
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor
@@ -55,10 +57,21 @@ class FSDP2Engine(TorchEngine):
         assert isinstance(tensor, DTensor), "checked at attach"
         return tensor.to_local().view(-1)
 
-    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
+
+class ShardedTensors:
+    """`DistributedTensors` as DTensors laid out like the parameters.
+
+    Args:
+        parameters: DTensors, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def wrap(self, fragment: Fragment, values: torch.Tensor) -> Any:
         from torch.distributed.tensor import DTensor
 
-        parameter = self._parameters[self.fragments.index(fragment)]
+        parameter = self._parameters[fragment.parameter]
         assert isinstance(parameter, DTensor), "checked at attach"
         return DTensor.from_local(
             values.view(parameter.to_local().shape),

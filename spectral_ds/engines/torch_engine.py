@@ -2,7 +2,7 @@
 
 The hooks are the optimizer's own around its step, so the first runs once a step, after whatever the
 training loop does between backward and `step()`. A loop that clips calls
-`plugin.filter_gradients()` before.
+`plugin.filter_gradients()` before. `FSDP2Engine` differs in who owns what only.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,16 +53,18 @@ class TorchEngine(Engine):
                     f"parameter {name!r} is not contiguous in memory (strides "
                     f"{parameter.stride()}), so it has no flat view; make it contiguous"
                 )
-        self._parameters = list(named.values())
+        # One fragment each, in this order.
+        self._parameters = named
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        device = next(iter(self._parameters)).device
-        self._find_shards(named, device)
+        self._find_shards()
 
-    def _find_shards(self, named: Mapping[str, torch.nn.Parameter], device: torch.device) -> None:
-        """Set `communicator`, `everyone` and `fragments`."""
+    def _find_shards(self) -> None:
+        """Set `communicator`, `everyone`, `fragments` and `tensors`."""
+        device = next(iter(self._parameters.values())).device
         self.everyone = Communicator(None, device)
         self.communicator = Communicator.alone(device)
-        self.fragments = [Fragment(name, 0, p.numel()) for name, p in named.items()]
+        self.fragments = [Fragment(name, 0, p.numel()) for name, p in self._parameters.items()]
+        self.tensors = WholeTensors(self.shapes)
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter or gradient, flat."""
@@ -85,13 +87,14 @@ class TorchEngine(Engine):
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
         group_of = {id(parameter): group for group in groups for parameter in group["params"]}
-        return [learning_rate_of(group_of[id(parameter)]) for parameter in self._parameters]
+        return [learning_rate_of(group_of[id(p)]) for p in self._parameters.values()]
 
     def gradients(self) -> list[torch.Tensor | None]:
-        return [None if p.grad is None else self._local(p.grad) for p in self._parameters]
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        return [None if gradient is None else self._local(gradient) for gradient in gradients]
 
     def weights(self) -> list[torch.Tensor]:
-        return [self._local(parameter.detach()) for parameter in self._parameters]
+        return [self._local(parameter.detach()) for parameter in self._parameters.values()]
 
     def install(
         self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
@@ -134,11 +137,22 @@ class TorchEngine(Engine):
     def restore_step(self, step: int) -> None:
         self._step = step
 
-    def distributed(self, fragment: Fragment, values: torch.Tensor) -> Any:
-        return values.reshape(self.shapes[fragment.parameter])
 
-    def write(self, metrics: Mapping[str, float]) -> None:
-        """These engines have no monitor; `plugin.metrics()` has the figures."""
+class WholeTensors:
+    """The `DistributedTensors` of an engine whose ranks hold every parameter whole.
+
+    Args:
+        shapes: of the parameters, by name.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def wrap(self, fragment: Fragment, values: torch.Tensor) -> Any:
+        return values.reshape(self._shapes[fragment.parameter])
+
+    def local_part(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.reshape(-1)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

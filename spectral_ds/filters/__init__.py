@@ -16,13 +16,12 @@ from spectral_ds.filters.responses import (
 from spectral_ds.filters.schedule import StrengthSchedule
 from spectral_ds.filters.spectral_filter import GraphFilter, SpectralFilter
 from spectral_ds.filters.temporal import TemporalFilter
-from spectral_ds.filters.transfer import NO_SERIES, BandTransfer, FixedTransfer, Transfer
+from spectral_ds.filters.transfer import BandTransfer, FixedTransfer, Transfer
 from spectral_ds.filters.updates import Updates
 from spectral_ds.filters.work import filter_work, penalty_work
 
 __all__ = [
     "MAX_ORDER",
-    "NO_SERIES",
     "BandTransfer",
     "ChebyshevSeries",
     "FixedTransfer",

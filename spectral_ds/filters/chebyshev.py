@@ -11,7 +11,7 @@ import torch
 from numpy.polynomial import chebyshev
 
 from spectral_ds.filters.responses import Response, Values
-from spectral_ds.laplacian import LaplacianOperator, Scratch
+from spectral_ds.laplacian import LaplacianOperator
 
 MAX_ORDER = 512
 # The error is the largest of this many equally spaced frequencies.
@@ -92,22 +92,22 @@ def frequency(x: Values, lambda_max: float) -> Values:
     return lambda_max / 2 * (x + 1)
 
 
-def apply_series(operator: LaplacianOperator, coefficients: torch.Tensor, scratch: Scratch) -> None:
+def apply_series(operator: LaplacianOperator, coefficients: torch.Tensor) -> None:
     """scratch.out ← Σ_j c_j T_j(L̃) X for one bucket; one hop a degree (collective).
 
     Args:
-        operator: of the bucket.
+        operator: of the bucket; its `scratch.x` holds X in its own rows and is overwritten, as is
+            `scratch.y`.
         coefficients: (order + 1,): c_0, c_1, ..., on the device, of the scratch's dtype.
-        scratch: `scratch.x` holds X in its own rows and is overwritten, as is `scratch.y`.
     """
-    previous, current, out = scratch
+    previous, current, out = operator.scratch
     own = operator.block.own
     first, *others = coefficients.unbind()
-    torch.mul(previous[:own], first, out=out)
+    torch.mul(previous.values[:own], first, out=out.values)
     for degree, coefficient in enumerate(others, start=1):
         if degree == 1:
             operator.apply(previous, current)
         else:
             operator.apply(current, previous, alpha=2, beta=-1)
             previous, current = current, previous
-        out.addcmul_(current[:own], coefficient)
+        out.values.addcmul_(current.values[:own], coefficient)

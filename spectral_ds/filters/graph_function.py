@@ -6,7 +6,8 @@ import torch
 
 from spectral_ds.filters.chebyshev import apply_series
 from spectral_ds.filters.transfer import Transfer
-from spectral_ds.laplacian import LaplacianOperator, Scratch
+from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.laplacian.eigenbasis import Eigenbasis
 
 
 class GraphFunction:
@@ -22,13 +23,10 @@ class GraphFunction:
         self.operators = operators
         self._made_for: tuple[float, float, int] | None = None
         self._coefficients = torch.empty(0)
-        # Each eigenbasis, and h at its eigenvalues, by the basis's id.
-        self._bases = {
-            id(op.eigenbasis): (op.eigenbasis, transfer.at(op.eigenbasis.values))
-            for op in operators
-            if op.eigenbasis is not None
-        }
-        self._matrices: dict[int, torch.Tensor] = {}  # a + b · h(L), by the same
+        # h at the eigenvalues of each eigenbasis, and a + b · h(L) by it; slices of columns share.
+        bases = dict.fromkeys(op.eigenbasis for op in operators if op.eigenbasis is not None)
+        self._values = {basis: transfer.at(basis.values) for basis in bases}
+        self._matrices: dict[Eigenbasis, torch.Tensor] = {}
 
     def set(self, constant: float, factor: float) -> None:
         """Evaluate a + b · h anew if a, b or h have changed; no communication."""
@@ -36,16 +34,20 @@ class GraphFunction:
         if key == self._made_for:
             return
         self._made_for = key
-        for number, (basis, values) in self._bases.items():
-            self._matrices[number] = basis.function(constant + factor * values())
+        for basis, values in self._values.items():
+            self._matrices[basis] = basis.function(constant + factor * values())
         if any(op.is_active and op.eigenbasis is None for op in self.operators):
             coefficients = factor * self.transfer.coefficients()
             coefficients[0] += constant
             self._coefficients = coefficients.float()
 
-    def evaluate(self, operator: LaplacianOperator, scratch: Scratch) -> None:
-        """scratch.out ← (a + b · h(L)) scratch.x on own rows; x and y are overwritten."""
+    def evaluate(self, operator: LaplacianOperator) -> None:
+        """The operator's scratch.out ← (a + b · h(L)) scratch.x on own rows.
+
+        Its scratch.x and scratch.y are overwritten.
+        """
         if operator.eigenbasis is not None:
-            torch.mm(self._matrices[id(operator.eigenbasis)], scratch.x, out=scratch.out)
+            x, _, out = operator.scratch
+            torch.mm(self._matrices[operator.eigenbasis], x.values, out=out.values)
         elif operator.is_active:
-            apply_series(operator, self._coefficients, scratch)  # boundary rows come, each hop
+            apply_series(operator, self._coefficients)  # boundary rows come, each hop

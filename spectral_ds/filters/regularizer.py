@@ -8,25 +8,35 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
 from spectral_ds.filters.graph_function import GraphFunction
-from spectral_ds.laplacian import LaplacianOperator, Workspace
-from spectral_ds.sharding import Communicator, squared_norm_of
+from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
 
 Signal = Sequence[torch.Tensor | None]
+
+STATE = "reference"
 
 
 class Reference:
     """θ_ref: one shard in float32, or nothing.
 
     Args:
-        weights: this rank's fragments, flat, None where a parameter is not in the graph; or None
-            for θ_ref = 0.
+        fragments: this rank's, None where a parameter is not in the graph.
+        weights: their values, flat, None likewise; or None for θ_ref = 0.
         device: where to keep it; None: where the weights are.
+
+    Attributes:
+        fragments: the values of θ_ref; None for zero.
     """
 
     def __init__(
-        self, weights: Sequence[torch.Tensor | None] | None, device: torch.device | None = None
+        self,
+        fragments: Sequence[Fragment | None],
+        weights: Sequence[torch.Tensor | None] | None,
+        device: torch.device | None = None,
     ) -> None:
+        self._fragments = fragments
         self.fragments: list[torch.Tensor | None] | None = None
         if weights is not None:
             self.fragments = [
@@ -36,16 +46,35 @@ class Reference:
                 for weight in weights
             ]
 
-    def load_difference(
-        self, operator: LaplacianOperator, workspace: Workspace, weights: Signal
-    ) -> None:
-        """The operator's scratch.x ← θ − θ_ref on own rows."""
-        scratch = workspace.of(operator)
-        operator.load(weights, scratch.x)
+    def move_to(self, weights: Sequence[torch.Tensor | None]) -> None:
+        """Take other weights for θ_ref, unless it is zero."""
         if self.fragments is not None:
-            operator.load(self.fragments, scratch.y)
+            for mine, weight in zip(self.fragments, weights, strict=True):
+                if mine is not None and weight is not None:
+                    mine.copy_(weight)
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        if self.fragments is None:
+            return PartState()
+        return PartState({}, {STATE: Pieces.of(self._fragments, self.fragments)})
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`."""
+        if self.fragments is None:
+            return lambda: None
+        pieces = Pieces.of(self._fragments, self.fragments)
+        values = saved.pieces(STATE, pieces.fragments)
+        return lambda: pieces.fill(values)
+
+    def load_difference(self, operator: LaplacianOperator, weights: Signal) -> None:
+        """The operator's scratch.x ← θ − θ_ref on own rows."""
+        x, y, _ = operator.scratch
+        operator.load(weights, x)
+        if self.fragments is not None:
+            operator.load(self.fragments, y)
             own = operator.block.own
-            scratch.x[:own].sub_(scratch.y[:own])
+            x.values[:own].sub_(y.values[:own])
 
     def squared_distance(self, weights: Signal) -> torch.Tensor:
         """‖θ − θ_ref‖² of this rank's fragments, float64, 0-D."""
@@ -64,14 +93,12 @@ class GraphPenalty:
 
     Args:
         function: r, on the graph's operators.
-        workspace: scratch memory for them.
         ridge: ρ.
     """
 
-    def __init__(self, function: GraphFunction, workspace: Workspace, ridge: float) -> None:
+    def __init__(self, function: GraphFunction, ridge: float) -> None:
         self.transfer = function.transfer
         self._function = function
-        self._workspace = workspace
         self._ridge = ridge
 
     def largest(self) -> float:
@@ -84,24 +111,20 @@ class GraphPenalty:
         """target ← target + factor · (r(L) + ρI) Δ, a factor a fragment (collective)."""
         self._function.set(self._ridge, 1.0)
         for operator in self._function.operators:
-            scratch = self._workspace.of(operator)
-            reference.load_difference(operator, self._workspace, weights)
-            self._function.evaluate(operator, scratch)
-            operator.add(scratch.out, target, factors)
+            reference.load_difference(operator, weights)
+            self._function.evaluate(operator)
+            operator.add(operator.scratch.out, target, factors)
 
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
         """tr(Δᵀ (r(L) + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
         self._function.set(self._ridge, 1.0)
         total = torch.zeros((), dtype=torch.float64)
         for operator in self._function.operators:
-            scratch = self._workspace.of(operator)
-            reference.load_difference(operator, self._workspace, weights)
-            self._function.evaluate(operator, scratch)
-            reference.load_difference(operator, self._workspace, weights)  # x was overwritten
-            pairs = zip(
-                operator.owned_views(scratch.x), operator.owned_views(scratch.out), strict=True
-            )
-            for moved, product in pairs:
+            reference.load_difference(operator, weights)
+            self._function.evaluate(operator)
+            reference.load_difference(operator, weights)  # x was overwritten
+            x, _, out = operator.scratch
+            for moved, product in zip(x.answered, out.answered, strict=True):
                 energy = torch.dot(moved.reshape(-1), product.reshape(-1)).double()
                 total = total.to(energy.device) + energy
         return total

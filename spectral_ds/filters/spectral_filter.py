@@ -9,7 +9,7 @@ from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.schedule import StrengthSchedule
 from spectral_ds.filters.temporal import TemporalFilter
 from spectral_ds.filters.transfer import Transfer
-from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian import LaplacianOperator
 
 
 class GraphFilter:
@@ -17,7 +17,6 @@ class GraphFilter:
 
     Args:
         operators: one a bucket.
-        workspace: scratch memory for them.
         transfer: h.
         is_ready: whether the graph is known; before that, signals stay as they are.
     """
@@ -25,14 +24,12 @@ class GraphFilter:
     def __init__(
         self,
         operators: Sequence[LaplacianOperator],
-        workspace: Workspace,
         transfer: Transfer,
         is_ready: bool = True,
     ) -> None:
         self.transfer = transfer
         self.is_ready = is_ready
         self._function = GraphFunction(operators, transfer)
-        self._workspace = workspace
 
     def apply(self, signal: Sequence[torch.Tensor | None], strength: float) -> None:
         """Filter in place (collective).
@@ -46,10 +43,10 @@ class GraphFilter:
             return
         self._function.set(1 - strength, strength)
         for operator in self._function.operators:
-            scratch = self._workspace.of(operator)
-            operator.load(signal, scratch.x)  # all rows come, where the bucket is transposed
-            self._function.evaluate(operator, scratch)
-            operator.store(scratch.out, signal)
+            # All rows come, where the bucket is transposed.
+            operator.load(signal, operator.scratch.x)
+            self._function.evaluate(operator)
+            operator.store(operator.scratch.out, signal)
 
     def is_identity(self, strength: float) -> bool:
         """Whether this strength leaves every signal as it is."""

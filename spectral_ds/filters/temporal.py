@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_ds.sharding import Communicator, squared_norm_of
+from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
+from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
+
+STATE, HAS_MEAN = "temporal", "temporal.has_mean"
 
 
 class TemporalFilter:
@@ -17,16 +20,30 @@ class TemporalFilter:
     does a parameter without a gradient. m is one float32 shard.
 
     Args:
-        lengths: elements of each of this rank's fragments.
+        fragments: this rank's, None for one that is not filtered.
+        parameters: names of all parameters, in model order, equal on all ranks.
         communicator: the ranks that share the parameters.
+
+    Attributes:
+        means: m of each fragment; empty where it is not filtered.
+        has_mean: (fragments,), bool: whether m has begun.
     """
 
     def __init__(
-        self, lengths: Sequence[int], communicator: Communicator, *, decay: float, amplify: float
+        self,
+        fragments: Sequence[Fragment | None],
+        parameters: Sequence[str],
+        communicator: Communicator,
+        *,
+        decay: float,
+        amplify: float,
     ) -> None:
         self._communicator = communicator
         self._decay, self._amplify = decay, amplify
         device = communicator.device
+        self._fragments = fragments
+        self._position = {name: index for index, name in enumerate(parameters)}
+        lengths = [0 if fragment is None else fragment.length for fragment in fragments]
         self.means = [torch.zeros(length, device=device) for length in lengths]
         self.has_mean = torch.zeros(len(lengths), dtype=torch.bool, device=device)
 
@@ -58,3 +75,31 @@ class TemporalFilter:
             torch.where(is_kept, mean * decay + value * (1 - decay), mean, out=mean)
             self.has_mean[index] |= is_kept
             gradient.add_(mean.to(gradient.device), alpha=self._amplify * scale)
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        has_mean = torch.zeros(len(self._position), dtype=torch.float64)
+        for fragment, flag in zip(self._fragments, self.has_mean.tolist(), strict=True):
+            if fragment is not None:
+                has_mean[self._position[fragment.parameter]] += flag
+        communicator = self._communicator
+        # A parameter's fragments lie on several ranks.
+        anywhere = communicator.sum_(has_mean.to(communicator.device)).sign().cpu()
+        return PartState({HAS_MEAN: anywhere}, {STATE: Pieces.of(self._fragments, self.means)})
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`; without a saved mean, it begins with the next gradient."""
+        if HAS_MEAN not in saved.numbers:
+            return lambda: None
+        means = saved.pieces(STATE, Pieces.of(self._fragments, self.means).fragments)
+        has_mean = saved.numbers[HAS_MEAN].tolist()
+
+        def put_in_place() -> None:
+            Pieces.of(self._fragments, self.means).fill(means)
+            flags = [
+                fragment is not None and has_mean[self._position[fragment.parameter]] > 0
+                for fragment in self._fragments
+            ]
+            self.has_mean = torch.tensor(flags, device=self.has_mean.device)
+
+        return put_in_place

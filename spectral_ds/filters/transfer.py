@@ -13,28 +13,28 @@ from numpy.polynomial import chebyshev
 
 from spectral_ds.filters.chebyshev import ChebyshevSeries, ToleranceError, frequency
 from spectral_ds.filters.responses import Response, Values
-from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.spectrum import band_coefficients
 
 # On depth paths the exact eigenbasis and the series must agree to float32.
 PATH_TOLERANCE = 1e-7
-# Hops of a series that does not exist: whoever counts bytes finds any other way cheaper.
-NO_SERIES = 2**31
 
 
 class Transfer(Protocol):
     """h, on the device.
 
     Attributes:
-        hops: order of its series: products with L that one filter takes.
+        hops: order of its series: products with L that one filter takes; None if it has no series,
+            and can only be evaluated at eigenvalues.
         error: largest difference of the series from the response.
         is_identity: whether h = 1 everywhere, always.
         version: changes when h does.
     """
 
-    hops: int
     error: float
     is_identity: bool
+
+    @property
+    def hops(self) -> int | None: ...
 
     @property
     def version(self) -> int: ...
@@ -54,13 +54,16 @@ class FixedTransfer:
 
     Args:
         response: h.
-        graph: whose spectrum it acts on. On depth paths, h is evaluated exactly where rows need not
-            be exchanged, so that the series there must be close to float32.
+        lambda_max: end of the spectrum it acts on.
+        only_paths: whether the graph consists of depth paths. There, h is evaluated exactly where
+            rows need not be exchanged, so that the series must agree with it to float32; where none
+            does, h has no series.
         order, tolerance: of the series, see `ChebyshevSeries.fit`.
         device: of the coefficients.
 
     Raises:
-        ToleranceError: `order` is "auto", and no series is within the tolerance.
+        ToleranceError: `order` is "auto", no series is within the tolerance, and there are not only
+            paths.
     """
 
     version = 0
@@ -68,25 +71,27 @@ class FixedTransfer:
     def __init__(
         self,
         response: Response,
-        graph: ParameterGraph,
+        lambda_max: float,
+        only_paths: bool,
         order: int | str,
         tolerance: float,
         device: torch.device,
     ) -> None:
-        self._response, self._lambda_max, self._device = response, graph.lambda_max, device
+        self._response, self._lambda_max, self._device = response, lambda_max, device
         self._coefficients: torch.Tensor | None = None
         self._is_exact = order == "auto"
         if isinstance(order, int) and response.degree is not None:
             order = min(order, response.degree)  # higher coefficients are 0 up to rounding
         self._series: ChebyshevSeries | None = None
-        if graph.only_paths:
+        if only_paths:
             tolerance = min(tolerance, PATH_TOLERANCE)
         try:
-            self._series = ChebyshevSeries.fit(response, graph.lambda_max, order, tolerance)
+            self._series = ChebyshevSeries.fit(response, lambda_max, order, tolerance)
         except ToleranceError:
-            if not graph.only_paths:
+            if not only_paths:
                 raise
-        self.hops, self.error, self.is_identity = NO_SERIES, 0.0, False
+        self.hops: int | None = None
+        self.error, self.is_identity = 0.0, False
         if self._series is not None:
             found = self._series.coefficients
             self.hops, self.error = self._series.order, self._series.error

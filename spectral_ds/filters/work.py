@@ -1,26 +1,26 @@
-"""What the filter and the regularizer of a configuration take of one graph at a step."""
+"""What a filter and a regularizer take of one graph at a step where they act."""
 
-from spectral_ds.config import FilterConfig, RegularizerConfig
+from spectral_ds.filters.transfer import Transfer
 from spectral_ds.laplacian import Work
 
 
-def filter_work(settings: FilterConfig, hops: int, is_identity: bool) -> Work:
-    """Of (1 − s) + s · h(L): the signal comes and returns.
+def filter_work(transfer: Transfer, acts: bool) -> Work:
+    """The work of (1 − s) + s · h(L): the signal comes and returns.
 
     Args:
-        hops, is_identity: of h, see `Transfer`.
+        transfer: h.
+        acts: whether s is ever above 0.
     """
-    if is_identity or settings.strength == 0:
+    if transfer.is_identity or not acts:
         return Work()
-    return Work(hops, moves=2)
+    return Work(transfer.hops, transposes=2)
 
 
-def penalty_work(settings: RegularizerConfig, hops: int) -> Work:
-    """Of r(L) + ρI: the weights come, as does what they were, and the product returns.
+def penalty_work(transfer: Transfer, has_reference: bool) -> Work:
+    """The work of r(L) + ρI: the weights come, as does the reference, and the product returns.
 
     Args:
-        hops: of r.
+        transfer: r.
+        has_reference: whether the reference is other weights, and not 0.
     """
-    if settings.strength == 0:
-        return Work()
-    return Work(hops, moves=3 if settings.reference == "pretrained" else 2)
+    return Work(transfer.hops, transposes=3 if has_reference else 2)

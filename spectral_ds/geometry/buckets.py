@@ -65,7 +65,10 @@ class Bucket:
         return [part for index, fragment in numbered for part in self._parts(index, fragment)]
 
     def rectangles_of_ranks(self, layout: ShardLayout) -> list[list[Rectangle]]:
-        """The same of every rank, at the cost of the bucket's own parameters alone."""
+        """The parts of every rank's fragments that lie in the bucket, by rank.
+
+        It looks at the fragments of the bucket's own parameters alone.
+        """
         found: list[list[Rectangle]] = [[] for _ in layout.fragments]
         for parameter in self.parameters:
             for rank, index, fragment in layout.holdings.get(parameter.name, ()):
@@ -82,7 +85,7 @@ class Bucket:
                     yield part
 
     def touched(self, layout: ShardLayout) -> npt.NDArray[np.int64]:
-        """Of how many nodes each rank holds anything; (world size,)."""
+        """How many nodes each rank holds a part of; (world size,)."""
         found = np.zeros(layout.world_size, np.int64)
         for p in self.parameters:
             held = layout.holdings.get(p.name, ())
@@ -110,7 +113,7 @@ def bucket_elements(device: torch.device) -> int:
 
 
 def below_shard(most: int, elements: int, world_size: int) -> int:
-    """The same, so that scratch memory takes at most about the mean shard.
+    """At most so many elements of a bucket that scratch memory takes about the mean shard, or less.
 
     Scratch memory is three matrices of a bucket, and two buffers of what is exchanged. Shards below
     5 · 2**24 elements may take more: smaller buckets would cost more collectives than memory.

@@ -26,7 +26,7 @@ class RowOwners:
 
     @classmethod
     def of(cls, bucket: Bucket, layout: ShardLayout) -> "RowOwners":
-        """From the fragments of every rank."""
+        """The owners of a bucket's rows, from the fragments of every rank."""
         parts = bucket.rectangles_of_ranks(layout)
         owned = [addresses(own, bucket.width) for own in parts]
         runs = np.concatenate(owned)

@@ -49,7 +49,7 @@ class Rectangle:
         )
 
     def clipped(self, low: int, high: int) -> "Rectangle | None":
-        """Its columns [low, high), renumbered from 0; None if there are none."""
+        """The rectangle's columns [low, high), renumbered from 0; None if there are none."""
         first = max(self.column, low)
         count = min(self.column + self.columns, high) - first
         if count <= 0:

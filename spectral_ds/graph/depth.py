@@ -4,19 +4,16 @@ Source: Gradient Smoothing (arXiv 2606.30813), which smooths over layers.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-import numpy.typing as npt
-
-from spectral_ds.graph.edges import Edges
+from spectral_ds.graph.family import NodeByNode, Partner
 from spectral_ds.graph.nodes import ParameterNodes
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(NodeByNode):
     """Node r of a parameter ~ node r of the parameter of equal role and shape in the next block.
 
     "Next" is the next block present, so that a missing block does not break the path.
@@ -36,25 +33,6 @@ class Depth:
             pairs += [(a, b) for (_, a), (_, b) in pairwise(path)]
         return pairs
 
-    def edges(
-        self,
-        parameters: Sequence[ParameterNodes],
-        first_node: npt.NDArray[np.int64],
-        sources: npt.NDArray[np.int64],
-    ) -> Edges:
-        """One directed edge from each source node to its own in the next block.
-
-        Args:
-            parameters: the parameters whose nodes are numbered.
-            first_node: number of each parameter's first node, and the count of all at the end;
-                shape (parameters + 1,).
-            sources: sorted node numbers to make edges for.
-        """
-        parts = []
-        for a, b in self.links(parameters):
-            low, high = np.searchsorted(sources, (first_node[a], first_node[a + 1]))
-            source = sources[low:high]
-            parts.append(
-                Edges(source, source - first_node[a] + first_node[b], np.ones(len(source)))
-            )
-        return Edges.concatenate(parts)
+    def partners(self, parameters: Sequence[ParameterNodes]) -> Iterable[tuple[int, int, Partner]]:
+        """Each node and its own in the next block, see `NodeByNode.partners`."""
+        return [(a, b, lambda node: node) for a, b in self.links(parameters)]

@@ -40,7 +40,7 @@ class Edges:
         return Edges(self.target, self.source, self.weight)
 
     def shifted(self, nodes: int) -> "Edges":
-        """The same edges between nodes whose numbers are higher by `nodes`."""
+        """These edges between nodes whose numbers are higher by `nodes`."""
         return Edges(self.source + nodes, self.target + nodes, self.weight)
 
     def from_sources(self, nodes: npt.NDArray[np.int64]) -> "Edges":

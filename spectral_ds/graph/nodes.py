@@ -82,7 +82,7 @@ class ParameterNodes:
 def nodes_touched(
     start: Ints, end: Ints, nodes: Ints | int, width: int, is_transposed: bool
 ) -> Ints:
-    """Of how many nodes the elements [start, end) of a flattened parameter are.
+    """How many nodes the elements [start, end) of a flattened parameter belong to; (runs,).
 
     Args:
         start, end: (runs,); no run is empty.

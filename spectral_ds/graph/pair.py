@@ -4,14 +4,12 @@ Queries meet keys in a product, and so do gates and up-projections: row r of one
 with row r of the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
-import numpy.typing as npt
-
-from spectral_ds.graph.edges import Edges
-from spectral_ds.graph.nodes import ParameterNodes
+from spectral_ds.graph.family import NodeByNode, Partner
+from spectral_ds.graph.nodes import Ints, ParameterNodes
 
 # Names that the two weights have in the model families of Hugging Face and in Llama's own code.
 QUERY_AND_KEY = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("wq", "wk"))
@@ -23,7 +21,7 @@ class UnknownHeadWidthError(ValueError):
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(NodeByNode):
     """Row r of a query ~ row r of its key, row r of a gate ~ row r of its up-projection.
 
     Under grouped-query attention, a row of a query head ~ the same row of the head of its group.
@@ -72,26 +70,16 @@ class Pair:
             )
         return True
 
-    def edges(
-        self,
-        parameters: Sequence[ParameterNodes],
-        first_node: npt.NDArray[np.int64],
-        sources: npt.NDArray[np.int64],
-    ) -> Edges:
-        """Directed edges from the source nodes to their partners; arguments as in `Depth.edges`."""
-        parts = []
+    def partners(self, parameters: Sequence[ParameterNodes]) -> Iterable[tuple[int, int, Partner]]:
+        """Each node and its partner in the other weight, see `NodeByNode.partners`."""
         for a, b in self.links(parameters):
-            low, high = np.searchsorted(sources, (first_node[a], first_node[a + 1]))
-            source = sources[low:high]
-            node = source - first_node[a]
-            if parameters[a].shape != parameters[b].shape:
-                node = self._grouped(node, parameters[a], parameters[b])
-            parts.append(Edges(source, node + first_node[b], np.ones(len(source))))
-        return Edges.concatenate(parts)
+            mine, other = parameters[a], parameters[b]
+            if mine.shape == other.shape:
+                yield a, b, lambda node: node
+            else:
+                yield a, b, partial(self._key_of, query=mine, key=other)
 
-    def _grouped(
-        self, node: npt.NDArray[np.int64], query: ParameterNodes, key: ParameterNodes
-    ) -> npt.NDArray[np.int64]:
+    def _key_of(self, node: Ints, query: ParameterNodes, key: ParameterNodes) -> Ints:
         """The key's node for each node of the query."""
         assert self.head_width is not None, "checked by links"
         per_row = query.nodes // query.rows  # elements of a row, or 1

@@ -3,18 +3,15 @@
 Source: Laplacian Smoothing Gradient Descent (arXiv 1806.06317), whose ring joins elements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from spectral_ds.graph.edges import Edges
-from spectral_ds.graph.nodes import ParameterNodes
+from spectral_ds.graph.family import NodeByNode, Partner
+from spectral_ds.graph.nodes import Ints, ParameterNodes
 
 
 @dataclass(frozen=True)
-class Ring:
+class Ring(NodeByNode):
     """Node r ~ node (r + 1) mod n of the same parameter; two nodes have one edge, one has none."""
 
     weight: float = 1.0
@@ -23,16 +20,17 @@ class Ring:
         """Pairs of parameters that this family joins: none."""
         return []
 
-    def edges(
-        self,
-        parameters: Sequence[ParameterNodes],
-        first_node: npt.NDArray[np.int64],
-        sources: npt.NDArray[np.int64],
-    ) -> Edges:
-        """One directed edge from each source node to the next; arguments as in `Depth.edges`."""
-        parameter = np.searchsorted(first_node, sources, side="right") - 1
-        first, count = first_node[parameter], np.diff(first_node)[parameter]
-        joined = count > 1
-        source = sources[joined]
-        target = first[joined] + (source - first[joined] + 1) % count[joined]
-        return Edges(source, target, np.ones(len(source)))
+    def partners(self, parameters: Sequence[ParameterNodes]) -> Iterable[tuple[int, int, Partner]]:
+        """Each node and the next of its parameter, see `NodeByNode.partners`."""
+        return [
+            (position, position, _next_of(parameter.nodes))
+            for position, parameter in enumerate(parameters)
+            if parameter.nodes > 1
+        ]
+
+
+def _next_of(nodes: int) -> Partner:
+    def following(node: Ints) -> Ints:
+        return (node + 1) % nodes
+
+    return following

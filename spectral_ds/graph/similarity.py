@@ -1,7 +1,7 @@
 """Edge family `similarity`: k nearest nodes by the cosine of their features.
 
 In: the features of all nodes of one scope. Out: neighbours and squared distances of some of them.
-How features are collected across ranks is `laplacian/features.py`.
+How features are collected across ranks is `sketches/features.py`.
 """
 
 from collections import defaultdict

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Eigenbasis:
     """L̃ = U diag(x) Uᵀ on all rows that a rank stores.
 
@@ -21,7 +21,7 @@ class Eigenbasis:
 
     @classmethod
     def of(cls, matrix: npt.NDArray[np.float64], device: torch.device) -> "Eigenbasis":
-        """Of L̃, (n, n), symmetric."""
+        """The eigenbasis of L̃, (n, n), symmetric."""
         values, vectors = np.linalg.eigh(matrix)
         return cls(values, torch.from_numpy(vectors).to(device))
 

@@ -12,20 +12,33 @@ from scipy.sparse import coo_array, csr_array
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.graph import Edges
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
-from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import Kernel
 from spectral_ds.laplacian.transpose import Transposition
 
 
-class Views(NamedTuple):
-    """Where in a matrix a signal's elements lie."""
+class Matrix(NamedTuple):
+    """A matrix of a bucket, with views of its parts: making these anew costs more than copying.
 
-    owned: list[torch.Tensor]  # of this rank's fragments
-    received: list[torch.Tensor]  # of other ranks', where the bucket is transposed
+    Made by `LaplacianOperator.matrix`.
+    """
+
+    values: torch.Tensor  # (rows, width)
+    owned: list[torch.Tensor]  # the elements of this rank's fragments
+    received: list[torch.Tensor]  # those of other ranks' fragments, where the bucket is transposed
+    answered: list[torch.Tensor]  # what this rank answers for: over ranks, each element once
 
 
-@dataclass
+class Scratch(NamedTuple):
+    """The matrices that one bucket is worked on in; what they hold is left from earlier use."""
+
+    x: Matrix  # (stored rows, width)
+    y: Matrix  # (stored rows, width)
+    out: Matrix  # (own rows, width)
+
+
+@dataclass(eq=False)
 class LaplacianOperator:
     """One hop of a bucket: exchange boundary rows, multiply by the local block.
 
@@ -39,6 +52,7 @@ class LaplacianOperator:
         exchange: the boundary exchange of each hop; None if no rank needs any.
         transposition: instead of it, how the signal comes and goes; None if rows stay.
         eigenbasis: of L̃ on all stored rows, where paths need no exchange; else None.
+        scratch: where it is worked on, in memory that the operators of a graph share.
     """
 
     bucket: Bucket
@@ -47,62 +61,49 @@ class LaplacianOperator:
     exchange: BoundaryExchange | None = None
     transposition: Transposition | None = None
     eigenbasis: Eigenbasis | None = None
-    # Views of known matrices, by the matrix's id: making them anew costs more than the copies.
-    _views: dict[int, Views] = field(default_factory=dict, repr=False)
+    scratch: Scratch = field(init=False, repr=False)
 
     @property
     def is_active(self) -> bool:
         """Whether this rank has anything to do in a hop."""
         return self.kernel is not None or self.exchange is not None
 
-    def load(self, signal: Sequence[torch.Tensor | None], x: torch.Tensor) -> None:
+    def matrix(self, values: torch.Tensor) -> Matrix:
+        """A matrix of (own rows or more, width) that the operator can work on."""
+        owned = self.block.owned_views(values)
+        received = [] if self.transposition is None else self.transposition.places(values)
+        is_whole = self.transposition is not None or self.block.is_whole
+        return Matrix(values, owned, received, [values[: self.block.own]] if is_whole else owned)
+
+    def load(self, signal: Sequence[torch.Tensor | None], x: Matrix) -> None:
         """x ← the signal's own elements (collective if there is a transposition).
 
         Args:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
             x: (stored rows, width).
         """
-        views = self._views_of(x)
         if self.transposition is None:
-            self.block.load(signal, views.owned)
+            self.block.load(signal, x.owned)
         else:
-            self.transposition.load(signal, views.owned, views.received)
+            self.transposition.load(signal, x.owned, x.received)
 
-    def store(self, x: torch.Tensor, signal: Sequence[torch.Tensor | None]) -> None:
+    def store(self, x: Matrix, signal: Sequence[torch.Tensor | None]) -> None:
         """The signal ← own elements of x, (own rows or more, width); undoes `load`."""
-        views = self._views_of(x)
         if self.transposition is None:
-            self.block.store(views.owned, signal)
+            self.block.store(x.owned, signal)
         else:
-            self.transposition.store(views.owned, views.received, signal)
+            self.transposition.store(x.owned, x.received, signal)
 
     def add(
-        self,
-        x: torch.Tensor,
-        signal: Sequence[torch.Tensor | None],
-        factors: Sequence[float],
+        self, x: Matrix, signal: Sequence[torch.Tensor | None], factors: Sequence[float]
     ) -> None:
         """The signal ← the signal + factor · own elements of x, with a factor a fragment."""
-        views = self._views_of(x)
         if self.transposition is None:
-            self.block.add(views.owned, signal, factors)
+            self.block.add(x.owned, signal, factors)
         else:
-            self.transposition.add(views.owned, views.received, signal, factors)
+            self.transposition.add(x.owned, x.received, signal, factors)
 
-    def remember(self, *matrices: torch.Tensor) -> None:
-        """Make the views of these matrices once; they must live as long as the operator."""
-        self._views.update({id(matrix): self._new_views(matrix) for matrix in matrices})
-
-    def _views_of(self, matrix: torch.Tensor) -> Views:
-        return self._views.get(id(matrix)) or self._new_views(matrix)
-
-    def _new_views(self, matrix: torch.Tensor) -> Views:
-        received = [] if self.transposition is None else self.transposition.places(matrix)
-        return Views(self.block.owned_views(matrix), received)
-
-    def apply(
-        self, x: torch.Tensor, out: torch.Tensor, alpha: float = 1.0, beta: float = 0.0
-    ) -> None:
+    def apply(self, x: Matrix, out: Matrix, alpha: float = 1.0, beta: float = 0.0) -> None:
         """out ← alpha · L̃ x + beta · out on own rows (collective if there is an exchange).
 
         Args:
@@ -110,15 +111,9 @@ class LaplacianOperator:
             out: (own rows or more, width); with beta = 0 its old values are ignored.
         """
         if self.exchange is not None:
-            self.exchange.run(x)
-        if self.kernel is not None and x.numel() > 0:
-            self.kernel.multiply(x, out[: self.block.own], alpha, beta)
-
-    def owned_views(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the elements that this rank answers for: over ranks, each element once."""
-        if self.transposition is not None or self.block.is_whole:
-            return [x[: self.block.own]]
-        return self.block.owned_views(x)
+            self.exchange.run(x.values)
+        if self.kernel is not None and x.values.numel() > 0:
+            self.kernel.multiply(x.values, out.values[: self.block.own], alpha, beta)
 
 
 def laplacian_rows(

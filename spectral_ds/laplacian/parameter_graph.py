@@ -156,7 +156,7 @@ class ParameterGraph:
             bucket = Bucket.of(joined)
             owners = RowOwners.of(bucket, layout)
             # The group's number of each of its nodes, by the number in the model; sorted by that.
-            model = np.concatenate([first_node[p.name] + np.arange(p.nodes) for p in joined])
+            model = _in_model(joined, first_node)
             of_group = edges.from_sources(model)
             all_edges = Edges(
                 np.searchsorted(model, of_group.source),
@@ -179,9 +179,7 @@ class ParameterGraph:
         parts = []
         for group in self.groups:
             if not group.is_path:
-                model = np.concatenate(
-                    [first_node[p.name] + np.arange(p.nodes) for p in group.parameters]
-                )
+                model = _in_model(group.parameters, first_node)
                 own = group.primary_edges(self._communicator.rank)
                 parts.append(Edges(model[own.source], model[own.target], own.weight))
         return Edges.concatenate(parts)
@@ -194,7 +192,7 @@ class ParameterGraph:
         return part
 
     def of_node_signals(self, columns: Mapping[str, int], layout: ShardLayout) -> "ParameterGraph":
-        """The same graph for signals that hold some columns for each node.
+        """The graph for signals that hold some columns for each node, in place of parameters.
 
         Args:
             columns: of a parameter's nodes, equal for joined parameters.
@@ -318,6 +316,13 @@ def _first_nodes(parameters: Sequence[ParameterNodes]) -> dict[str, int]:
     """Number of each parameter's first node, all numbered in order."""
     first = np.cumsum([0, *(parameter.nodes for parameter in parameters)])
     return {parameter.name: int(first[i]) for i, parameter in enumerate(parameters)}
+
+
+def _in_model(
+    parameters: Sequence[ParameterNodes], first_node: Mapping[str, int]
+) -> npt.NDArray[np.int64]:
+    """The number in the model of each node of some of its parameters; see `_first_nodes`."""
+    return np.concatenate([first_node[p.name] + np.arange(p.nodes) for p in parameters])
 
 
 def _path_group(

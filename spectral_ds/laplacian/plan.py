@@ -5,9 +5,8 @@ columns, once a function of L. Both are equal in result; `auto` takes the one th
 bytes, group of joined parameters by group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +17,23 @@ from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket, columns_at_once
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Edges
+from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
-from spectral_ds.laplacian.exchange import BoundaryExchange
 from spectral_ds.laplacian.kernels import KERNELS, KernelName, choose_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator, chebyshev_block, laplacian_rows
+from spectral_ds.laplacian.packing import (
+    Exchange,
+    ExchangeName,
+    Packable,
+    count_exchanges,
+    exchange_of,
+    packs_of,
+)
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
+from spectral_ds.laplacian.scratch import allocate_scratch
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.laplacian.work import Work
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
-
-ExchangeName = Literal["auto", "boundary", "transpose"]
-Meeting = Literal["local", "boundary", "transpose"]
 
 
 @dataclass
@@ -37,17 +42,20 @@ class OperatorPlan:
 
     Attributes:
         operators: one a bucket.
-        meetings: how many groups meet in which way.
+        exchanges: how many groups are exchanged in each way.
         work: what is to be done at a step.
         bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
-        bytes_per_move: that they send to bring the signal of transposed groups, or to return it.
+        bytes_per_transpose: that they send to bring the signal of transposed groups, or to return
+            it.
+        scratch_bytes: of this rank's scratch memory, which the operators share.
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
-    meetings: dict[Meeting, int] = field(default_factory=dict)
+    exchanges: dict[Exchange, int] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
     bytes_per_hop: int = 0
-    bytes_per_move: int = 0
+    bytes_per_transpose: int = 0
+    scratch_bytes: int = 0
 
     @property
     def bytes_sent(self) -> int:
@@ -56,19 +64,20 @@ class OperatorPlan:
 
     def bytes_of(self, work: Work) -> int:
         """Bytes that all ranks together send for other work."""
-        return work.hops * self.bytes_per_hop + work.moves * self.bytes_per_move
+        hops = 0 if work.hops is None else work.hops  # without a series, no group takes hops
+        return hops * self.bytes_per_hop + work.transposes * self.bytes_per_transpose
 
     def describe(self) -> str:
         """One sentence for people."""
         kernels = sorted({op.kernel.name for op in self.operators if op.kernel is not None})
-        ways = ", ".join(f"{count} {way}" for way, count in self.meetings.items() if count)
+        ways = ", ".join(f"{count} {way}" for way, count in self.exchanges.items() if count)
         return (
             f"groups of joined parameters: {ways} ({self.bytes_sent / 2**20:.2f} MiB a step over "
             f"all ranks); {len(self.operators)} buckets; kernel {', '.join(kernels) or 'none'}"
         )
 
 
-def make_plan(
+def plan_operators(
     graph: ParameterGraph,
     layout: ShardLayout,
     communicator: Communicator,
@@ -80,7 +89,7 @@ def make_plan(
     bucket_elements: int,
     dtype: torch.dtype = torch.float32,
 ) -> OperatorPlan:
-    """Plan the operators (collective).
+    """Plan the operators, and allocate the scratch memory that they work in (collective).
 
     Args:
         layout: the fragments of all ranks.
@@ -91,28 +100,67 @@ def make_plan(
         bucket_elements: no rank stores more of one bucket, unless 16 columns are larger.
         dtype: of the signals.
     """
-    meetings = _meetings(graph.groups, layout, communicator, work, exchange)
-    plan = OperatorPlan(meetings=_counted(meetings), work=work)
+    groups, world_size = graph.groups, layout.world_size
+    exchanges = _exchanges(groups, layout, communicator, work, exchange)
+    plan = OperatorPlan(exchanges=count_exchanges(exchanges), work=work)
     maker = _Maker(graph, layout, communicator, everyone, kernel, dtype)
-    for meeting, members in _packed(graph.groups, meetings, layout.world_size, bucket_elements):
-        plan.operators.extend(maker.operators(meeting, members, bucket_elements))
+    packables = [
+        Packable(group.bucket.width, group.owners.elements(world_size), group.is_path, way)
+        for group, way in zip(groups, exchanges, strict=True)
+    ]
+    for pack in packs_of(packables, bucket_elements):
+        members = [groups[position] for position in pack]
+        plan.operators.extend(maker.operators(exchanges[pack[0]], members, bucket_elements))
     own = [
-        sum(op.exchange.elements_sent for op in plan.operators if op.exchange is not None),
-        sum(op.transposition.elements_sent for op in plan.operators if op.transposition),
+        sum(op.exchange.buffers.elements_sent for op in plan.operators if op.exchange is not None),
+        sum(op.transposition.buffers.elements_sent for op in plan.operators if op.transposition),
     ]
     sent = communicator.sum_(torch.tensor(own, device=communicator.device)).tolist()
-    plan.bytes_per_hop, plan.bytes_per_move = (count * dtype.itemsize for count in sent)
+    plan.bytes_per_hop, plan.bytes_per_transpose = (count * dtype.itemsize for count in sent)
+    plan.scratch_bytes = allocate_scratch(plan.operators, communicator.device, dtype)
     return plan
 
 
-def _meetings(
+def plan_on_node_signals(
+    graph: ParameterGraph,
+    columns: Mapping[str, int],
+    layout: ShardLayout,
+    communicator: Communicator,
+    everyone: Communicator,
+    *,
+    bucket_elements: int,
+    kernel: KernelName = "torch_csr",
+    dtype: torch.dtype = torch.float32,
+) -> OperatorPlan:
+    """Plan operators for signals of some columns a node, such as sketches (collective).
+
+    Rows stay with the rank that answers for them and exchange their boundary.
+
+    Args:
+        columns, layout: see `ParameterGraph.of_node_signals`.
+        others: see `plan_operators`.
+    """
+    return plan_operators(
+        graph.of_node_signals(columns, layout),
+        layout,
+        communicator,
+        everyone,
+        work=Work(hops=1, transposes=2),
+        exchange="boundary",
+        kernel=kernel,
+        bucket_elements=bucket_elements,
+        dtype=dtype,
+    )
+
+
+def _exchanges(
     groups: Sequence[Group],
     layout: ShardLayout,
     communicator: Communicator,
     work: Work,
-    exchange: ExchangeName,
-) -> list[Meeting]:
-    """How each group's rows meet; one all-reduce."""
+    wanted: ExchangeName,
+) -> list[Exchange]:
+    """How each group's rows come to their neighbours; one all-reduce."""
     counts = np.zeros((len(groups), 2), np.int64)
     for index, group in enumerate(groups):
         width = group.bucket.width
@@ -124,52 +172,12 @@ def _meetings(
         needed = intervals.total(LocalBlock.of(width, rectangles, group.edges).needed)
         counts[index] = needed, away
     total = communicator.sum_(torch.from_numpy(counts).to(communicator.device)).tolist()
-    return [meeting_of(needed, away, work, exchange) for needed, away in total]
-
-
-def meeting_of(needed: int, away: int, work: Work, exchange: ExchangeName) -> Meeting:
-    """How a group's rows meet.
-
-    Args:
-        needed: elements that ranks need of each other in a hop.
-        away: elements that leave their rank when the group is transposed.
-    """
-    if needed == 0:
-        return "local"
-    is_cheaper = work.moves * away < work.hops * needed
-    if exchange == "transpose" or (exchange == "auto" and is_cheaper):
-        return "transpose"
-    return "boundary"
-
-
-def _counted(meetings: Sequence[Meeting]) -> dict[Meeting, int]:
-    ways: tuple[Meeting, ...] = ("local", "boundary", "transpose")
-    return {way: meetings.count(way) for way in ways}
-
-
-def _packed(
-    groups: Sequence[Group], meetings: Sequence[Meeting], world_size: int, bucket_elements: int
-) -> list[tuple[Meeting, list[Group]]]:
-    """Groups of equal width that meet alike, packed together; groups of paths stay alone."""
-    packs: list[tuple[Meeting, list[Group]]] = []
-    still_open: dict[object, tuple[list[Group], npt.NDArray[np.int64]]] = {}
-    for group, meeting in zip(groups, meetings, strict=True):
-        elements = group.owners.elements(world_size)
-        width = group.bucket.width
-        slices = column_slices(elements, width) if meeting == "transpose" else None
-        key = id(group) if group.is_path else (width, meeting, slices)
-        held, filled = still_open.get(key, ([], np.zeros(world_size, np.int64)))
-        if not held or (filled + elements).max() > bucket_elements:
-            held, filled = [], np.zeros(world_size, np.int64)
-            packs.append((meeting, held))
-        held.append(group)
-        still_open[key] = held, filled + elements
-    return packs
+    return [exchange_of(needed, away, work, wanted) for needed, away in total]
 
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the operators of a pack: a few groups of equal width that meet alike."""
+    """Makes the operators of a pack: a few groups of equal width and exchange."""
 
     graph: ParameterGraph
     layout: ShardLayout
@@ -179,20 +187,20 @@ class _Maker:
     dtype: torch.dtype
 
     def operators(
-        self, meeting: Meeting, groups: Sequence[Group], bucket_elements: int
+        self, exchange: Exchange, groups: Sequence[Group], bucket_elements: int
     ) -> list[LaplacianOperator]:
         """One for each slice of columns of the pack's bucket."""
         whole = Bucket.of([p for group in groups for p in group.bucket.parameters])
-        edges = self._edges(meeting, groups)
+        edges = self._edges(exchange, groups)
         degree = np.concatenate([group.degree for group in groups])
         # Where every stored element is the signal's own: a dense product, unlike a sparse one,
         # would spread what happens to lie in scratch memory (0 · NaN).
-        is_dense = groups[0].is_path and meeting != "boundary"
+        is_dense = groups[0].is_path and exchange != "boundary"
         kernel_name = "dense" if is_dense else None
         last: LaplacianOperator | None = None
         made = []
-        for bucket in self._slices(whole, is_dense and meeting == "local", bucket_elements):
-            operator = self._arranged(bucket, meeting, edges)
+        for bucket in self._slices(whole, is_dense and exchange == "local", bucket_elements):
+            operator = self._arranged(bucket, exchange, edges)
             block, device = operator.block, self.communicator.device
             if kernel_name is None:
                 matrix = self._matrix(block, edges, degree)
@@ -217,13 +225,13 @@ class _Maker:
         rows = laplacian_rows(own, degree, block.own_rows, self.graph.normalized)
         return chebyshev_block(rows, block, self.graph.lambda_max)
 
-    def _edges(self, meeting: Meeting, groups: Sequence[Group]) -> Edges:
+    def _edges(self, exchange: Exchange, groups: Sequence[Group]) -> Edges:
         """At least the edges from the rows that this rank will store, numbered over the pack."""
         parts = []
         first = 0
         for group in groups:
             edges = group.edges
-            if meeting == "transpose" and not group.is_path:
+            if exchange == "transpose" and not group.is_path:
                 shares = self.communicator.gather_objects(group.primary_edges(self.layout.rank))
                 edges = Edges.concatenate(shares).combined(np.add)
             parts.append(edges.shifted(first))
@@ -243,9 +251,9 @@ class _Maker:
         most = int(whole.touched(self.layout).max())
         return whole.slices(columns_at_once(bucket_elements, most))
 
-    def _arranged(self, bucket: Bucket, meeting: Meeting, edges: Edges) -> LaplacianOperator:
+    def _arranged(self, bucket: Bucket, exchange: Exchange, edges: Edges) -> LaplacianOperator:
         """Where the bucket's elements lie and how they come there; no kernel yet."""
-        if meeting == "transpose":
+        if exchange == "transpose":
             owners = RowOwners.of(bucket, self.layout)
             slices = column_slices(owners.elements(self.layout.world_size), bucket.width)
             rectangles = bucket.rectangles_of_ranks(self.layout)
@@ -253,8 +261,8 @@ class _Maker:
             return LaplacianOperator(bucket, transposition.block, transposition=transposition)
         own = bucket.rectangles(self.layout.own)
         block = LocalBlock.of(bucket.width, own, edges)
-        exchange = None
-        if meeting == "boundary":
+        boundary = None
+        if exchange == "boundary":
             owners = RowOwners.of(bucket, self.layout)
-            exchange = BoundaryExchange.plan(block, owners, self.communicator)
-        return LaplacianOperator(bucket, block, exchange=exchange)
+            boundary = BoundaryExchange.plan(block, owners, self.communicator)
+        return LaplacianOperator(bucket, block, exchange=boundary)

@@ -5,15 +5,15 @@ filtered independently; one brings it back. Two shards travel, less what stays, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.rectangles import Rectangle
+from spectral_ds.laplacian.buffers import SplitBuffers
 from spectral_ds.sharding import Communicator, intervals
 
 
@@ -29,25 +29,22 @@ def column_slices(elements: npt.NDArray[np.int64], width: int) -> tuple[int, ...
 
 @dataclass
 class Transposition:
-    """What one rank sends and receives to transpose one bucket, or to undo it.
+    """What one rank sends and receives to transpose one bucket; as much goes back to undo it.
 
     Attributes:
         block: all rows, and this rank's slice of columns; its placements are what stays here.
         sends: rectangles of this rank's fragments, by peer.
         receives: rectangles of this rank's slice that other ranks own, by peer.
-        send_splits, receive_splits: elements by peer.
+        buffers: where their elements pass through.
     """
 
-    communicator: Communicator
     block: LocalBlock
     sends: list[list[Rectangle]]
     receives: list[list[Rectangle]]
-    send_splits: list[int]
-    receive_splits: list[int]
-    _send_buffer: torch.Tensor
-    _receive_buffer: torch.Tensor
-    _send_views: list[torch.Tensor]
-    _receive_views: list[torch.Tensor]
+    buffers: SplitBuffers
+    # The part of a buffer that holds each rectangle.
+    _send_views: list[torch.Tensor] = field(default_factory=list)
+    _receive_views: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
     def plan(
@@ -84,35 +81,18 @@ class Transposition:
             none,
             clipped(rectangles[rank], rank),
         )
-        empty = torch.empty(0, device=communicator.device)
-        return cls(
-            communicator,
-            block,
-            sends,
-            receives,
+        buffers = SplitBuffers(
             [sum(part.numel for part in parts) for parts in sends],
             [sum(part.numel for part in parts) for parts in receives],
-            empty,
-            empty,
-            [],
-            [],
+            communicator,
         )
-
-    @property
-    def elements_sent(self) -> int:
-        """Elements that go into slices; as many come back."""
-        return sum(self.send_splits)
-
-    @property
-    def elements_received(self) -> int:
-        return sum(self.receive_splits)
+        return cls(block, sends, receives, buffers)
 
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
         """Take flat buffers, shared with other exchanges, of at least the needed size."""
-        self._send_buffer = send[: self.elements_sent]
-        self._receive_buffer = receive[: self.elements_received]
-        self._send_views = _segments(self._send_buffer, self.sends)
-        self._receive_views = _segments(self._receive_buffer, self.receives)
+        self.buffers.use(send, receive)
+        self._send_views = _segments(self.buffers.send, self.sends)
+        self._receive_views = _segments(self.buffers.receive, self.receives)
 
     def places(self, matrix: torch.Tensor) -> list[torch.Tensor]:
         """Views of a (nodes, slice) matrix where what comes from other ranks lies."""
@@ -141,13 +121,7 @@ class Transposition:
                 view.zero_()
             else:
                 view.copy_(part.view(fragment))
-        dist.all_to_all_single(
-            self._receive_buffer,
-            self._send_buffer,
-            self.receive_splits,
-            self.send_splits,
-            group=self.communicator.group,
-        )
+        self.buffers.exchange()
         if received:
             torch._foreach_copy_(received, self._receive_views)
 
@@ -180,13 +154,7 @@ class Transposition:
         """What comes back: (values, rectangle, fragment) of all that this rank sent."""
         if received:
             torch._foreach_copy_(self._receive_views, received)
-        dist.all_to_all_single(
-            self._send_buffer,
-            self._receive_buffer,
-            self.send_splits,
-            self.receive_splits,
-            group=self.communicator.group,
-        )
+        self.buffers.give_back()
         for view, part in zip(self._send_views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
             if fragment is not None:

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Of one function of L, or of several together.
+    """What one function of L takes, or several together.
 
     Attributes:
-        hops: products with L.
-        moves: signals that come to where rows meet, or return from there; a filter's are two.
+        hops: products with L; None where a function has no series of products.
+        transposes: signals that come to where a function of L is evaluated, or return from there; a
+            filter's are two. Where rows stay, nothing is sent for it.
     """
 
-    hops: int = 0
-    moves: int = 0
+    hops: int | None = 0
+    transposes: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.hops + other.hops, self.moves + other.moves)
+        hops = None if self.hops is None or other.hops is None else self.hops + other.hops
+        return Work(hops, self.transposes + other.transposes)

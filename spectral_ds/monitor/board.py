@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from spectral_ds.config import SpectralConfigError
+from spectral_ds.engines import Engine
+
 PREFIX = "spectral_ds"
 FIGURE_DPI = 100
 
@@ -20,6 +23,7 @@ class Board:
             TensorBoard.
         step: gives the number under which TensorBoard files what is written now.
         is_open: whether rank 0 has a writer; equal on all ranks.
+        own_writer: a writer to close in the end; None: none is the board's own.
     """
 
     def __init__(
@@ -28,13 +32,61 @@ class Board:
         writer: Any,
         step: Callable[[], int],
         is_open: bool,
+        own_writer: Any = None,
     ) -> None:
         self.is_open = is_open
+        self._own_writer = own_writer
         self._write_scalars = write_scalars
         self._writer = writer
         self._step = step
         self._tags: set[str] = set()  # of scalars so far
         self._charts: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, engine: Engine, folder: str, is_enabled: bool, writer: Any = None) -> "Board":
+        """A board on the engine's own monitor, or on a writer of its own (collective).
+
+        Args:
+            folder: for TensorBoard files; "": where the engine writes.
+            is_enabled: whether anything is going to be written.
+            writer: the user's `SummaryWriter` on rank 0; None: there is none.
+
+        Raises:
+            SpectralConfigError: rank 0 cannot write to the folder; on all ranks.
+        """
+        is_first, own_writer = engine.everyone.rank == 0, None
+        with engine.everyone.all_or_none():
+            if folder and is_enabled and is_first and writer is None:
+                writer = own_writer = _summary_writer(folder)
+        writer = writer if is_first else None
+        if engine.everyone.maximum(float(writer is not None)) > 0:
+
+            def write(metrics: Mapping[str, float]) -> None:
+                if writer is not None:
+                    for name, value in metrics.items():
+                        writer.add_scalar(f"{PREFIX}/{name}", value, engine.board_step)
+
+            return cls(write, writer, lambda: engine.board_step, True, own_writer)
+        monitor = engine.monitor
+        writer = None if monitor is None else monitor.summary_writer
+        is_open = engine.everyone.maximum(float(writer is not None)) > 0
+        if is_enabled and monitor is None:
+            engine.log(
+                "what is monitored is written nowhere, plugin.metrics() has it; set "
+                "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
+                '"tensorboard": {"enabled": true})'
+            )
+
+        def write_to_monitor(metrics: Mapping[str, float]) -> None:
+            if monitor is not None:
+                monitor.write(metrics)
+
+        return cls(write_to_monitor, writer, lambda: engine.board_step, is_open)
+
+    def close(self) -> None:
+        """Close the writer, if it is the board's own."""
+        if self._own_writer is not None:
+            self._own_writer.close()
 
     def scalars(self, metrics: Mapping[str, float]) -> None:
         """Write numbers by name, but none that is not finite, as where gradients overflow."""
@@ -99,3 +151,14 @@ class Board:
         """Make what was written visible to readers."""
         if self._writer is not None:
             self._writer.flush()
+
+
+def _summary_writer(folder: str) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(folder)
+    except OSError as error:
+        raise SpectralConfigError(
+            f"spectral_ds.monitor.folder: cannot write to {folder!r}: {error}"
+        ) from error

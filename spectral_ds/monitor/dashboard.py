@@ -6,52 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-import spectral_ds.monitor.figures as figures
+from spectral_ds.monitor import figures
 from spectral_ds.monitor.board import Board
-from spectral_ds.spectrum import Density, SignalToNoise
+from spectral_ds.monitor.readings import GraphReading, StepReading
 
 Values = npt.NDArray[np.float64]
 
 # Steps in the heat map over training time.
 MOST_COLUMNS = 512
-
-
-@dataclass(frozen=True)
-class GraphFacts:
-    """What is drawn of one graph; changes only when it is rebuilt.
-
-    Attributes:
-        density: of states.
-        degrees, weights: (counts, edges) of node degree and edge weight.
-    """
-
-    density: Density
-    degrees: tuple[Values, Values]
-    weights: tuple[Values, Values]
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """What is drawn of one step.
-
-    Attributes:
-        before, after: (bands,): share of energy.
-        gains: of the filter, (1 − s) + s · h(λ), at the middles of the density's bins.
-        strength: s.
-        signal_to_noise: None before the second sample.
-        adaptive: the gain of each band of an adaptive response, else None.
-        tables: (title, label, (blocks, roles)) of heat maps.
-        perturbation: ‖θ − θ_ref‖ by block; None without a reference.
-    """
-
-    before: Values
-    after: Values
-    gains: Values
-    strength: float
-    signal_to_noise: SignalToNoise | None
-    adaptive: Values | None
-    tables: Sequence[tuple[str, str, Values]]
-    perturbation: Values | None
 
 
 @dataclass
@@ -98,19 +60,19 @@ class Dashboard:
             del self._history[1::2]
             self._stride *= 2
 
-    def show_graph(self, graph: GraphFacts) -> None:
+    def show_graph(self, graph: GraphReading) -> None:
         """Histograms of a new graph."""
         self.board.histogram("node_degree", *graph.degrees)
         self.board.histogram("edge_weight", *graph.weights)
 
-    def show(self, step: StepFacts, graph: GraphFacts) -> None:
+    def show(self, step: StepReading, graph: GraphReading) -> None:
         """All figures of one step."""
-        density, draw = graph.density, self.board.figure
+        density, acting, draw = graph.density, step.filter, self.board.figure
         highest = float(density.edges[-1])
         draw(
             "density_of_states",
             lambda: figures.density_figure(
-                density.share, density.edges, step.gains, self.response, step.strength
+                density.share, density.edges, acting.gains, self.response, acting.strength
             ),
         )
         draw("energy", lambda: figures.energy_figure(step.before, step.after, highest))
@@ -126,20 +88,23 @@ class Dashboard:
                 "signal_to_noise",
                 lambda: figures.signal_to_noise_figure(found.signal, found.noise, highest),
             )
-        adaptive = step.adaptive
+        adaptive = acting.adaptive
         if adaptive is not None:
             draw("gains", lambda: figures.gains_figure(adaptive, highest, self.response))
-        for title, label, table in step.tables:
-            if table.size:
-                self._draw_table(title, label, table)
+        self._draw_table("Gradient norm by block and role", "gradient norm", step.gradient_norms)
+        self._draw_table(
+            f"Roughness of the filtered {step.what} by block and role",
+            "share of the highest frequency",
+            step.roughness,
+        )
         moved = step.perturbation
         if moved is not None and moved.size:
             draw("perturbation_by_block", lambda: figures.perturbation_figure(self.blocks, moved))
         self.board.flush()
 
     def _draw_table(self, title: str, label: str, table: Values) -> None:
-        name = title.lower().replace(" ", "_")
-        self.board.figure(
-            name,
-            lambda: figures.block_role_figure(table, self.blocks, self.roles, title, label),
-        )
+        if table.size:
+            self.board.figure(
+                title.lower().replace(" ", "_"),
+                lambda: figures.block_role_figure(table, self.blocks, self.roles, title, label),
+            )

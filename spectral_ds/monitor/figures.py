@@ -1,17 +1,28 @@
 """Figures: numbers drawn for people, 800 pixels wide.
 
 In: float64 arrays, of which anything that is not finite is left blank, and said. Out: a matplotlib
-figure outside pyplot, so that nothing global holds it; matplotlib's settings stay as they were.
+figure in the style of `console.figure_style`.
 """
 
-import functools
 import itertools
 import textwrap
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ParamSpec
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from spectral_ds.console.figure_style import (
+    BLANK,
+    BLUE,
+    GREY,
+    HEAT_MAP,
+    ORANGE,
+    RED,
+    SKY,
+    new_figure,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,45 +31,15 @@ if TYPE_CHECKING:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-P = ParamSpec("P")
 Values = npt.NDArray[np.float64]
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-BLUE, SKY, ORANGE, RED = "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
-GREY, BLANK = "#6E6E6E", "#E6E6E6"
-# Its lightness rises evenly, for colour-blind people too.
-HEAT_MAP = "viridis"
-STYLE = {
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "xtick.major.pad": 6,
-}
-WIDTH, DPI = 8.0, 100  # inches, dots an inch
 NAME_LENGTH, LINE_LENGTH = 32, 110  # characters of a role and of a note's line
 MOST_BLOCKS, MOST_ROLES = 16, 36  # with a label each
 # Numbers that span more than this factor are coloured by their logarithm.
 WIDE_RANGE = 20.0
 
 
-def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
-    """Draw in the style of this module, whatever the user's is."""
-
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> "Figure":
-        from matplotlib import style
-
-        with style.context(["default", STYLE]):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-@_styled
+@styled
 def density_figure(
     share: Values, edges: Values, gains: Values, response: str, strength: float
 ) -> "Figure":
@@ -91,7 +72,7 @@ def density_figure(
     return figure
 
 
-@_styled
+@styled
 def energy_figure(before: Values, after: Values, lambda_max: float) -> "Figure":
     """Shares of the squared norm in equal bands of frequency, before and after the filter."""
     figure, axes = _new("Energy by frequency")
@@ -108,7 +89,7 @@ def energy_figure(before: Values, after: Values, lambda_max: float) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def energy_history_figure(steps: Values, energies: Values, lambda_max: float) -> "Figure":
     """Shares of the squared norm by frequency over the run.
 
@@ -130,7 +111,7 @@ def energy_history_figure(steps: Values, energies: Values, lambda_max: float) ->
     return figure
 
 
-@_styled
+@styled
 def signal_to_noise_figure(signal: Values, noise: Values, lambda_max: float) -> "Figure":
     """Power of signal and noise in equal bands of frequency, and their ratio.
 
@@ -157,7 +138,7 @@ def signal_to_noise_figure(signal: Values, noise: Values, lambda_max: float) -> 
     return figure
 
 
-@_styled
+@styled
 def gains_figure(gains: Values, lambda_max: float, response: str) -> "Figure":
     """The gain of each of equal bands of frequency."""
     figure, axes = _new(f"Gain of each band of frequency, response {response}")
@@ -175,7 +156,7 @@ def gains_figure(gains: Values, lambda_max: float, response: str) -> "Figure":
     return figure
 
 
-@_styled
+@styled
 def block_role_figure(
     values: Values, blocks: Sequence[int], roles: Sequence[str], title: str, label: str
 ) -> "Figure":
@@ -209,7 +190,7 @@ def block_role_figure(
     return figure
 
 
-@_styled
+@styled
 def perturbation_figure(blocks: Sequence[int], values: Values) -> "Figure":
     """How far the weights of each block are from the reference, ‖θ − θ_ref‖."""
     figure, axes = _new("Perturbation of the weights by block")
@@ -226,11 +207,7 @@ def perturbation_figure(blocks: Sequence[int], values: Values) -> "Figure":
 
 def _new(title: str, height: float = 4.2) -> "tuple[Figure, Axes]":
     """A figure of one pair of axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(height)
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
@@ -366,7 +343,7 @@ def _positive(values: Values) -> Values:
 
 
 def _limits(*values: Values) -> tuple[float, float]:
-    """Of an axis that shows 0 and all values."""
+    """Limits of an axis that shows 0 and all values."""
     found = np.concatenate(values)
     found = found[np.isfinite(found)]
     low, high = min([0.0, *found]), max([0.0, *found])

@@ -17,7 +17,7 @@ TOO_NOISY = "the gradient is too noisy to tell signal from noise on this graph y
 
 
 def judged_gains(gains: Values) -> Values:
-    """Those of the response; if all are alike, of the lowest eighth, as a low-pass filter has."""
+    """The gains of the response; if all are alike, of a low-pass filter of the lowest eighth."""
     if np.ptp(gains) > 0:
         return gains
     return (np.arange(len(gains)) < max(1, len(gains) // 8)).astype(np.float64)

@@ -2,9 +2,9 @@
 
 from spectral_ds.planning.costs import Machine
 from spectral_ds.planning.flows import Cluster
+from spectral_ds.planning.graphs import PlannedGraph, plan_graph
 from spectral_ds.planning.layouts import ENGINES, EngineName, cut_parameters, shard_layout
-from spectral_ds.planning.planner import Model, Plan, make_plan
-from spectral_ds.planning.stages import PlannedStage, plan_stage
+from spectral_ds.planning.planner import Model, Plan, plan_configuration
 
 __all__ = [
     "ENGINES",
@@ -13,9 +13,9 @@ __all__ = [
     "Machine",
     "Model",
     "Plan",
-    "PlannedStage",
+    "PlannedGraph",
     "cut_parameters",
-    "make_plan",
-    "plan_stage",
+    "plan_configuration",
+    "plan_graph",
     "shard_layout",
 ]

@@ -35,7 +35,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step; (world size,) each.
+    """What a part of a step takes of each rank; (world size,) each.
 
     Attributes:
         flow: elements that travel, in float32.
@@ -51,7 +51,7 @@ class Cost:
 
     @classmethod
     def of_elements(cls, elements: Floats, bytes_each: float, cluster: Cluster) -> "Cost":
-        """Of a pass over elements that sends nothing, an operation each."""
+        """The cost of a pass over elements that sends nothing, an operation each."""
         return cls(Flow.none(cluster), elements, bytes_each * elements, 0)
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -73,7 +73,7 @@ class Cost:
 
 
 def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
-    """Of one function of L that takes so much work."""
+    """The cost of one function of L that takes so much work."""
     zeros = np.zeros(cluster.world_size)
     total = Cost(Flow.none(cluster), zeros, zeros, 0)
     for pack in packs:
@@ -82,8 +82,9 @@ def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
             flops, traffic = 2 * pack.rows * elements, 2 * FLOAT * elements
             hop = Cost(Flow.none(cluster), flops, traffic, 0)
         else:
+            assert work.hops is not None, "what has no series is nowhere exchanged by boundary rows"
             hop = _times(_product(pack), work.hops)
-        total = total + hop + _times(_move(pack, cluster), work.moves)
+        total = total + hop + _times(_transpose(pack, cluster), work.transposes)
     return total
 
 
@@ -103,13 +104,16 @@ def _product(pack: Pack) -> Cost:
     )
 
 
-def _move(pack: Pack, cluster: Cluster) -> Cost:
+def _transpose(pack: Pack, cluster: Cluster) -> Cost:
     """Own elements to scratch memory or back, by way of other ranks' where transposed."""
     own = sum((group.elements for group in pack.groups), np.zeros(cluster.world_size))
-    passing = pack.move.sent + pack.move.received
-    is_sent = pack.move.total > 0
+    passing = pack.transpose.sent + pack.transpose.received
+    is_sent = pack.transpose.total > 0
     return Cost(
-        pack.move, np.zeros_like(own), 2 * FLOAT * (own + passing), pack.slices if is_sent else 0
+        pack.transpose,
+        np.zeros_like(own),
+        2 * FLOAT * (own + passing),
+        pack.slices if is_sent else 0,
     )
 
 

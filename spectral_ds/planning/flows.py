@@ -55,7 +55,7 @@ class Flow:
 
     @classmethod
     def of_pairs(cls, source: Ints, target: Ints, elements: Floats, cluster: Cluster) -> "Flow":
-        """From (source rank, target rank, elements) triples."""
+        """The flow of (source rank, target rank, elements) triples."""
         near = elements * (cluster.machine(source) == cluster.machine(target))
         return cls(
             cluster.by_rank(source, elements),

@@ -1,4 +1,4 @@
-"""Groups of joined parameters: their size, their boundary, and how their neighbours meet.
+"""Groups of joined parameters: their size, their boundary, and how they are exchanged.
 
 In: names, shapes, edge families and cuts. Out: a `PlannedGroup` for each set of parameters that no
 edge leaves. Blocks repeat: what is cut and joined alike is worked out once.
@@ -11,8 +11,8 @@ import numpy as np
 
 from spectral_ds.geometry.buckets import linked_parameters
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.laplacian import ExchangeName, Work
-from spectral_ds.laplacian.plan import Meeting, meeting_of
+from spectral_ds.laplacian import Exchange, ExchangeName, Work
+from spectral_ds.laplacian.packing import exchange_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.chance import USUAL_WEIGHT, expected, most_neighbours
 from spectral_ds.planning.flows import Cluster, Floats, Flow
@@ -31,7 +31,7 @@ class PlannedGroup:
         is_path: whether it is a group of depth paths, where each parameter is one node.
         boundary: what ranks need of each other, a hop.
         elements: that each rank owns; (world size,).
-        move: what a transposition of the whole group sends.
+        transpose: what a transposition of the whole group sends, one way.
         edges: undirected, of the graph's nodes: expected, and the least and the most possible.
         all_links: directed edges of the bucket.
         links: of them, those from nodes that each rank owns a part of; (world size,).
@@ -43,7 +43,7 @@ class PlannedGroup:
     is_path: bool
     boundary: Boundary
     elements: Ints
-    move: Flow
+    transpose: Flow
     edges: tuple[float, float, float]
     all_links: float
     links: Floats
@@ -53,9 +53,9 @@ class PlannedGroup:
     def roles(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(parameter.role for parameter in self.parameters))
 
-    def meeting(self, work: Work, exchange: ExchangeName) -> Meeting:
-        """How its nodes meet."""
-        return meeting_of(self.boundary.hop.total, self.move.total, work, exchange)
+    def exchange(self, work: Work, wanted: ExchangeName) -> Exchange:
+        """How its nodes come to their neighbours, see `exchange_of`."""
+        return exchange_of(self.boundary.hop.total, self.transpose.total, work, wanted)
 
 
 def plan_groups(
@@ -118,7 +118,7 @@ def _planned(
         is_path,
         boundary,
         elements,
-        parts.moved(slices, cluster),
+        parts.transposed(slices, cluster),
         (float(edges[0]), float(edges[1]), float(edges[2])),
         float(count @ np.array([member.nodes for member in members])),
         cluster.by_rank(parts.rank, of_run),

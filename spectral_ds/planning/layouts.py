@@ -63,7 +63,7 @@ def cut_parameters(
 
 
 def shard_layout(cuts: Mapping[str, Cuts], world_size: int, rank: int = 0) -> ShardLayout:
-    """The same as fragments of every rank, parameter after parameter."""
+    """Cuts as the fragments of every rank, parameter after parameter."""
     fragments: list[list[Fragment]] = [[] for _ in range(world_size)]
     for name, cut in cuts.items():
         for owner, start, end in zip(cut.rank, cut.bounds[:-1], cut.bounds[1:], strict=True):

@@ -1,7 +1,7 @@
 """Packs: groups that the filter works on together, and what that takes of each rank.
 
-The rules are those of `laplacian.plan`, `laplacian.workspace` and `laplacian.kernels`, worked out
-for all ranks at once.
+The rules are those of `laplacian.packing`, `laplacian.plan`, `laplacian.scratch` and
+`laplacian.kernels`, worked out for all ranks at once.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectral_ds.geometry.buckets import columns_at_once
-from spectral_ds.laplacian.plan import Meeting
+from spectral_ds.laplacian import Exchange
+from spectral_ds.laplacian.packing import Packable, packs_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup
-from spectral_ds.planning.layouts import Ints
 from spectral_ds.planning.parts import Parts, joined
 
 
 @dataclass(frozen=True)
-class Scratch:
+class ScratchElements:
     """Elements that a rank stores at once, the largest of any bucket; (world size,) each.
 
     Attributes:
@@ -34,12 +34,12 @@ class Scratch:
     received: Floats
 
     @classmethod
-    def none(cls, cluster: Cluster) -> "Scratch":
+    def none(cls, cluster: Cluster) -> "ScratchElements":
         zeros = np.zeros(cluster.world_size)
         return cls(zeros, zeros, zeros, zeros)
 
-    def __or__(self, other: "Scratch") -> "Scratch":
-        return Scratch(
+    def __or__(self, other: "ScratchElements") -> "ScratchElements":
+        return ScratchElements(
             np.maximum(self.stored, other.stored),
             np.maximum(self.own, other.own),
             np.maximum(self.sent, other.sent),
@@ -53,34 +53,34 @@ class Scratch:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Groups of equal width that meet alike; (world size,) where it says by rank.
+    """Groups of equal width and exchange; (world size,) where it says by rank.
 
     Attributes:
-        meeting: how.
+        exchange: how their rows come to their neighbours.
         groups: which.
         is_dense: whether products are dense, by the eigenbasis of depth paths.
         slices: of columns, one product each.
         hop: what travels before a product; nothing if it is transposed.
-        move: what travels to transpose, and again to come back.
+        transpose: what travels to transpose, and again to come back.
         rows, columns: nodes that a rank multiplies, and columns of them; by rank.
         links: nonzero numbers of its block; by rank.
         scratch: what it takes.
     """
 
-    meeting: Meeting
+    exchange: Exchange
     groups: tuple[PlannedGroup, ...]
     is_dense: bool
     slices: int
     hop: Flow
-    move: Flow
+    transpose: Flow
     rows: Floats
     columns: Floats
     links: Floats
-    scratch: Scratch
+    scratch: ScratchElements
 
     @property
     def kernel_bytes(self) -> Floats:
-        """Of torch's CSR block (32-bit indices, float32), or of a dense one and its eigenbasis."""
+        """Bytes of torch's CSR block (32-bit indices, float32), or of a dense one and its basis."""
         if self.is_dense:
             # Block and function in float32, eigenvectors in float64.
             return self.rows * self.rows * (4 + 4 + 8) * (self.columns > 0)
@@ -89,32 +89,27 @@ class Pack:
 
 def packed(
     groups: Sequence[PlannedGroup],
-    meetings: Sequence[Meeting],
+    exchanges: Sequence[Exchange],
     cluster: Cluster,
     bucket_elements: int,
 ) -> list[Pack]:
-    """Groups of equal width that meet alike, together while they fit; groups of paths alone."""
-    found: list[tuple[Meeting, list[PlannedGroup]]] = []
-    still_open: dict[object, tuple[list[PlannedGroup], Ints]] = {}
-    for index, (group, meeting) in enumerate(zip(groups, meetings, strict=True)):
-        width = group.parts.width
-        slices = column_slices(group.elements, width) if meeting == "transpose" else None
-        key = index if group.is_path else (width, meeting, slices)
-        held, filled = still_open.get(key, ([], np.zeros_like(group.elements)))
-        if not held or (filled + group.elements).max() > bucket_elements:
-            held, filled = [], np.zeros_like(group.elements)
-            found.append((meeting, held))
-        held.append(group)
-        still_open[key] = held, filled + group.elements
-    return [_pack(meeting, held, cluster, bucket_elements) for meeting, held in found]
+    """The packs of a graph's groups, see `packs_of`."""
+    packables = [
+        Packable(group.parts.width, group.elements, group.is_path, exchange)
+        for group, exchange in zip(groups, exchanges, strict=True)
+    ]
+    return [
+        _pack(exchanges[pack[0]], [groups[position] for position in pack], cluster, bucket_elements)
+        for pack in packs_of(packables, bucket_elements)
+    ]
 
 
 def _pack(
-    meeting: Meeting, groups: Sequence[PlannedGroup], cluster: Cluster, bucket_elements: int
+    exchange: Exchange, groups: Sequence[PlannedGroup], cluster: Cluster, bucket_elements: int
 ) -> Pack:
     parts = joined([group.parts for group in groups])
-    is_dense = groups[0].is_path and meeting != "boundary"
-    if meeting == "transpose":
+    is_dense = groups[0].is_path and exchange != "boundary"
+    if exchange == "transpose":
         return _transposed(groups, parts, is_dense, cluster, bucket_elements)
     rows = cluster.by_rank(parts.rank, parts.touched)
     columns = parts.columns(cluster).astype(np.float64)
@@ -128,9 +123,11 @@ def _pack(
         slices = -(-parts.width // at_once)
     here, share = np.minimum(columns, at_once), min(1.0, at_once / parts.width)
     links = sum((group.links for group in groups), np.zeros(cluster.world_size)) + rows
-    scratch = Scratch((rows + boundary) * here, rows * here, hop.sent * share, hop.received * share)
+    scratch = ScratchElements(
+        (rows + boundary) * here, rows * here, hop.sent * share, hop.received * share
+    )
     none = Flow.none(cluster)
-    return Pack(meeting, tuple(groups), is_dense, slices, hop, none, rows, columns, links, scratch)
+    return Pack(exchange, tuple(groups), is_dense, slices, hop, none, rows, columns, links, scratch)
 
 
 def _transposed(
@@ -140,9 +137,9 @@ def _transposed(
     cluster: Cluster,
     bucket_elements: int,
 ) -> Pack:
-    """Every slice of columns is divided among the ranks by what they own of it."""
+    """A pack whose slices of columns are divided among the ranks by what they own of them."""
     at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
-    move, scratch = Flow.none(cluster), Scratch.none(cluster)
+    transpose, scratch = Flow.none(cluster), ScratchElements.none(cluster)
     columns = np.zeros(cluster.world_size)
     starts = range(0, parts.width, at_once)
     for low in starts:
@@ -151,9 +148,9 @@ def _transposed(
         slices = low + np.array(column_slices(elements, high - low))
         own = np.diff(slices).astype(np.float64)
         stored = parts.all_nodes * own
-        moved = parts.moved(slices, cluster)
-        scratch |= Scratch(stored, stored, moved.sent, moved.received)
-        move, columns = move + moved, columns + own
+        sent = parts.transposed(slices, cluster)
+        scratch |= ScratchElements(stored, stored, sent.sent, sent.received)
+        transpose, columns = transpose + sent, columns + own
     has_any = (columns > 0).astype(np.float64)
     return Pack(
         "transpose",
@@ -161,7 +158,7 @@ def _transposed(
         is_dense,
         len(starts),
         Flow.none(cluster),
-        move,
+        transpose,
         parts.all_nodes * has_any,
         columns,
         (sum(group.all_links for group in groups) + parts.all_nodes) * has_any,

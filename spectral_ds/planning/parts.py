@@ -84,11 +84,11 @@ class Parts:
 
     @cached_property
     def touched(self) -> Ints:
-        """Of how many nodes each run holds anything."""
+        """How many nodes each run holds a part of."""
         return nodes_touched(self.start, self.end, self.nodes, self.width, self.by_column)
 
     def columns(self, cluster: Cluster) -> Ints:
-        """Of how many columns each rank owns anything."""
+        """How many columns each rank owns a part of."""
         if self.by_column:
             low, high = self.start // self.nodes, -(-self.end // self.nodes)
             runs, rank = np.stack((low, high), axis=1), self.rank
@@ -104,7 +104,7 @@ class Parts:
         spans = merged[:, 1] - merged[:, 0]
         return cluster.by_rank(merged[:, 0] // room, spans).astype(np.int64)
 
-    def moved(self, slices: Ints, cluster: Cluster) -> Flow:
+    def transposed(self, slices: Ints, cluster: Cluster) -> Flow:
         """What goes where when each rank gets a slice of columns with every node.
 
         Args:

@@ -9,13 +9,12 @@ from functools import cached_property
 
 import numpy as np
 
-from spectral_ds.config import SpectralConfig, SpectralConfigError
-from spectral_ds.graph import UnknownHeadWidthError
+from spectral_ds.config import SpectralConfig
 from spectral_ds.planning.costs import FLOAT, Cost, Machine
 from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.graphs import PlannedGraph, plan_graph
 from spectral_ds.planning.layouts import EngineName, cut_parameters
-from spectral_ds.planning.stages import PlannedStage, plan_stage
-from spectral_ds.stack import choose_parameters, edge_families
+from spectral_ds.stack import choose_graphs
 
 # What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
 # statistics are taken, a span of nodes with its rectangles.
@@ -46,8 +45,8 @@ class Plan:
 
     Attributes:
         model, config, engine, cluster, machine, bucket_elements: what it was made for.
-        stages: the graphs that filter one after another.
-        elements: filtered, by rank.
+        graphs: the graphs that filter one after another.
+        elements: how many are filtered, by rank.
         device_memory, host_memory: bytes by what for; by rank.
         cost: of one step in which the filter acts.
     """
@@ -58,7 +57,7 @@ class Plan:
     cluster: Cluster
     machine: Machine
     bucket_elements: int
-    stages: tuple[PlannedStage, ...]
+    graphs: tuple[PlannedGraph, ...]
     elements: Floats
     device_memory: dict[str, Floats]
     host_memory: dict[str, Floats]
@@ -66,19 +65,19 @@ class Plan:
 
     @property
     def bytes_sent(self) -> int:
-        """That all ranks send in a step."""
+        """Bytes that all ranks send in a step."""
         return FLOAT * self.cost.flow.total
 
     @cached_property
     def seconds(self) -> Floats:
-        """Of a step, what the filter and the regularizer add; by rank."""
+        """What the filter and the regularizer add to a step; by rank."""
         return self.cost.computing(self.machine) + self.cost.communicating(self.machine)
 
     def instead(
         self, engine: EngineName | None = None, config: SpectralConfig | None = None
     ) -> "Plan":
-        """The same under another engine or configuration, parameters in one group."""
-        return make_plan(
+        """The plan under another engine or configuration, parameters in one group."""
+        return plan_configuration(
             self.model,
             config or self.config,
             engine or self.engine,
@@ -88,7 +87,7 @@ class Plan:
         )
 
 
-def make_plan(
+def plan_configuration(
     model: Model,
     config: SpectralConfig,
     engine: EngineName,
@@ -97,7 +96,7 @@ def make_plan(
     bucket_elements: int,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> Plan:
-    """Plan a configuration.
+    """What a configuration takes of each rank.
 
     Args:
         bucket_elements: see `spectral_ds.geometry.buckets.bucket_elements`.
@@ -107,24 +106,17 @@ def make_plan(
         SpectralConfigError: it cannot be used with the model.
     """
     cuts = cut_parameters(engine, model.shapes, cluster.world_size, groups)
-    stages = []
-    for index, settings in enumerate(config.stack):
-        key = f"graphs[{index}]" if config.graphs else "graph"
-        chosen = choose_parameters(model.shapes, settings, key)
-        try:
-            families = edge_families(settings, model.head_width)
-            stage = plan_stage(
-                chosen, families, settings, config, cuts, cluster, bucket_elements, index == 0
-            )
-        except UnknownHeadWidthError as error:
-            raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
-        stages.append(stage)
-    filtered = {p.name for stage in stages for group in stage.groups for p in group.parameters}
+    choices = choose_graphs(model.shapes, config, model.head_width)
+    graphs = [
+        plan_graph(choice, config, cuts, cluster, bucket_elements, is_first=index == 0)
+        for index, choice in enumerate(choices)
+    ]
+    filtered = {p.name for graph in graphs for group in graph.groups for p in group.parameters}
     elements = sum(
         (cluster.by_rank(cuts[n].rank, np.diff(cuts[n].bounds)) for n in sorted(filtered)),
         np.zeros(cluster.world_size),
     )
-    device, host = _memory(stages, config, elements)
+    device, host = _memory(graphs, config, elements)
     runs = sum(len(cut.rank) for cut in cuts.values())
     measured = RUN_OF_SKETCHES_BYTES if device["statistics"].any() else 0
     host["layout"] = np.full_like(elements, float(runs * (RUN_BYTES + measured)))
@@ -135,27 +127,27 @@ def make_plan(
         cluster,
         machine,
         bucket_elements,
-        tuple(stages),
+        tuple(graphs),
         elements,
         device,
         host,
-        _cost(stages, config, elements, cluster),
+        _cost(graphs, config, elements, cluster),
     )
 
 
 def _memory(
-    stages: Sequence[PlannedStage], config: SpectralConfig, elements: Floats
+    graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """On the device, and on its host."""
+    """Bytes by what for, by rank: on the device, and on its host."""
     shard, none = FLOAT * elements, np.zeros_like(elements)
     regularizer = config.regularizer
     has_reference = regularizer.strength > 0 and regularizer.reference == "pretrained"
 
-    def of_stages(kind: str) -> Floats:
-        return sum((stage.memory[kind] for stage in stages), none)
+    def of_graphs(kind: str) -> Floats:
+        return sum((graph.memory[kind] for graph in graphs), none)
 
-    device = {kind: of_stages(kind) for kind in ("kernels", "scratch", "statistics")}
-    host = {"edges": of_stages("edges")}
+    device = {kind: of_graphs(kind) for kind in ("kernels", "scratch", "statistics")}
+    host = {"edges": of_graphs("edges")}
     if has_reference:
         (host if regularizer.reference_device == "cpu" else device)["reference"] = shard
     if config.filter.apply_to == "update":
@@ -166,21 +158,21 @@ def _memory(
 
 
 def _cost(
-    stages: Sequence[PlannedStage], config: SpectralConfig, elements: Floats, cluster: Cluster
+    graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats, cluster: Cluster
 ) -> Cost:
-    """Of one step. Passes over all elements are counted by what they read and write."""
+    """What one step costs. Passes over all elements are counted by what they read and write."""
     cost = Cost(Flow.none(cluster), np.zeros_like(elements), np.zeros_like(elements), 0)
 
     def passes(numbers_each: int) -> Cost:
         return Cost.of_elements(elements, FLOAT * numbers_each, cluster)
 
-    acts = any(stage.filter is not None for stage in stages)
-    for stage in stages:
-        if stage.filter is not None:
-            cost = cost + stage.filter
-        if stage.penalty is not None:
+    acts = any(graph.filter is not None for graph in graphs)
+    for graph in graphs:
+        if graph.filter is not None:
+            cost = cost + graph.filter
+        if graph.penalty is not None:
             # θ − θ_ref; added to the target.
-            cost = cost + stage.penalty + passes(3) + passes(3)
+            cost = cost + graph.penalty + passes(3) + passes(3)
     if acts and config.filter.apply_to == "update":
         cost = cost + passes(2) + passes(3) + passes(3)  # copy, subtract, add
     if acts and config.filter.rescale == "norm":

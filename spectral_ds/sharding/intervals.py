@@ -34,7 +34,7 @@ def contains(intervals: Intervals, points: Indices) -> npt.NDArray[np.bool_]:
 
 
 def cut(intervals: Intervals, points: Indices) -> Intervals:
-    """The same intervals, cut at the given points; pieces may touch."""
+    """Intervals cut at the given points; pieces may touch."""
     if len(intervals) == 0:
         return intervals
     points = np.unique(points)

@@ -93,7 +93,7 @@ class Sketches:
         self._taken = self.empty()
 
     def _spans_of(self, layout: ShardLayout) -> list[list[_Span]]:
-        """Of every rank, parameter by parameter."""
+        """The spans of every rank, parameter by parameter."""
         spans: list[list[_Span]] = [[] for _ in layout.fragments]
         for position, parameter in enumerate(self._parameters):
             of_ranks = Bucket.of([parameter]).rectangles_of_ranks(layout)

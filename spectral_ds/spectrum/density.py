@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, plan_on_node_signals
 from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.eigenpairs import DENSE_NODES, dense_laplacian
@@ -74,17 +74,10 @@ def _estimated(
     """Number of eigenvalues in each bin."""
     part = graph.of_groups(groups)
     layout = part.primary_layout(probes, communicator.world_size)
-    plan = make_plan(
-        part.of_node_signals({p.name: probes for p in part.parameters}, layout),
-        layout,
-        communicator,
-        communicator,
-        work=Work(hops=1, moves=2),
-        exchange="boundary",
-        kernel="torch_csr",
-        bucket_elements=2**24,
+    columns = {parameter.name: probes for parameter in part.parameters}
+    plan = plan_on_node_signals(
+        part, columns, layout, communicator, communicator, bucket_elements=2**24
     )
-    workspace = Workspace(plan.operators, communicator.device)
     signal = {}
     for number, parameter in enumerate(part.parameters):
         generator = torch.Generator().manual_seed((seed + number) % 2**63)
@@ -95,6 +88,6 @@ def _estimated(
         for f in layout.own
     ]
     count = COEFFICIENTS_PER_BAND * bins // 2 * 2
-    moments = chebyshev_moments(plan.operators, workspace, own, count, communicator)
+    moments = chebyshev_moments(plan.operators, own, count, communicator)
     coefficients = band_coefficients(equal_edges(bins), count)
     return np.asarray(coefficients @ (moments / probes).cpu().numpy())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian import Group, ParameterGraph, Work, Workspace, make_plan
+from spectral_ds.laplacian import Group, ParameterGraph, plan_on_node_signals
 from spectral_ds.laplacian.operator import laplacian_rows
 from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.rings import ring_eigenpairs, ring_weight
@@ -125,20 +125,16 @@ class _ShardedLaplacian:
     ) -> None:
         part = graph.of_groups([group])
         layout = part.primary_layout(columns, communicator.world_size)
-        plan = make_plan(
-            part.of_node_signals({p.name: columns for p in group.parameters}, layout),
+        plan = plan_on_node_signals(
+            part,
+            {parameter.name: columns for parameter in group.parameters},
             layout,
             communicator,
             communicator,
-            work=Work(hops=1, moves=2),
-            exchange="boundary",
-            kernel="torch_csr",
             bucket_elements=2**62,
             dtype=torch.float64,
         )
         (self._operator,) = plan.operators
-        workspace = Workspace(plan.operators, communicator.device, torch.float64)
-        self._x, self._y, _ = workspace.of(self._operator)
         self._half = graph.lambda_max / 2
 
     @property
@@ -147,12 +143,13 @@ class _ShardedLaplacian:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         own, columns = x.shape
+        signal, product, _ = self._operator.scratch
         if own == 0:  # nothing is stored, not even columns; others may wait in the exchange
-            self._operator.apply(self._x, self._y)
+            self._operator.apply(signal, product)
             return x
-        self._x[:own, :columns] = x
-        self._operator.apply(self._x, self._y)
-        return self._half * (self._y[:own, :columns] + x)
+        signal.values[:own, :columns] = x
+        self._operator.apply(signal, product)
+        return self._half * (product.values[:own, :columns] + x)
 
 
 def _lobpcg(

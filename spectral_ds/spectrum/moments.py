@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian import LaplacianOperator
 from spectral_ds.sharding import Communicator, squared_norm_of
 
 
 def chebyshev_moments(
     operators: Sequence[LaplacianOperator],
-    workspace: Workspace,
     signal: Sequence[torch.Tensor | None],
     count: int,
     communicator: Communicator,
@@ -31,7 +30,7 @@ def chebyshev_moments(
     """
     products = torch.zeros(count, dtype=torch.float64, device=communicator.device)
     for operator in operators:
-        previous, current, _ = workspace.of(operator)
+        previous, current, _ = operator.scratch
         operator.load(signal, previous)
         operator.apply(previous, current)
         for hop in range(count // 2):
@@ -39,8 +38,7 @@ def chebyshev_moments(
                 operator.apply(current, previous, alpha=2, beta=-1)
                 previous, current = current, previous
             # Own rows of a cut row hold other ranks' columns too: only owned elements are summed.
-            pairs = zip(operator.owned_views(previous), operator.owned_views(current), strict=True)
-            for before, after in pairs:
+            for before, after in zip(previous.answered, current.answered, strict=True):
                 products[2 * hop] += _dot(before, before)
                 products[2 * hop + 1] += _dot(before, after)
     communicator.sum_(products)

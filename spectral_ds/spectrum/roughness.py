@@ -6,13 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian import LaplacianOperator, Matrix
 from spectral_ds.sharding import Communicator
 
 
 def roughness(
     operators: Sequence[LaplacianOperator],
-    workspace: Workspace,
     signal: Sequence[torch.Tensor | None],
     names: Sequence[str],
     communicator: Communicator,
@@ -30,7 +29,7 @@ def roughness(
     position = {name: index for index, name in enumerate(names)}
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=communicator.device)
     for operator in operators:
-        x, y, _ = workspace.of(operator)
+        x, y, _ = operator.scratch
         operator.load(signal, x)
         operator.apply(x, y)
         for (name, before), (_, after) in zip(
@@ -46,15 +45,15 @@ def roughness(
 
 
 def _by_parameter(
-    operator: LaplacianOperator, matrix: torch.Tensor
+    operator: LaplacianOperator, matrix: Matrix
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(parameter, its elements that this rank answers for) of a matrix of a bucket."""
-    bucket, block = operator.bucket, operator.block
+    bucket = operator.bucket
     if operator.transposition is not None:
         first = bucket.first_node.tolist()
         for index, parameter in enumerate(bucket.parameters):
-            yield parameter.name, matrix[first[index] : first[index + 1]]
+            yield parameter.name, matrix.values[first[index] : first[index + 1]]
         return
-    for place, view in zip(block.placements, block.owned_views(matrix), strict=True):
+    for place, view in zip(operator.block.placements, matrix.owned, strict=True):
         index = int(np.searchsorted(bucket.first_node, place.rectangle.node, side="right")) - 1
         yield bucket.parameters[index].name, view

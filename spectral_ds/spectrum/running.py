@@ -1,9 +1,10 @@
 """Running mean of a gradient's sketches over steps, and of what consecutive ones have in common."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState, numbers_below
 from spectral_ds.sketches.node_sketches import Sketches
 
 
@@ -57,36 +58,39 @@ class RunningSketch:
         self.concentration = (1 - weight).square() * self.concentration + weight.square()
         self.mean.add_(sketch.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight))
 
-    def numbers(self) -> dict[str, torch.Tensor]:
-        """All of its state but the mean, equal on all ranks."""
-        return {
-            "samples": torch.tensor([self.samples], dtype=torch.float64),
-            "weights": torch.stack((self.kept, self.concentration)),
-            "columns": self._columns.clone(),
-        }
-
-    def complete(self) -> Sequence[torch.Tensor]:
-        """Complete sketches of the mean, as `sketches.layout` has them (collective)."""
-        return self.sketches.complete(self.mean)
-
-    def fits(self, numbers: Mapping[str, torch.Tensor]) -> bool:
-        """Whether a state is of sketches like these; not so if there is none."""
-        columns = numbers.get("columns")
-        return columns is not None and torch.equal(columns.cpu(), self._columns)
-
-    def restore(
-        self, numbers: Mapping[str, torch.Tensor], complete: Sequence[torch.Tensor]
-    ) -> None:
-        """Go on from a state that fits; no communication.
+    def state(self, name: str) -> PartState:
+        """All of it, the mean as complete sketches (collective).
 
         Args:
-            numbers: from `numbers`.
-            complete: this rank's part of the complete sketches.
+            name: of the state.
         """
-        self.samples = int(numbers["samples"].item())
-        weights = numbers["weights"].to(self.mean.device, torch.float64)
-        self.kept, self.concentration = weights.unbind()
-        self.mean.copy_(self.sketches.partial(complete))
+        numbers = {
+            f"{name}.samples": torch.tensor([self.samples], dtype=torch.float64),
+            f"{name}.weights": torch.stack((self.kept, self.concentration)),
+            f"{name}.columns": self._columns.clone(),
+        }
+        mean = list(self.sketches.complete(self.mean))
+        return PartState(numbers, {name: Pieces(self.sketches.layout.own, [*mean])})
+
+    def restore(self, name: str, saved: SavedState) -> Restoration | None:
+        """See `Part.restore`; None if the state has no sketches like these.
+
+        Args:
+            name: of the state.
+        """
+        numbers = numbers_below(name, saved.numbers)
+        columns = numbers.get("columns")
+        if columns is None or not torch.equal(columns.cpu(), self._columns):
+            return None
+        complete = saved.pieces(name, self.sketches.layout.own)
+
+        def put_in_place() -> None:
+            self.samples = int(numbers["samples"].item())
+            weights = numbers["weights"].to(self.mean.device, torch.float64)
+            self.kept, self.concentration = weights.unbind()
+            self.mean.copy_(self.sketches.partial(complete))
+
+        return put_in_place
 
 
 class ConsecutiveSamples:

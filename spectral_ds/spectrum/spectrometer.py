@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.laplacian import LaplacianOperator, Workspace
+from spectral_ds.laplacian import OperatorPlan
 from spectral_ds.sharding import Communicator
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.moments import chebyshev_moments
@@ -24,19 +24,17 @@ class Spectrometer:
 
     Args:
         sketches: how sketches are taken; None to measure whole signals.
-        operators: of the graph on complete sketches, or on the signals; one a bucket.
-        workspace: scratch memory for them.
+        plan: the graph's operators on complete sketches, or on the signals.
         communicator: the ranks that share the parameters.
     """
 
     def __init__(
         self,
         sketches: Sketches | None,
-        operators: Sequence[LaplacianOperator],
-        workspace: Workspace,
+        plan: OperatorPlan,
         communicator: Communicator,
     ) -> None:
-        self.operators, self.workspace = operators, workspace
+        self.plan = plan
         self._sketches = sketches
         self._communicator = communicator
 
@@ -46,24 +44,21 @@ class Spectrometer:
         Args:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
         """
-        measured = self._measured(signal)
-        return chebyshev_moments(
-            self.operators, self.workspace, measured, count, self._communicator
-        )
+        return self._moments(self._measured(signal), count)
 
     def moments_of_sketches(self, partial: torch.Tensor, count: int) -> torch.Tensor:
-        """The same of what `Sketches.take` has found (collective)."""
+        """Chebyshev moments of what `Sketches.take` has found (collective)."""
         assert self._sketches is not None, "they were taken"
-        measured = self._sketches.complete(partial)
-        return chebyshev_moments(
-            self.operators, self.workspace, measured, count, self._communicator
-        )
+        return self._moments(self._sketches.complete(partial), count)
 
     def roughness(self, signal: Signal, names: Sequence[str]) -> npt.NDArray[np.float64]:
         """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter; see `roughness` (collective)."""
         measured = self._measured(signal)
-        return roughness(self.operators, self.workspace, measured, names, self._communicator)
+        return roughness(self.plan.operators, measured, names, self._communicator)
 
     def _measured(self, signal: Signal) -> Signal:
         sketches = self._sketches
         return signal if sketches is None else sketches.complete(sketches.take(signal))
+
+    def _moments(self, measured: Signal, count: int) -> torch.Tensor:
+        return chebyshev_moments(self.plan.operators, measured, count, self._communicator)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from spectral_ds.checkpoint import PartState, Restoration, SavedState, numbers_below
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.running import ConsecutiveSamples, RunningSketch, weight_of_newest
@@ -134,14 +135,17 @@ class GradientStatistics:
         self._shares = torch.zeros_like(self._shares)
         self.estimate = SignalAndNoise(self.power, self.power)
 
-    def numbers(self) -> dict[str, torch.Tensor]:
-        """All of its state but sketches, equal on all ranks.
+    def state(self, name: str) -> PartState:
+        """All of it but `running`, which has a state of its own; equal on all ranks.
 
-        The last sample is not among it: who goes on from it lacks one pair of consecutive ones.
+        The last sample is not in it: who goes on from it lacks one pair of consecutive ones.
+
+        Args:
+            name: of the state.
         """
         pairs = self.consecutive
         # Before the first sample the powers are one tensor; files hold no two of the same memory.
-        return {
+        numbers = {
             "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
             "measured": self._measured.reshape(1).clone(),
             "power": self.power,
@@ -150,12 +154,14 @@ class GradientStatistics:
             "noise": self.estimate.noise.clone(),
             "consecutive": torch.zeros(3, dtype=torch.float64) if pairs is None else pairs.means,
         }
+        return PartState({f"{name}.{number}": tensor for number, tensor in numbers.items()})
 
-    def restore(self, numbers: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `numbers` gave; powers by other bands are left out.
+    def restore(self, name: str, saved: SavedState) -> Restoration:
+        """See `Part.restore`; powers by other bands are left out."""
+        numbers = numbers_below(name, saved.numbers)
+        return lambda: self._go_on_from(numbers)
 
-        `running` is restored by itself.
-        """
+    def _go_on_from(self, numbers: Mapping[str, torch.Tensor]) -> None:
         device = self.power.device
         self.samples, self.samples_on_graph = (int(n) for n in numbers["samples"].tolist())
         if self.consecutive is not None and "consecutive" in numbers:  # older files have none

@@ -1,6 +1,21 @@
-"""The graphs of a configuration: choosing what they are made of, and what acts on each."""
+"""The graphs of a configuration: choosing what they are made of, and what acts by each."""
 
-from spectral_ds.stack.choices import choose_parameters, edge_families, head_width_of
-from spectral_ds.stack.stacked_graph import Stage
+from spectral_ds.stack.choices import (
+    GraphChoice,
+    choose_graphs,
+    choose_parameters,
+    edge_families,
+    head_width_of,
+)
+from spectral_ds.stack.stack import Stack
+from spectral_ds.stack.stacked_graph import StackedGraph
 
-__all__ = ["Stage", "choose_parameters", "edge_families", "head_width_of"]
+__all__ = [
+    "GraphChoice",
+    "Stack",
+    "StackedGraph",
+    "choose_graphs",
+    "choose_parameters",
+    "edge_families",
+    "head_width_of",
+]

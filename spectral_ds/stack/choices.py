@@ -1,10 +1,11 @@
-"""Choosing: from the configuration of a graph to its nodes, its edge families and its sketches.
+"""Choosing: from a configuration to the nodes, the edge families and the sketches of its graphs.
 
 In: settings and plain values: names, shapes, the width of an attention head. Out: what the stack
 and the planner make graphs of. Knows no engine.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from spectral_ds.config import ADAPTIVE, GraphConfig, SpectralConfig, SpectralConfigError
@@ -15,6 +16,7 @@ from spectral_ds.graph import (
     ParameterNodes,
     Ring,
     Similarity,
+    UnknownHeadWidthError,
     match_parameters,
 )
 
@@ -23,6 +25,50 @@ SKETCH_WIDTH = 64
 # For the monitor alone: the spectrum of a signal of many nodes needs no more columns. Short signals
 # are cheap as they are.
 MONITOR_SKETCH_WIDTH, LONGEST_WHOLE = 16, 128
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """What one graph of a configuration is made of.
+
+    Attributes:
+        key: where it stands in the configuration: `graph`, or `graphs[0]` and so on.
+        settings: what stands there.
+        parameters: whose nodes it joins, in model order.
+        families: by which rules.
+    """
+
+    key: str
+    settings: GraphConfig
+    parameters: tuple[ParameterNodes, ...]
+    families: tuple[EdgeFamily, ...]
+
+
+def choose_graphs(
+    shapes: Mapping[str, tuple[int, ...]], config: SpectralConfig, head_width: int | None
+) -> list[GraphChoice]:
+    """What each graph of a configuration is made of, in the order in which they filter.
+
+    Args:
+        shapes: of the model's trainable parameters, in model order.
+        head_width: rows of an attention head, where the configuration does not say; None: unknown.
+
+    Raises:
+        SpectralConfigError: a pattern that the user wrote matches no parameter, none is left, or
+            family pair meets grouped queries and does not know their heads.
+    """
+    found = []
+    for index, settings in enumerate(config.stack):
+        key = f"graphs[{index}]" if config.graphs else "graph"
+        parameters = choose_parameters(shapes, settings, key)
+        families = edge_families(settings, head_width)
+        try:
+            for family in families:
+                family.links(parameters)
+        except UnknownHeadWidthError as error:
+            raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
+        found.append(GraphChoice(key, settings, tuple(parameters), tuple(families)))
+    return found
 
 
 def is_adaptive(config: SpectralConfig) -> bool:

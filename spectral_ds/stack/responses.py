@@ -1,26 +1,148 @@
-"""Choosing: from the configuration of a filter to its response and its transfer function."""
+"""Choosing: from a configuration to the transfer functions of its filter and its regularizer.
 
-from collections.abc import Sequence
+In: settings, and what a transfer function wants to know of a graph: λ_max, and whether it consists
+of depth paths only. Out: `Transfers`, and the work that they take at a step.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from spectral_ds.config import FilterConfig
+from spectral_ds.config import ADAPTIVE, FilterConfig, SpectralConfig, SpectralConfigError
 from spectral_ds.filters import (
+    MAX_ORDER,
     BandTransfer,
+    FixedTransfer,
     Heat,
     Identity,
     Polynomial,
     Response,
     Tikhonov,
+    ToleranceError,
     Transfer,
     Window,
+    filter_work,
+    penalty_work,
     whiten_gains,
     wiener_gains,
 )
+from spectral_ds.laplacian import Exchange, Work
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, GradientStatistics, equal_edges
 
 # lowpass, highpass, bandpass: edges are smooth over about π/32 of the spectrum.
 STEP_ORDER = 31
+# r(λ) = λ
+LAPLACIAN = Polynomial((0.0, 1.0))
+
+
+class Transfers(NamedTuple):
+    """The functions of L that act on one graph."""
+
+    filter: Transfer  # h
+    penalty: Transfer | None  # r; None without a regularizer
+
+
+class Works(NamedTuple):
+    """What each transfer function takes at a step where it acts."""
+
+    filter: Work
+    penalty: Work
+
+    @property
+    def total(self) -> Work:
+        """The work of a step where both act."""
+        return self.filter + self.penalty
+
+
+def choose_transfers(
+    config: SpectralConfig,
+    lambda_max: float,
+    only_paths: bool,
+    device: torch.device,
+    statistics: GradientStatistics | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Transfers:
+    """The transfer functions of a configuration on one graph; no communication.
+
+    Args:
+        lambda_max: end of the graph's spectrum.
+        only_paths: whether the graph consists of depth paths.
+        device: of the coefficients.
+        statistics: what adaptive responses follow; None: their gains are 1, as before the first
+            sample.
+        warn: told of a response of which no series is within the tolerance: MAX_ORDER is then used;
+            None: that is an error.
+
+    Raises:
+        SpectralConfigError: no series is within the tolerance, and `warn` is None.
+    """
+
+    def fixed(response: Response, order: int | str, tolerance: float) -> Transfer:
+        return FixedTransfer(response, lambda_max, only_paths, order, tolerance, device)
+
+    def chosen(settings: FilterConfig) -> Transfer:
+        if settings.response in ADAPTIVE:
+            return _adaptive(settings, statistics, device)
+        steps = step_gains(settings)
+        if steps is not None:
+            return _by_bands(*steps, device)
+        response = smooth_response(settings)
+        try:
+            return fixed(response, settings.order, settings.tolerance)
+        except ToleranceError as error:
+            if warn is None:
+                raise SpectralConfigError(f"spectral_ds.{error}") from error
+            warn(f"{error}; order {MAX_ORDER} is used")
+            return fixed(response, MAX_ORDER, settings.tolerance)
+
+    of_filter, name = chosen(config.filter), config.regularizer.response
+    if config.regularizer.strength == 0:
+        return Transfers(of_filter, None)
+    if name == "laplacian":  # a polynomial: its series is exact whatever the tolerance
+        return Transfers(of_filter, fixed(LAPLACIAN, "auto", 1e-3))
+    return Transfers(of_filter, chosen(replace(config.filter, response=name)))
+
+
+def _by_bands(
+    edges: Sequence[float], gains: Sequence[float], order: int, device: torch.device
+) -> Transfer:
+    """A response by fixed gains of bands."""
+    constant = torch.tensor(gains, dtype=torch.float64, device=device)
+    return BandTransfer(edges, lambda: constant, lambda: 0, order, device)
+
+
+def works_of(transfers: Transfers, config: SpectralConfig) -> Works:
+    """The work of a configuration's filter and of its regularizer on one graph."""
+    of_filter, of_penalty = filter_work(transfers.filter, config.filter.strength > 0), Work()
+    if transfers.penalty is not None:
+        has_reference = config.regularizer.reference == "pretrained"
+        of_penalty = penalty_work(transfers.penalty, has_reference)
+    return Works(of_filter, of_penalty)
+
+
+def check_exchanges(works: Works, exchanges: Collection[Exchange], config: SpectralConfig) -> None:
+    """Check that what is exchanged by boundary rows has a series of products.
+
+    Args:
+        exchanges: those that some group of joined parameters uses.
+
+    Raises:
+        SpectralConfigError: a function has no series, and rows exchange their boundary, as only
+            `operator.exchange: boundary` makes them.
+    """
+    responses = {
+        "filter": (works.filter, config.filter.response),
+        "regularizer": (works.penalty, config.regularizer.response),
+    }
+    for key, (work, response) in responses.items():
+        if work.hops is None and "boundary" in exchanges:
+            raise SpectralConfigError(
+                "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
+                f"spectral_ds.{key}.response = {response} is close enough to its exact values on "
+                "depth paths; use auto or transpose"
+            )
 
 
 def smooth_response(settings: FilterConfig) -> Response:
@@ -54,12 +176,14 @@ def step_gains(
     return edges, gains, settings.order if isinstance(settings.order, int) else usual
 
 
-def adaptive_transfer(
-    settings: FilterConfig, statistics: GradientStatistics, device: torch.device
+def _adaptive(
+    settings: FilterConfig, statistics: GradientStatistics | None, device: torch.device
 ) -> Transfer:
-    """A response whose gains follow the statistics."""
+    """A response whose gains follow the statistics; without them, gains of 1."""
 
     def gains() -> torch.Tensor:
+        if statistics is None:
+            return torch.ones(settings.bands, dtype=torch.float64, device=device)
         if settings.response == "wiener":
             return wiener_gains(statistics.estimate)
         return whiten_gains(statistics.power, settings.power)
@@ -68,7 +192,7 @@ def adaptive_transfer(
     return BandTransfer(
         equal_edges(settings.bands),
         gains,
-        lambda: statistics.samples,
+        lambda: 0 if statistics is None else statistics.samples,
         settings.order if isinstance(settings.order, int) else usual,
         device,
     )

@@ -1,143 +1,86 @@
-"""Stages: a graph of the configuration, with the operators, statistics and filter that act on it.
+"""One graph of the stack, with the operators, statistics and filter that act on it."""
 
-In: the configuration and an engine. Out: `Stage`s, which `plugin.py` calls at each step.
-"""
-
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
+from numbers import Integral
 
 import torch
 
-from spectral_ds.config import (
-    ADAPTIVE,
-    FilterConfig,
-    GraphConfig,
-    SpectralConfig,
-    SpectralConfigError,
-)
+from spectral_ds.checkpoint import PartState, Restoration, SavedState
+from spectral_ds.config import SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
-from spectral_ds.filters import (
-    MAX_ORDER,
-    NO_SERIES,
-    BandTransfer,
-    FixedTransfer,
-    GraphFilter,
-    GraphFunction,
-    GraphPenalty,
-    Polynomial,
-    ToleranceError,
-    Transfer,
-    filter_work,
-    penalty_work,
-)
-from spectral_ds.geometry.buckets import below_shard, bucket_elements, parameters_with_edges
-from spectral_ds.graph import (
-    Edges,
-    ParameterNodes,
-)
+from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
+from spectral_ds.geometry.buckets import below_shard, bucket_elements
+from spectral_ds.graph import Edges
 from spectral_ds.laplacian import (
-    FeatureSource,
     OperatorPlan,
     ParameterGraph,
     WeightFeatures,
     Work,
-    Workspace,
-    make_plan,
+    plan_operators,
 )
 from spectral_ds.sharding import ShardLayout
 from spectral_ds.sketches.features import no_features
-from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import (
-    GradientStatistics,
-    RunningSketch,
+    Density,
+    Eigenpairs,
+    SignalToNoise,
     Spectrometer,
+    density_of_states,
+    lowest_eigenpairs,
 )
-from spectral_ds.stack.choices import (
-    edge_families,
-    feature_width,
-    head_width_of,
-    is_adaptive,
-    sketch_shape,
-)
-from spectral_ds.stack.responses import adaptive_transfer, smooth_response, step_gains
+from spectral_ds.stack.choices import GraphChoice
+from spectral_ds.stack.responses import check_exchanges, choose_transfers, works_of
+from spectral_ds.stack.samples import GradientSamples
 
 
-class Stage:
-    """One graph of the stack, with all that acts on it. Made and rebuilt collectively.
+class StackedGraph:
+    """A graph of the stack, with all that acts on it. Made and rebuilt collectively.
 
     Args:
-        parameters: the nodes of the parameters that the graph covers.
-        config: the graph's part of the configuration.
-        whole: all of it.
+        index: which graph of the stack it is, from 0.
+        choice: what the graph is made of.
+        whole: all of the configuration.
         engine: whose gradients are filtered.
         layout: the fragments of all ranks.
-        ridge: ρ of the regularizer on this graph.
 
     Attributes:
         graph: the graph in use.
         plan: how its neighbours are brought together.
         spectrometer: measures spectra of signals on it.
-        statistics: running means of the gradient on it; None if nobody needs them.
-        features: running mean of the gradient that similarity compares; None if none does.
+        samples: what is kept of the gradient for it.
         filter: (1 − s) + s · h(L).
         penalty: r(L) + ρI of the regularizer; None without one.
     """
 
     graph: ParameterGraph
     plan: OperatorPlan
-    workspace: Workspace
     spectrometer: Spectrometer
     filter: GraphFilter
     penalty: GraphPenalty | None = None
 
     def __init__(
         self,
-        parameters: Sequence[ParameterNodes],
-        config: GraphConfig,
+        index: int,
+        choice: GraphChoice,
         whole: SpectralConfig,
         engine: Engine,
         layout: ShardLayout,
-        ridge: float,
     ) -> None:
-        self.parameters = tuple(parameters)
-        self.statistics: GradientStatistics | None = None
-        self._config, self._whole = config, whole
+        self._index = index
+        self.parameters = choice.parameters
+        self._config, self._whole = choice.settings, whole
         self._engine, self._layout = engine, layout
-        self._ridge = ridge
-        self._families = edge_families(config, head_width_of(engine.holders))
-        width, shape = feature_width(config), sketch_shape(config, whole)
-        self.features: RunningSketch | None = None
-        seed = whole.seed
-        if width is not None:
-            self.features = RunningSketch(self._make_sketches(width, 0, seed), self._decay)
-            # In the projection that has chosen them, neighbours look more alike than they are.
-            seed = (seed + 1) % 2**63
-        self._sketches = None if shape is None else self._make_sketches(shape[0], shape[1], seed)
+        # Of several graphs, the first has the ridge.
+        self._ridge = whole.regularizer.ridge if index == 0 else 0.0
+        self._families = choice.families
+        self.samples = GradientSamples(index, choice, whole, engine, layout)
         self._is_in_use = False
         self.build()
         self._is_in_use = True
-
-    @property
-    def _decay(self) -> float:
-        return self._whole.statistics.decay
-
-    @property
-    def running(self) -> dict[str, RunningSketch]:
-        """What checkpoints carry of the gradient's sketches, by name."""
-        found = {} if self.statistics is None else {"sketch": self.statistics.running}
-        return found if self.features is None else {**found, "features": self.features}
-
-    def _make_sketches(self, width: int, longest_whole: int, seed: int) -> Sketches:
-        return Sketches(
-            parameters_with_edges(self.parameters, self._families) or self.parameters,
-            self._layout,
-            width,
-            seed,
-            self._engine.communicator,
-            longest_whole=longest_whole,
-        )
 
     def is_due(self, step: int) -> bool:
         """Whether the graph is to be rebuilt at this step."""
@@ -151,7 +94,7 @@ class Stage:
             SpectralConfigError: the response cannot be evaluated on it.
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
-        gradient = self._gradient_features()
+        gradient = self.samples.feature_source()
         with progress(
             "building the parameter graph", len(self.parameters), "parameter", everyone.rank == 0
         ) as update:
@@ -169,9 +112,38 @@ class Stage:
                 normalized=self._config.laplacian == "normalized",
                 progress=update,
             )
-        self._use_graph(self.features is None or gradient is not no_features)
+        self._use_graph(self.samples.features is None or gradient is not no_features)
 
-    def restore(self, edges: Edges, is_ready: bool) -> None:
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the graph's configuration, hexadecimal."""
+        settings = {**asdict(self._config), "seed": self._whole.seed}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        is_ready = torch.tensor([float(self.filter.is_ready)], dtype=torch.float64)
+        own = PartState(
+            {f"graph.{self._index}.is_ready": is_ready}, edges=self.graph.primary_edges()
+        )
+        return own | self.samples.state()
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`."""
+        is_ready = saved.number(f"graph.{self._index}.is_ready") > 0
+        restore_samples = self.samples.restore(saved)
+
+        def put_in_place() -> None:
+            restore_samples()
+            self._go_on_with(saved.edges[self._index], is_ready)
+
+        return put_in_place
+
+    def whole_pieces(self) -> dict[str, dict[str, int]]:
+        """See `GraphPart.whole_pieces`."""
+        return self.samples.whole_pieces()
+
+    def _go_on_with(self, edges: Edges, is_ready: bool) -> None:
         """Go on with the graph of a saved state, the statistics being restored (collective).
 
         Args:
@@ -197,18 +169,23 @@ class Stage:
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
         device = communicator.device
-        self._build_statistics(is_new)
-        transfer = self._transfer(self._whole.filter)
-        penalty = self._penalty_transfer()
-        self._filter_work = filter_work(self._whole.filter, transfer.hops, transfer.is_identity)
-        hops = 0 if penalty is None else penalty.hops
-        self._penalty_work = penalty_work(self._whole.regularizer, hops)
-        self.plan = make_plan(
+        spectrometer = self.samples.use_graph(self.graph, is_new)
+        transfers = choose_transfers(
+            self._whole,
+            self.graph.lambda_max,
+            self.graph.only_paths,
+            device,
+            self.samples.statistics,
+            # A new graph has another spectrum: training must not end of it.
+            self._warn if self._is_in_use else None,
+        )
+        self._works = works_of(transfers, self._whole)
+        self.plan = plan_operators(
             self.graph,
             self._layout,
             communicator,
             everyone,
-            work=self._filter_work + self._penalty_work,
+            work=self._works.total,
             exchange=self._whole.operator.exchange,
             kernel=self._whole.operator.kernel,
             bucket_elements=below_shard(
@@ -217,98 +194,16 @@ class Stage:
                 communicator.world_size,
             ),
         )
-        works = {"filter": self._filter_work, "regularizer": self._penalty_work}
-        for key, work in works.items():
-            if work.hops >= NO_SERIES and self.plan.meetings["boundary"]:
-                raise SpectralConfigError(
-                    "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
-                    f"spectral_ds.{key}.response = {getattr(self._whole, key).response} is close "
-                    "enough to its exact values on depth paths; use auto or transpose"
-                )
-        self.workspace = Workspace(self.plan.operators, device)
-        if self._sketches is None:
-            self.spectrometer = Spectrometer(
-                None, self.plan.operators, self.workspace, communicator
-            )
-        self.filter = GraphFilter(self.plan.operators, self.workspace, transfer, is_ready)
-        if penalty is not None:
-            function = GraphFunction(self.plan.operators, penalty)
-            self.penalty = GraphPenalty(function, self.workspace, self._ridge)
+        used = [way for way, count in self.plan.exchanges.items() if count]
+        check_exchanges(self._works, used, self._whole)
+        self.spectrometer = spectrometer or Spectrometer(None, self.plan, communicator)
+        self.filter = GraphFilter(self.plan.operators, transfers.filter, is_ready)
+        if transfers.penalty is not None:
+            function = GraphFunction(self.plan.operators, transfers.penalty)
+            self.penalty = GraphPenalty(function, self._ridge)
 
-    def _gradient_features(self) -> FeatureSource:
-        running = self.features
-        if running is None or not running.kept:  # samples that are not finite tell nothing
-            return no_features
-
-        def features(parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
-            return running.sketches.features(running.mean, parameters)
-
-        return features
-
-    def _build_statistics(self, is_new: bool) -> None:
-        sketches = self._sketches
-        if sketches is None:
-            return
-        communicator, groups = self._engine.communicator, self.graph.groups
-        measured = [group for group in groups if group.parameters[0].name in sketches.columns]
-        part = self.graph.of_groups(measured)
-        signals = part.of_node_signals(sketches.columns, sketches.layout)
-        plan = make_plan(
-            signals,
-            sketches.layout,
-            communicator,
-            self._engine.everyone,
-            work=Work(hops=1, moves=2),
-            exchange="boundary",
-            kernel=self._whole.operator.kernel,
-            bucket_elements=bucket_elements(communicator.device),
-        )
-        workspace = Workspace(plan.operators, communicator.device)
-        self.spectrometer = Spectrometer(sketches, plan.operators, workspace, communicator)
-        if self.statistics is not None:
-            self.statistics.use_graph(self.spectrometer, is_new)
-            return
-        is_followed = is_adaptive(self._whole)
-        self.statistics = GradientStatistics(
-            sketches,
-            self.spectrometer,
-            bands=(self._whole.filter if is_followed else self._whole.monitor).bands,
-            decay=self._decay,
-            keeps_mean=self.features is None,
-        )
-
-    def _penalty_transfer(self) -> Transfer | None:
-        """r of the regularizer; None without one."""
-        settings = self._whole.regularizer
-        if settings.strength == 0:
-            return None
-        if settings.response == "laplacian":
-            device = self._engine.communicator.device
-            return FixedTransfer(Polynomial((0.0, 1.0)), self.graph, "auto", 1e-3, device)
-        return self._transfer(replace(self._whole.filter, response=settings.response))
-
-    def _transfer(self, settings: FilterConfig) -> Transfer:
-        device = self._engine.communicator.device
-        if settings.response in ADAPTIVE:
-            assert self.statistics is not None, "adaptive responses have them"
-            return adaptive_transfer(settings, self.statistics, device)
-        steps = step_gains(settings)
-        if steps is not None:
-            edges, gains, order = steps
-            constant = torch.tensor(gains, dtype=torch.float64, device=device)
-            return BandTransfer(edges, lambda: constant, lambda: 0, order, device)
-        try:
-            return FixedTransfer(
-                smooth_response(settings), self.graph, settings.order, settings.tolerance, device
-            )
-        except ToleranceError as error:
-            if not self._is_in_use:
-                raise SpectralConfigError(f"spectral_ds.{error}") from error
-            # A new graph has another spectrum: training must not end of it.
-            self._engine.log(f"{error}; order {MAX_ORDER} is used", logging.WARNING)
-            return FixedTransfer(
-                smooth_response(settings), self.graph, MAX_ORDER, settings.tolerance, device
-            )
+    def _warn(self, message: str) -> None:
+        self._engine.log(message, logging.WARNING)
 
     def most_edges(self) -> int:
         """The most directed edges that the edge families can make of these nodes."""
@@ -323,25 +218,53 @@ class Stage:
             strength: of the filter in this step.
         """
         acts = not self.filter.is_identity(strength)
-        return self.plan.bytes_of(self._penalty_work + (self._filter_work if acts else Work()))
+        return self.plan.bytes_of(self._works.penalty + (self._works.filter if acts else Work()))
 
-    def takes_sample(self, step: int) -> bool:
-        """Whether a sample of the gradient is due."""
-        return self.statistics is not None and step % self._whole.statistics.interval == 0
+    def describe(self) -> str:
+        """What it is and how it filters, for people."""
+        return (
+            f"{self.graph.describe()}; {self.plan.describe()}; filter "
+            f"{self._whole.filter.response} {self.filter.transfer.describe()}; scratch "
+            f"{self.plan.scratch_bytes / 2**20:.1f} MiB on this rank"
+        )
 
-    def observe(
-        self,
-        step: int,
-        gradients: Sequence[torch.Tensor | None],
-        scale: float,
-        is_finite: torch.Tensor | None = None,
-    ) -> None:
-        """Take a sample of the gradient on steps where it is due (collective).
+    def eigenpairs(self, k: int) -> list[Eigenpairs]:
+        """The k lowest eigenpairs of every group of joined parameters (collective).
 
-        Args:
-            is_finite: (), bool: whether all other gradients are, on all ranks; None: yes.
+        Raises:
+            NotConvergedError: the solver did not reach its residual; on all ranks.
+            ValueError: k is not an integer >= 1.
         """
-        if self.statistics is not None and self.takes_sample(step):
-            is_finite = self.statistics.observe(gradients, scale, is_finite)
-            if self.features is not None:
-                self.features.add(self.features.take(gradients, scale), is_finite)
+        _require_count("k", k)
+        is_shown = self._engine.everyone.rank == 0
+        with progress("eigenpairs", len(self.graph.groups), "group", is_shown) as update:
+            return lowest_eigenpairs(
+                self.graph, k, self._engine.communicator, seed=self._whole.seed, progress=update
+            )
+
+    def density(self, bins: int) -> Density:
+        """Share of the eigenvalues in each of equal bins of [0, λ_max] (collective).
+
+        Raises:
+            ValueError: bins is not an integer >= 1.
+        """
+        _require_count("bins", bins)
+        return density_of_states(self.graph, bins, self._engine.communicator, seed=self._whole.seed)
+
+    def signal_to_noise(self) -> SignalToNoise:
+        """Signal, noise and their ratio per band of frequency, from the samples so far.
+
+        Raises:
+            RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
+        """
+        if self.samples.statistics is None:
+            raise RuntimeError(
+                "signal and noise are not measured: set spectral_ds.monitor.enabled to true, and "
+                "graph.node to row or column"
+            )
+        return self.samples.statistics.signal_to_noise()
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= 1")

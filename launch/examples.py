@@ -1,0 +1,150 @@
+"""Local text as training and held-out examples, and batches of them for each rank.
+
+In:  text in one of the formats of `spectral_ds.cli.text`; to classify, with labels.
+Out: examples, and batches of them in an order that depends on the seed and the step only: every
+     rank finds its part of any step without having read the ones before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_ds.cli.errors import DataError
+from spectral_ds.cli.text import read_labelled_texts, read_texts
+
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Any]], Batch]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts and, to classify, their classes 0 .. num_classes - 1."""
+
+    texts: list[str]
+    labels: list[int] | None
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and held-out examples with the function that makes a batch of some of them."""
+
+    training: Sequence[Any]
+    held_out: Sequence[Any]
+    collate: Collate
+
+
+def load_corpus(path: Path, *, labelled: bool) -> Corpus:
+    """Reads texts, and labels if ``labelled``.
+
+    Raises:
+        DataError: the path does not exist, cannot be read as its kind, or holds no text; or labels
+            are wanted, and there are none or of one class only.
+    """
+    if not labelled:
+        return Corpus(read_texts(path), None, 0)
+    texts, labels = zip(*read_labelled_texts(path), strict=True)
+    classes = _classes(labels)
+    num_classes = max(classes) + 1
+    if num_classes < 2:
+        raise DataError("has only one class")
+    return Corpus(list(texts), classes, num_classes)
+
+
+def _classes(labels: Sequence[Any]) -> list[int]:
+    """Classes of labels: whole numbers from 0 as they are, ratings by sign, names by order."""
+    try:
+        numbers = [float(label) for label in labels]
+    except (TypeError, ValueError):
+        names = sorted({str(label) for label in labels})
+        return [names.index(str(label)) for label in labels]
+    if all(number.is_integer() and number >= 0 for number in numbers):
+        return [int(number) for number in numbers]
+    return [int(number > 0) for number in numbers]
+
+
+def language_modelling_examples(
+    corpus: Corpus, tokenizer: Any, sequence_length: int, *, num_held_out: int, seed: int
+) -> Examples:
+    """Texts in random order, joined by the end token and cut into sequences of equal length."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("the tokenizer has no end-of-text token")
+    order = torch.randperm(len(corpus.texts), generator=torch.Generator().manual_seed(seed))
+    encoded = tokenizer([corpus.texts[i] for i in order], add_special_tokens=False, verbose=False)
+    stream = [token for text in encoded["input_ids"] for token in (*text, end)]
+    sequences = torch.tensor(stream[: len(stream) // sequence_length * sequence_length])
+    sequences = sequences.view(-1, sequence_length)
+
+    def collate(chosen: Sequence[Tensor]) -> Batch:
+        input_ids = torch.stack(list(chosen))
+        return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+    return _split(list(sequences), num_held_out, collate)
+
+
+def classification_examples(
+    corpus: Corpus, tokenizer: Any, sequence_length: int, *, num_held_out: int, seed: int
+) -> Examples:
+    """Texts cut at the sequence length, padded to the longest of their batch, with their class."""
+    assert corpus.labels is not None
+    encoded = tokenizer(corpus.texts, truncation=True, max_length=sequence_length)["input_ids"]
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed)).tolist()
+    pairs = [(encoded[i], corpus.labels[i]) for i in order]
+
+    def collate(chosen: Sequence[tuple[list[int], int]]) -> Batch:
+        batch = tokenizer.pad({"input_ids": [ids for ids, _ in chosen]}, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([label for _, label in chosen])}
+
+    return _split(pairs, num_held_out, collate)
+
+
+def _split(examples: Sequence[Any], num_held_out: int, collate: Collate) -> Examples:
+    if len(examples) <= num_held_out:
+        raise DataError(
+            f"is too short: {len(examples)} example(s), of which {num_held_out} are held out"
+        )
+    return Examples(examples[num_held_out:], examples[:num_held_out], collate)
+
+
+def batches(
+    examples: Sequence[Any],
+    collate: Collate,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    first: int = 0,
+) -> Iterator[Batch]:
+    """Yields this rank's batches for ever, a new random order each epoch.
+
+    Batch ``first`` comes first, so a resumed run goes on where the data stopped. The examples that
+    all ranks see together depend on ``batch_size * world_size`` only.
+
+    Raises:
+        DataError: there are not enough examples for one batch on every rank.
+    """
+    together = batch_size * world_size
+    per_epoch = len(examples) // together
+    if per_epoch == 0:
+        raise DataError(f"is too short: {len(examples)} example(s), {together} needed for a batch")
+
+    def generate() -> Iterator[Batch]:
+        order: list[int] = []
+        for index in itertools.count(first):
+            epoch, position = divmod(index, per_epoch)
+            if not order or position == 0:
+                generator = torch.Generator().manual_seed(seed + epoch)
+                order = torch.randperm(len(examples), generator=generator).tolist()
+            start = position * together + rank * batch_size
+            yield collate([examples[i] for i in order[start : start + batch_size]])
+
+    return generate()

@@ -1,0 +1,127 @@
+"""What `spectral-ds inspect` has found, as tables on the terminal."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from spectral_ds.cli.inspect.candidates import CandidateResult
+from spectral_ds.cli.inspect.graph_properties import GraphProperties
+from spectral_ds.cli.inspect.report import GraphReport, InspectReport
+from spectral_ds.cli.terminal import make_console, make_table
+
+BARS = " ▁▂▃▄▅▆▇█"
+# Bins of the density of states as it fits into a column.
+COARSE = 16
+
+
+def show(report: InspectReport, written: Sequence[Path]) -> None:
+    """Print what was found."""
+    console = make_console()
+    print_ = partial(console.print, soft_wrap=True)
+    print_(
+        f"{report.model}: {report.parameters} trainable parameters, {report.elements:,} "
+        f"elements; {report.seconds:.0f} s"
+    )
+    for graph in report.graphs:
+        console.print(_graph_table(graph))
+    print_(
+        "degree: least, median, mean, most. λ₁: the lowest eigenvalues above 0. density: of "
+        "eigenvalues over [0, bound].\nroughness: xᵀLx/xᵀx of the weights over that of random "
+        "directions; below 1 is smoother than chance."
+    )
+    if report.candidates is not None and report.recommendation is not None:
+        print_()
+        console.print(_candidate_table(report.candidates))
+        print_(
+            "signal, noise, SNR: in the lowest eighth of the frequencies; a random basis keeps "
+            "1.00. cosine: of a batch's gradient\nwith the true one, unfiltered → by the best "
+            "response. Measured on parameters with edges. A better gradient need not train better."
+        )
+        print_(f"\nRecommendation: {report.recommendation.words}.\n")
+        print_(report.recommendation.yaml)
+    if written:
+        print_("written: " + ", ".join(str(path) for path in written))
+
+
+def _graph_table(graph: GraphReport) -> Table:
+    bound = graph.whole.lambda_max_bound
+    table = make_table(
+        f"{graph.name}: nodes are {graph.node}s; {graph.laplacian} Laplacian, eigenvalues in "
+        f"[0, {bound:.4g}]",
+        ("", "nodes", "edges", "components", "degree", "λ_max", "λ₁ ...", "density", "roughness"),
+    )
+    table.add_row("all", *_cells(graph.whole))
+    if len(graph.families) > 1:
+        table.add_section()
+        for family, properties in graph.families.items():
+            table.add_row(family, *_cells(properties))
+    table.add_section()
+    alone = [properties.nodes for properties in graph.roles.values() if properties.edges == 0]
+    for role, properties in graph.roles.items():
+        if properties.edges > 0:
+            table.add_row(role, *_cells(properties))
+    if alone:
+        table.add_row(f"{len(alone)} roles without edges", f"{sum(alone):,}")
+    return table
+
+
+def _cells(properties: GraphProperties) -> list[str]:
+    degree = properties.degree
+    lowest = properties.lowest_eigenvalues
+    return [
+        f"{properties.nodes:,}",
+        f"{properties.edges:,}",
+        f"{properties.components:,}",
+        " ".join(f"{v:.3g}" for v in (degree.min, degree.median, degree.mean, degree.max)),
+        f"{properties.lambda_max:.4g}",
+        "not converged" if lowest is None else " ".join(f"{v:.3g}" for v in lowest[:2]) or "–",
+        sparkline(properties.density),
+        number(properties.roughness.ratio),
+    ]
+
+
+def sparkline(shares: Sequence[float]) -> str:
+    """Shares of equal bins as bars; a bin that holds anything shows something."""
+    coarse = np.array(shares).reshape(COARSE, -1).sum(axis=1)
+    height = np.ceil(coarse / max(coarse.max(), 1e-300) * (len(BARS) - 1) - 1e-9).astype(int)
+    return "".join(BARS[level] for level in height)
+
+
+def number(value: float | None) -> str:
+    """Two decimals; a dash for what is not known."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def percent(share: float | None) -> str:
+    """A whole number; a dash for what is not known."""
+    return "–" if share is None else f"{100 * share:.0f} %"
+
+
+def _cosines(result: CandidateResult) -> str:
+    """Cosine with the true gradient, without a filter and with the best response."""
+    if result.kept_over_total is None:
+        return number(None)
+    return f"{result.unfiltered:.3f} → {result.filtered:.3f}"
+
+
+def _candidate_table(results: Sequence[CandidateResult]) -> Table:
+    samples = max(result.samples for result in results)
+    table = make_table(
+        f"signal and noise of {samples} gradients on candidate graphs",
+        ("graph", "", "edges", "signal", "noise", "SNR kept/total", "cosine"),
+        words=2,
+    )
+    for result in results:
+        table.add_row(
+            result.name,
+            result.judgement,
+            f"{result.edges:,}",
+            percent(result.signal_kept),
+            percent(result.noise_kept),
+            number(result.kept_over_total),
+            _cosines(result),
+        )
+    return table

@@ -1,0 +1,52 @@
+"""SplitBuffers: what one rank sends to each other, and what it receives, in two flat buffers."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from spectral_ds.sharding import Communicator
+
+
+class SplitBuffers:
+    """A send and a receive buffer, peer after peer, and the all-to-all between them.
+
+    Args:
+        send_splits, receive_splits: elements by peer rank.
+        communicator: the ranks that share the parameters.
+
+    Attributes:
+        send, receive: flat; empty until `use` gives them memory.
+    """
+
+    def __init__(
+        self, send_splits: Sequence[int], receive_splits: Sequence[int], communicator: Communicator
+    ) -> None:
+        self.send_splits, self.receive_splits = list(send_splits), list(receive_splits)
+        self.send = self.receive = torch.empty(0, device=communicator.device)
+        self._group = communicator.group
+
+    @property
+    def elements_sent(self) -> int:
+        return sum(self.send_splits)
+
+    @property
+    def elements_received(self) -> int:
+        return sum(self.receive_splits)
+
+    def use(self, send: torch.Tensor, receive: torch.Tensor) -> None:
+        """Take flat memory, shared with other buffers, of at least the needed size."""
+        self.send = send[: self.elements_sent]
+        self.receive = receive[: self.elements_received]
+
+    def exchange(self) -> None:
+        """What ranks have put into `send` comes into `receive` of others (collective)."""
+        dist.all_to_all_single(
+            self.receive, self.send, self.receive_splits, self.send_splits, group=self._group
+        )
+
+    def give_back(self) -> None:
+        """What `receive` holds goes back into `send` of those that it came from (collective)."""
+        dist.all_to_all_single(
+            self.send, self.receive, self.send_splits, self.receive_splits, group=self._group
+        )

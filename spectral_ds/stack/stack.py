@@ -1,0 +1,177 @@
+"""Stack: the graphs of a configuration, one after another, and what acts on signals by them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from spectral_ds.checkpoint import Part
+from spectral_ds.config import FilterConfig, RegularizerConfig, SpectralConfig, SpectralConfigError
+from spectral_ds.engines import Engine
+from spectral_ds.filters import (
+    NormKeeper,
+    Reference,
+    Regularizer,
+    SpectralFilter,
+    StrengthSchedule,
+    TemporalFilter,
+)
+from spectral_ds.laplacian import KernelUnavailableError, require_kernel
+from spectral_ds.sharding import Fragment, ShardLayout
+from spectral_ds.stack.choices import GraphChoice, choose_graphs, head_width_of
+from spectral_ds.stack.stacked_graph import StackedGraph
+
+Signal = Sequence[torch.Tensor | None]
+
+
+class Stack:
+    """All graphs of one plugin. Made on all ranks (collective).
+
+    Args:
+        engine: whose gradients are filtered.
+        config: all of the configuration.
+
+    Attributes:
+        is_filtered: whether each of the engine's fragments is of a parameter in some graph.
+        graphs: each takes what the one before it gave.
+        filter: (1 − s) + s · h(L) of all graphs, and what else acts on a signal.
+        regularizer: the term of all graphs; None without one.
+
+    Raises:
+        SpectralConfigError: the configuration cannot be used with the model, or not here.
+        ValueError: ranks train different models.
+    """
+
+    def __init__(self, engine: Engine, config: SpectralConfig) -> None:
+        self._engine = engine
+        choices = agree_on_graphs(engine, config)
+        layout = ShardLayout.gather(engine.fragments, engine.communicator)
+        nodes = {node.name: node for choice in choices for node in choice.parameters}
+        layout.check({name: node.numel for name, node in nodes.items()})
+        self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
+        self.graphs = [
+            StackedGraph(index, choice, config, engine, layout)
+            for index, choice in enumerate(choices)
+        ]
+        self.filter = self._make_filter(config.filter, list(nodes))
+        self.regularizer = self._make_regularizer(config.regularizer)
+
+    def graph(self, number: int) -> StackedGraph:
+        """One of the graphs.
+
+        Raises:
+            ValueError: there is none of this number.
+        """
+        if number not in range(len(self.graphs)):
+            count = len(self.graphs)
+            raise ValueError(
+                f"graph = {number!r}: must be the number of one of {count} graphs, from 0"
+            )
+        return self.graphs[number]
+
+    def only_filtered(self, fragments: Signal) -> Signal:
+        """A value a fragment, None in place of those that are in no graph."""
+        pairs = zip(fragments, self.is_filtered, strict=True)
+        return [fragment if chosen else None for fragment, chosen in pairs]
+
+    def without_filtered(self, fragments: Signal) -> list[torch.Tensor | None]:
+        """The values of the fragments that are in no graph, alone."""
+        pairs = zip(fragments, self.is_filtered, strict=True)
+        return [fragment for fragment, chosen in pairs if not chosen]
+
+    def weights(self) -> Signal:
+        """The engine's weights, None in place of those that are in no graph."""
+        return self.only_filtered(self._engine.weights())
+
+    @property
+    def memories(self) -> list[Part]:
+        """What has state that depends on no graph."""
+        reference = None if self.regularizer is None else self.regularizer.reference
+        return [part for part in (self.filter.temporal, reference) if part is not None]
+
+    def rebuild(self) -> None:
+        """Make graphs of what the model is now (collective)."""
+        for graph in self.graphs:
+            graph.build()
+
+    def begin_anew(self) -> None:
+        """Make graphs of the present weights, which are the reference from now on (collective)."""
+        if self.regularizer is not None:
+            self.regularizer.reference.move_to(self.weights())
+        self.rebuild()
+
+    def bytes_sent(self, strength: float) -> int:
+        """Bytes that all ranks together send in one step at this strength of the filter."""
+        return sum(graph.bytes_sent(strength) for graph in self.graphs)
+
+    @property
+    def _filtered_fragments(self) -> list[Fragment | None]:
+        pairs = zip(self._engine.fragments, self.is_filtered, strict=True)
+        return [fragment if chosen else None for fragment, chosen in pairs]
+
+    def _make_filter(self, settings: FilterConfig, names: Sequence[str]) -> SpectralFilter:
+        engine, communicator = self._engine, self._engine.communicator
+        norms = temporal = None
+        if settings.rescale == "norm":
+            number = {name: index for index, name in enumerate(names)}
+            # Fragments that are not filtered share a number of their own.
+            owners = [number.get(f.parameter, len(names)) for f in engine.fragments]
+            norms = NormKeeper(owners, len(names) + 1, communicator)
+        if settings.temporal is not None:
+            temporal = TemporalFilter(
+                self._filtered_fragments,
+                list(engine.shapes),
+                communicator,
+                decay=settings.temporal.decay,
+                amplify=settings.temporal.amplify,
+            )
+        schedule = StrengthSchedule(
+            settings.strength, settings.warmup_steps, settings.decay_steps, settings.interval
+        )
+        return SpectralFilter(
+            lambda: [graph.filter for graph in self.graphs], schedule, norms, temporal
+        )
+
+    def _make_regularizer(self, settings: RegularizerConfig) -> Regularizer | None:
+        if settings.strength == 0:
+            return None
+        weights = self.weights() if settings.reference == "pretrained" else None
+        device = torch.device("cpu") if settings.reference_device == "cpu" else None
+        return Regularizer(
+            lambda: [graph.penalty for graph in self.graphs if graph.penalty is not None],
+            Reference(self._filtered_fragments, weights, device),
+            settings.strength,
+            self._engine.communicator,
+        )
+
+
+def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]:
+    """What each graph is made of, equal on all ranks (collective).
+
+    Raises:
+        SpectralConfigError: the configuration cannot be used with the model, or not here.
+        ValueError: ranks train different models.
+    """
+    models = engine.everyone.gather_objects(list(engine.shapes.items()))
+    with engine.everyone.all_or_none():
+        for rank, shapes in enumerate(models):
+            if shapes != models[0]:
+                raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
+        choices = choose_graphs(engine.shapes, config, head_width_of(engine.holders))
+        try:
+            require_kernel(config.operator.kernel)
+        except KernelUnavailableError as error:
+            raise SpectralConfigError(f"spectral_ds.{error}") from error
+    return choices
+
+
+def _difference(
+    rank: int, shapes: Mapping[str, tuple[int, ...]], first: Mapping[str, tuple[int, ...]]
+) -> str:
+    """How the trainable parameters of a rank differ from those of rank 0."""
+    for name in (*first, *shapes):
+        if first.get(name) != shapes.get(name):
+            return (
+                f"ranks train different models: parameter {name!r} has shape {first.get(name)} "
+                f"on rank 0 and {shapes.get(name)} on rank {rank}"
+            )
+    return f"ranks train different models: parameters are in another order on rank {rank}"
