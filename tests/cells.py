@@ -1,7 +1,7 @@
-"""One training step of the tiny model under every engine, precision and offload.
+"""Training steps of the tiny model under every engine, precision and offload.
 
 In: a `Cell` and the plugin's section, or None. Out: weights before and after, and the gradients
-that the step applied, by parameter name, whole on every rank.
+that a step applied, by parameter name, whole on every rank.
 """
 
 from collections.abc import Iterator
@@ -71,20 +71,48 @@ CELLS = {
 }
 
 
+class ThereAndBack(torch.optim.SGD):
+    """SGD, until `is_back`: then a step takes the one before it back, to the bit.
+
+    So many steps begin with the same weights, on one engine: what it copies, it copies back.
+    """
+
+    is_back = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if self.is_back:
+                    parameter.copy_(state["before"])
+                    continue
+                state["before"] = parameter.detach().clone()
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-group["lr"])
+
+
 class Training:
-    """The same few methods for every engine."""
+    """The same few methods for every engine.
+
+    `cell` is one or its name; `config` are more keys of DeepSpeed's configuration.
+    """
 
     def __init__(
         self,
-        cell: Cell,
-        section: dict[str, Any] | None,
-        optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+        cell: Cell | str,
+        section: dict[str, Any] | None = None,
+        optimizer: Any = torch.optim.SGD,
         rates: tuple[float, float] = tiny.SGD_RATES,
         accumulation: int = 1,
         clipping: float = 0.0,
         model: Any = tiny.TinyLlama,
+        initialize: Any = spectral_ds.initialize,
+        **config: Any,
     ) -> None:
+        cell = CELLS[cell] if isinstance(cell, str) else cell
         self.cell, self.accumulation, self.clipping = cell, accumulation, clipping
+        self._initialize, self._config = initialize, config
         if cell.engine == "deepspeed":
             self._start_deepspeed(section, optimizer, rates, model)
         else:
@@ -105,19 +133,19 @@ class Training:
             gradient_accumulation_steps=self.accumulation,
             gradient_clipping=self.clipping,
             zero_force_ds_cpu_optimizer=False,
-            **cell.config,
         )
         if cell.precision == "bf16":
             config["bf16"] = {"enabled": True}
         if cell.precision == "fp16":
             config["fp16"] = {"enabled": True, "initial_scale_power": 6}
+        config = {**config, **cell.config, **self._config}
         if section is not None:
             config["spectral_ds"] = section
         with fp16_allowed():
             context = deepspeed.zero.Init(config_dict_or_path=config) if cell.zero_init else None
             with context or nullcontext():
                 module = model()
-            self.engine, *_ = spectral_ds.initialize(
+            self.engine, *_ = self._initialize(
                 model=module,
                 optimizer=optimizer,
                 model_parameters=tiny.parameter_groups(module, rates),
@@ -168,6 +196,21 @@ class Training:
             loss = self.wrapped(tokens, **arguments)
             (loss / self.accumulation).backward()
         return loss
+
+    def train(self, steps: int, first: int = 0) -> list[float]:
+        """Losses on this rank, one a step."""
+        return [self.step(index) for index in range(first, first + steps)]
+
+    def back(self) -> None:
+        """To the weights before the last step, by another one of `ThereAndBack`."""
+        ThereAndBack.is_back = True
+        try:
+            self.step()
+        finally:
+            ThereAndBack.is_back = False
+
+    def rates(self) -> dict[str, float]:
+        return tiny.learning_rates(self.module)
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """All parameters, whole, float32."""
@@ -222,42 +265,60 @@ def fp16_allowed() -> Iterator[None]:
         accelerator.is_fp16_supported = usual
 
 
-def one_step(name: str, section: Any, accumulation: int = 1, clipping: float = 0.0) -> Any:
-    """One SGD step of a cell: weights, gradients as applied, the plugin's facts."""
-    training = Training(CELLS[name], section, accumulation=accumulation, clipping=clipping)
-    before = training.snapshot()
-    training.step()
-    after = training.snapshot()
-    rates = rates_by_name(training.module)
-    facts = {
-        "weights": before,
-        "after": after,
-        "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
-        "rates": rates,
+def steps_from_here(training: Training, sections: Any, *step: Any, **arguments: Any) -> list[Any]:
+    """For each section, or None, the facts of one and the same step of `ThereAndBack`."""
+    rates, found = training.rates(), []
+    for section in sections:
+        training.plugin = None
+        if section is not None:
+            training.attach(section)
+        before = training.snapshot()
+        training.step(*step, **arguments)
+        after = training.snapshot()
+        facts = {
+            "weights": before,
+            "after": after,
+            "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
+            "rates": rates,
+        }
+        if training.plugin is not None:
+            facts |= facts_of(training.plugin)
+            training.plugin.detach()
+            training.plugin = None
+        training.back()
+        found.append(facts)
+    return found
+
+
+def facts_of(plugin: Any) -> dict[str, Any]:
+    """What a plugin tells of its graph, of the step and of who owns what."""
+    engine, graph = plugin.engine, plugin.graph
+    return {
+        "metrics": plugin.metrics(),
+        "nodes": graph.num_nodes,
+        "edges": graph.num_edges,
+        "laplacian": graph.laplacian().toarray(),
+        "lambda_max": graph.lambda_max,
+        "owned": [(f.parameter, f.start, f.length) for f in engine.fragments],
+        "sizes": {n: int(np.prod(s)) for n, s in engine.shapes.items()},
+        "shard_ranks": engine.communicator.world_size,
     }
-    if training.plugin is not None:
-        facts["metrics"] = training.plugin.metrics()
-        facts["owned"] = [
-            (f.parameter, f.start, f.length) for f in training.plugin.engine.fragments
-        ]
-        facts["sizes"] = {n: int(np.prod(s)) for n, s in training.plugin.engine.shapes.items()}
-        facts["shard_ranks"] = training.plugin.engine.communicator.world_size
-        facts["bytes_sent"] = sum(stage.plan.bytes_sent for stage in training.plugin.stack.graphs)
+
+
+def one_step(cell: Any, sections: Any, accumulation: int = 1, clipping: float = 0.0) -> list[Any]:
+    """`steps_from_here` of a new training of a cell."""
+    training = Training(cell, None, ThereAndBack, accumulation=accumulation, clipping=clipping)
+    found = steps_from_here(training, sections)
     training.close()
-    return facts
+    return found
 
 
-def rates_by_name(module: torch.nn.Module) -> dict[str, float]:
-    name_of = {id(p): n for n, p in module.named_parameters()}
-    groups = tiny.parameter_groups(module)
-    return {name_of[id(p)]: group["lr"] for group in groups for p in group["params"]}
-
-
-def ten_steps(name: str, section: Any) -> dict[str, np.ndarray]:
-    """Weights after ten AdamW steps."""
-    training = Training(CELLS[name], section, torch.optim.AdamW, tiny.ADAM_RATES)
-    for index in range(10):
-        training.step(index)
+def weights_after(
+    steps: int, name: str, section: Any, optimizer: Any = torch.optim.AdamW
+) -> dict[str, np.ndarray]:
+    """Weights after some steps at the rates of Adam."""
+    training = Training(name, section, optimizer, tiny.ADAM_RATES)
+    training.train(steps)
     weights = training.snapshot()
     training.close()
     return weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import tiny
 import torch
-from cells import CELLS, Training
+from cells import Training
 from torch.distributed.checkpoint.api import CheckpointException
 
 STATEFUL = {
@@ -52,14 +52,14 @@ class Prepared(tiny.TinyLlama):
 def start(name, weights=None, section=STATEFUL):
     Prepared.source = weights
     try:
-        return Training(CELLS[name], section, rates=RATES, model=Prepared)
+        return Training(name, section, rates=RATES, model=Prepared)
     finally:
         Prepared.source = None
 
 
 def run_on(training, first, last):
     """Losses of some steps and the weights after them."""
-    losses = [training.step(index) for index in range(first, last)]
+    losses = training.train(last - first, first)
     weights = training.snapshot()
     metrics = training.plugin.metrics()
     training.close()
@@ -77,8 +77,7 @@ def save(training, folder):
 def save_and_go_on(name, folder):
     """Save the plugin and the weights after four steps, then go on for five."""
     training = start(name)
-    for index in range(SAVED_AFTER):
-        training.step(index)
+    training.train(SAVED_AFTER)
     save(training, folder)
     return run_on(training, SAVED_AFTER, SAVED_AFTER + LATER)
 
@@ -121,29 +120,14 @@ def resume(name, folder, step=SAVED_AFTER):
 def resume_and_save(name, folder, until, target):
     """Go on for a few steps, and save anew."""
     training = resumed(name, folder)
-    for index in range(SAVED_AFTER, until):
-        training.step(index)
+    training.train(until - SAVED_AFTER, SAVED_AFTER)
     save(training, target)
     training.close()
 
 
-def adamw_engine(stage, section=STATEFUL, **config):
-    """A new DeepSpeed engine of the tiny model with AdamW, of two learning rates."""
-    config = {**tiny.deepspeed_config(stage), **config}
-    if section is not None:
-        config["spectral_ds"] = section
-    return tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
-
-
-def steps_from(engine, first):
-    losses = []
-    for index in range(first, first + LATER):
-        (tokens,) = tiny.batches(1, index)
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
+def by_adamw(name, section=STATEFUL, **config):
+    """A new training of a DeepSpeed cell with AdamW, of two learning rates."""
+    return Training(name, section, torch.optim.AdamW, tiny.ADAM_RATES, **config)
 
 
 def attempt(training, action):

@@ -1,9 +1,11 @@
 """What tests share in a session: pools of ranks, and one run of the quickstart.
 
 With pytest-xdist (`-n 2 --dist loadfile`) each worker, and all that it starts, stays on a core of
-its own: ranks that hand each other small messages gain nothing from a second one.
+its own: ranks that hand each other small messages gain nothing from a second one. With `--fast`,
+tests that start a process are left out.
 """
 
+import multiprocessing.process
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,19 +22,45 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 # The files that take longest come first, so that workers end together.
 FIRST = ("test_multinode", "test_launch", "test_oracle", "test_engines", "test_updates")
+FAST = "--fast"
 
 QUICKSTART_STEPS = 11
 TIMEOUT_SECONDS = 300
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(FAST, action="store_true", help="leave out tests that start a process")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption(FAST):
+        left_out = [item for item in items if "processes" in item.fixturenames]  # type: ignore[attr-defined]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     if "PYTEST_XDIST_WORKER" in os.environ:
         order = {name: place for place, name in enumerate(FIRST)}
         items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
+def processes() -> None:
+    """Asked for by all that starts a process, so that `--fast` knows it."""
+
+
+@pytest.fixture(autouse=True)
+def _no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--fast`, a test that starts one without asking for `processes` fails."""
+
+    def refuse(*_: object, **__: object) -> None:
+        pytest.fail("this starts a process: use the fixture `processes`")
+
+    if request.config.getoption(FAST):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+
+
+@pytest.fixture(scope="session")
+def ranks(processes: None) -> Iterator[Callable[[int], RankPool]]:
     """`ranks(n)`: the pool of n ranks."""
     pools: dict[int, RankPool] = {}
 
@@ -47,7 +75,7 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def quickstart(processes: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of the quickstart's results on a tiny model, and what it printed.
 
     With SPECTRAL_DS_QUICKSTART=runs/quickstart the folder of a run that there is already.

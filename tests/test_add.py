@@ -120,10 +120,13 @@ def one_step_of(path):
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = spectral_ds.initialize(model=model, model_parameters=trained, config=config)
     plugin = spectral_ds.plugin_of(engine)
-    [loss] = tiny.train(engine)
+    [tokens] = tiny.batches(1)
+    loss = engine(tokens)
+    engine.backward(loss)
+    engine.step()
     metrics = plugin.metrics()
     engine.destroy()
-    return loss, metrics["gradient_norm/after"] < metrics["gradient_norm/before"]
+    return loss.item(), metrics["gradient_norm/after"] < metrics["gradient_norm/before"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)

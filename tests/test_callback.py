@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from expected import METHODS, expected_update, relative_error
 from launching import free_port
 from ranks import RankError, RankPool
-from test_oracle import METHODS, expected_update, relative_error
 
 SECTION = {**METHODS["similarity-heat"], "monitor": {"interval": 1}}
 RATE = 16.0
@@ -99,17 +99,19 @@ def one_step(engine, section, output, lora):
     return before, snapshot(trainer.model), float(norm), trained, wrapped
 
 
-@pytest.fixture
-def fresh():
-    """`fresh(n)`: a pool of n ranks for one test, because Accelerate keeps its state for good."""
-    pools = []
+@pytest.fixture(scope="module")
+def pools(processes):
+    """`pools(engine, n)`: n ranks of their own, because Accelerate keeps its state for good."""
+    found = {}
 
-    def pool(world_size):
-        pools.append(RankPool(world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()))
-        return pools[-1]
+    def pool(engine, world_size):
+        if (engine, world_size) not in found:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            found[engine, world_size] = RankPool(world_size, **place)
+        return found[engine, world_size]
 
     yield pool
-    for each in pools:
+    for each in found.values():
         each.close()
 
 
@@ -124,9 +126,9 @@ def fresh():
     ],
 )
 def test_a_step_is_filtered_before_it_is_clipped(
-    fresh, tmp_path, engine, world_size, lora, wrapped
+    pools, tmp_path, engine, world_size, lora, wrapped
 ):
-    pool = fresh(world_size)
+    pool = pools(engine, world_size)
     before, after, norm, names, _ = pool.run(one_step, engine, None, tmp_path, lora)[0]
     applied = {name: (before[name] - after[name]) / RATE for name in names}
     factor = max(1.0, (norm + 1e-6) / LIMIT)
@@ -169,8 +171,8 @@ def what_is_logged(output):
     return reporter.logs, trainer.state.log_history, console.getvalue()
 
 
-def test_metrics_join_the_logs_but_not_the_console(fresh, tmp_path):
-    [(reported, history, console)] = fresh(1).run(what_is_logged, tmp_path)
+def test_metrics_join_the_logs_but_not_the_console(pools, tmp_path):
+    [(reported, history, console)] = pools("plain", 1).run(what_is_logged, tmp_path)
     for logs in (reported, history):
         steps = [log["spectral_ds/step"] for log in logs if "spectral_ds/step" in log]
         assert steps == [0, 2]
@@ -221,8 +223,8 @@ def what_is_left(output, interrupt):
 
 
 @pytest.mark.parametrize("interrupt", [False, True])
-def test_the_end_of_training_restores_everything(fresh, tmp_path, interrupt):
-    [(seen, is_detached, is_restored)] = fresh(1).run(what_is_left, tmp_path, interrupt)
+def test_the_end_of_training_restores_everything(pools, tmp_path, interrupt):
+    [(seen, is_detached, is_restored)] = pools("plain", 1).run(what_is_left, tmp_path, interrupt)
     assert seen == {(True, True)}
     assert is_detached
     assert is_restored
@@ -259,8 +261,8 @@ def train_and_resume(engine, output):
 
 
 @pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("zero2", 2)])
-def test_training_resumes_with_the_state_of_the_plugin(fresh, tmp_path, engine, world_size):
-    for whole, resumed, without in fresh(world_size).run(
+def test_training_resumes_with_the_state_of_the_plugin(pools, tmp_path, engine, world_size):
+    for whole, resumed, without in pools(engine, world_size).run(
         train_and_resume, engine, tmp_path / "run"
     ):
         largest = max(np.abs(weight).max() for weight in whole.values())
@@ -283,8 +285,11 @@ def train_with(engine, output, section, environment):
     if environment is not None:
         os.environ["SPECTRAL_DS_CONFIG"] = environment
     found = []
-    ours = spectral_ds.SpectralCallback(section)
-    make_trainer(engine, output, [ours, Look()]).train()
+    try:
+        ours = spectral_ds.SpectralCallback(section)
+        make_trainer(engine, output, [ours, Look()]).train()
+    finally:
+        os.environ.pop("SPECTRAL_DS_CONFIG", None)
     return found
 
 
@@ -300,12 +305,12 @@ def train_with(engine, output, section, environment):
         ({"graph": {"include": ["no.such"]}}, None, ["SpectralConfigError", "no.such"]),
     ],
 )
-def test_where_the_configuration_comes_from(fresh, tmp_path, section, environment, outcome):
+def test_where_the_configuration_comes_from(pools, tmp_path, section, environment, outcome):
     path = None
     if environment is not None:
         path = str(tmp_path / "section.yaml")
         Path(path).write_text(environment)
-    [found] = fresh(1).outcomes(train_with, "plain", tmp_path, section, path)
+    [found] = pools("plain", 1).outcomes(train_with, "plain", tmp_path, section, path)
     if isinstance(outcome, list):
         assert isinstance(found, RankError)
         assert found.kind == outcome[0]
@@ -336,8 +341,8 @@ def train_under_the_runner(engine, output):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_callback_and_runner_together_filter_once(fresh, tmp_path, engine):
-    pool = fresh(1)
+def test_callback_and_runner_together_filter_once(pools, tmp_path, engine):
+    pool = pools(engine, 1)
     [(update, said)] = pool.run(train_under_the_runner, engine, tmp_path)
     before, after, *_ = pool.run(one_step, engine, SECTION, tmp_path, False)[0]
     wanted = {name: before[name] - after[name] for name in before}
@@ -361,8 +366,8 @@ def attach_by_fsdp1(output):
     trainer.train()
 
 
-def test_an_engine_that_is_not_supported_stops_the_training(fresh, tmp_path):
-    [found] = fresh(1).outcomes(attach_by_fsdp1, tmp_path)
+def test_an_engine_that_is_not_supported_stops_the_training(pools, tmp_path):
+    [found] = pools("plain", 1).outcomes(attach_by_fsdp1, tmp_path)
     assert isinstance(found, RankError)
     assert found.kind == "UnsupportedEngineError", found.traceback
     assert "FSDP1" in found.message

@@ -27,8 +27,7 @@ from spectral_ds.checkpoint.checksums import add, checksum
 def through_dcp(name, folder):
     """Save by DCP after four steps, go on."""
     training = start(name)
-    for index in range(SAVED_AFTER):
-        training.step(index)
+    training.train(SAVED_AFTER)
     dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
     weights = training.snapshot()
     if torch.distributed.get_rank() == 0:
@@ -61,10 +60,7 @@ def saved(ranks, tmp_path_factory):
         ("fsdp2", 2, "fsdp2", 3),
         ("fsdp2", 2, "plain", 1),
         ("fsdp2", 2, "hsdp", 4),
-        ("fsdp2", 3, "fsdp2", 3),
-        ("ddp", 2, "plain", 1),
         ("ddp", 2, "fsdp2", 3),
-        ("hsdp", 4, "hsdp", 4),
         ("hsdp", 4, "ddp", 2),
     ],
 )

@@ -14,7 +14,7 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(processes, tmp_path_factory):
     """A model, a corpus, configurations of two graphs, and a checkpoint with the first."""
     path = tmp_path_factory.mktemp("finetune")
     corpus.write(path)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from checkpoints import SAVED_AFTER, adamw_engine, steps_from
+from checkpoints import LATER, SAVED_AFTER, by_adamw
 from ranks import RankPool, RanksFailedError
 
 from spectral_ds.checkpoint import folder as state_files
@@ -57,6 +56,7 @@ for attempt in range(10):
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_killed_while_saving_the_newest_complete_state_is_usable(tmp_path):
     """Each of ten processes goes on from what the one before it left, and is killed in its turn."""
     command = [sys.executable, "-W", "ignore", "-c", SAVER, str(tmp_path / "state")]
@@ -71,19 +71,19 @@ def test_killed_while_saving_the_newest_complete_state_is_usable(tmp_path):
 
 
 def save_and_go_on(folder):
-    engine = adamw_engine(2)
-    tiny.train(engine, SAVED_AFTER)
-    engine.save_checkpoint(str(folder))
-    losses = steps_from(engine, SAVED_AFTER)
-    engine.destroy()
+    training = by_adamw("zero2")
+    training.train(SAVED_AFTER)
+    training.engine.save_checkpoint(str(folder))
+    losses = training.train(LATER, SAVED_AFTER)
+    training.close()
     return losses
 
 
 def resume(folder):
-    engine = adamw_engine(2)
-    path, _ = engine.load_checkpoint(str(folder))
-    losses = steps_from(engine, SAVED_AFTER)
-    engine.destroy()
+    training = by_adamw("zero2")
+    path, _ = training.engine.load_checkpoint(str(folder))
+    losses = training.train(LATER, SAVED_AFTER)
+    training.close()
     return losses, path
 
 
@@ -118,11 +118,11 @@ def die_before_the_tag_is_named(engine):
 
 def resume_and_die_saving(folder, moment):
     """All ranks are killed in their second `save_checkpoint`."""
-    engine = adamw_engine(2)
-    engine.load_checkpoint(str(folder))
-    steps_from(engine, SAVED_AFTER)
-    moment(engine)
-    engine.save_checkpoint(str(folder), tag="second")
+    training = by_adamw("zero2")
+    training.engine.load_checkpoint(str(folder))
+    training.train(LATER, SAVED_AFTER)
+    moment(training.engine)
+    training.engine.save_checkpoint(str(folder), tag="second")
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ def saved(ranks, tmp_path_factory):
 
 def save(folder):
     training = start("zero2")
-    for index in range(SAVED_AFTER):
-        training.step(index)
+    training.train(SAVED_AFTER)
     training.plugin.save(folder)
     training.close()
 
@@ -100,42 +99,56 @@ DAMAGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def loaded(ranks, saved, tmp_path_factory):
+    """By damage, what each rank found when it loaded that: strictly, and anyway."""
+    folders = {}
+    for damage, (harm, _) in DAMAGES.items():
+        folders[damage] = tmp_path_factory.mktemp("damaged") / "spectral_ds"
+        shutil.copytree(saved, folders[damage])
+        harm(folders[damage])
+    return ranks(2).run(load_damaged, folders), ranks(2).run(load_anyway, folders)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_cannot_be_used_is_named_on_every_rank(ranks, tmp_path, saved, damage):
-    folder = tmp_path / "spectral_ds"
-    shutil.copytree(saved, folder)
-    harm, message = DAMAGES[damage]
-    harm(folder)
-    for error, is_same in ranks(2).run(load_damaged, folder):
+def test_what_cannot_be_used_is_named_on_every_rank(loaded, damage):
+    strictly, anyway = loaded
+    message = DAMAGES[damage][1]
+    for found in strictly:
+        error, is_same = found[damage]
         assert error.startswith("CheckpointError")
         assert message in error
         assert is_same
-    for is_new, [said] in ranks(2).run(load_anyway, folder):
+    for found in anyway:
+        is_new, [said] = found[damage]
         assert is_new
         assert message in said
         assert ("with step" in said) == (damage == "other graph")
         assert ("nothing of the saved state" in said) == (damage != "other graph")
 
 
-def load_damaged(folder):
-    """The error, and whether the plugin is as it was before."""
-    training = start("zero2")
-    found = attempt(training, lambda training: training.plugin.load(folder))
+def load_damaged(folders):
+    """Of each folder, the error, and whether the plugin is as it was before."""
+    training, found = start("zero2"), {}
+    for damage, folder in folders.items():
+        found[damage] = attempt(training, lambda each, folder=folder: each.plugin.load(folder))
     training.close()
     return found
 
 
-def load_anyway(folder):
-    """Whether there is a new graph, and what was said."""
-    training = start("zero2", section={**STATEFUL, "checkpoint": {"strict": False}})
-    (stage,), said = training.plugin.stack.graphs, []
-    training.engine.global_steps = SAVED_AFTER
-    training.plugin.engine.log = lambda message, level=0: said.append(message)
-    graph = stage.graph
-    training.plugin.load(folder)
-    training.step()
+def load_anyway(folders):
+    """Of each folder, whether there is a new graph, and what was said."""
+    training, found = start("zero2", section={**STATEFUL, "checkpoint": {"strict": False}}), {}
+    for damage, folder in folders.items():
+        said = []
+        training.engine.global_steps = SAVED_AFTER
+        training.plugin.engine.log = lambda message, level=0, said=said: said.append(message)
+        graph = training.plugin.graph
+        training.plugin.load(folder)
+        training.step()
+        found[damage] = training.plugin.graph is not graph, said
     training.close()
-    return stage.graph is not graph, said
+    return found
 
 
 def fail_to_save(folder):

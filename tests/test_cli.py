@@ -620,6 +620,7 @@ def test_wrong_input_is_one_line_and_status_2(folder, capsys, words, message):
     assert message in line
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_unknown_model_is_one_line_in_the_shell():
     done = subprocess.run(
         [Path(sys.executable).parent / "spectral-ds", "inspect", "nobody/nothing"],

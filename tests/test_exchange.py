@@ -11,9 +11,9 @@ import oracle
 import pytest
 import tiny
 import torch
+from cells import Training
 from traffic import counting_bytes
 
-import spectral_ds
 from spectral_ds.laplacian import Work, plan_operators
 from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.sharding import ShardLayout
@@ -54,7 +54,7 @@ PLANS = {
 
 def facts(stage):
     """For each graph what this rank owns; for each plan what it sends, receives and multiplies."""
-    engine = tiny.make_engine(tiny.deepspeed_config(stage), rates=tiny.ADAM_RATES)
+    training = Training(f"zero{stage}", None, rates=tiny.ADAM_RATES)
     found = {}
     for label, graph in GRAPHS.items():
         section = {
@@ -62,27 +62,26 @@ def facts(stage):
             "operator": {"kernel": "torch_csr"},
             "monitor": {"enabled": False},
         }
-        plugin = spectral_ds.attach(engine, config=section)
-        found[label] = facts_of(plugin)
-        plugin.detach()
+        training.attach(section)
+        found[label] = facts_of(training.plugin)
+        training.plugin.detach()
     found["sent"] = {
-        (graph, label): sent_in_a_step(engine, graph, section)
+        (graph, label): sent_in_a_step(training, graph, section)
         for graph in ("role", "depth")
         for label, section in SECTIONS.items()
     }
-    engine.destroy()
+    training.close()
     return found
 
 
-def sent_in_a_step(engine, graph, section):
+def sent_in_a_step(training, graph, section):
     """Bytes by the plan, by each way's plan, and what this rank sent in truth."""
     graph = {**GRAPHS[graph], "laplacian": "combinatorial"}
-    plugin = spectral_ds.attach(
-        engine, config={**section, "graph": graph, "monitor": {"enabled": False}}
-    )
+    training.attach({**section, "graph": graph, "monitor": {"enabled": False}})
+    plugin = training.plugin
     [stage] = plugin.stack.graphs
     with counting_bytes() as sent:
-        tiny.train(engine, 1)
+        training.step()
     by_way = [
         plan_of(plugin, way, stage.plan.work, 2000).bytes_sent for way in ("boundary", "transpose")
     ]
@@ -121,7 +120,7 @@ def facts_of(plugin):
     for label, (way, bucket_elements) in PLANS.items():
         moves_of = boundary_moves if way == "boundary" else transpose_moves
         with buckets_of_exchanges() as buckets:
-            plan = plan_of(plugin, way, Work(hops, moves=2), bucket_elements)
+            plan = plan_of(plugin, way, Work(hops, transposes=2), bucket_elements)
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),
@@ -255,7 +254,7 @@ def neighbours_of(result):
 @pytest.fixture(
     scope="module",
     # ZeRO-1 cuts parameters as ZeRO-2 does.
-    params=[(1, 3), (2, 2), (2, 4), (3, 3), (3, 4)],
+    params=[(1, 2), (2, 3), (3, 3)],
     ids="zero{0[0]}-{0[1]}-ranks".format,
 )
 def cell(request, ranks):

@@ -237,6 +237,7 @@ def png(figure):
     return file.getvalue()
 
 
+@pytest.mark.usefixtures("processes")
 def test_importing_the_package_does_not_import_matplotlib():
     modules = "spectral_ds.monitor.figures, spectral_ds.cli.inspect.plots"
     code = f"import sys, {modules}; sys.exit('matplotlib' in sys.modules)"

@@ -99,6 +99,7 @@ def output_of(words, **environment):
     return done.stdout
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_model_in_the_hubs_cache_is_inspected_by_name_and_json_is_all_that_is_printed(
     folder, tmp_path
 ):
@@ -113,5 +114,6 @@ def test_a_model_in_the_hubs_cache_is_inspected_by_name_and_json_is_all_that_is_
     assert summary["candidates"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_env_prints_json_alone():
     assert json.loads(output_of(["env", "--json"]))["versions"]["torch"]

@@ -12,6 +12,7 @@ from conftest import QUICKSTART_STEPS
 from launching import forked
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.usefixtures("processes")
 ROOT = Path(__file__).parent.parent
 
 

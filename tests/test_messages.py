@@ -4,6 +4,7 @@ import pytest
 from launching import SCRIPTS, forked
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("engine", "when", "prefix"),
     [

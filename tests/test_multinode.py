@@ -18,12 +18,13 @@ import pytest
 import ranks as rank_pools
 import torch
 import yaml
+from expected import METHODS
 from launching import SCRIPTS, free_port
-from test_oracle import METHODS
 
 from spectral_ds import run
 from spectral_ds.cli import check, main
 
+pytestmark = pytest.mark.usefixtures("processes")
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 BINARIES = Path(sys.executable).parent
@@ -211,28 +212,20 @@ def one_node(script, *words):
 
 
 @pytest.mark.usefixtures("nothing_is_left")
-@pytest.mark.parametrize(("stage", "way"), [(2, "without ssh"), (3, "by ssh")])
-def test_two_nodes_train_as_one_does(network, by_ssh, stand_ins, ranks, tmp_path, stage, way):
-    config = {"spectral_ds": METHODS["similarity-heat"], "zero_optimization": {"stage": stage}}
+def test_two_nodes_train_as_one_does(network, by_ssh, stand_ins, ranks, tmp_path):
+    config = {"spectral_ds": METHODS["similarity-heat"], "zero_optimization": {"stage": 3}}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     script = SCRIPTS / "multinode_loop.py"
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     given = ["--deepspeed_config", str(tmp_path / "ds.json"), "--output"]
     before = [network.sent(node) for node in range(2)]
-    if way == "by ssh":
-        for name in ("deepspeed", "spectral-ds"):
-            (stand_ins.folder / name).unlink()
-        [end] = ended(by_ssh(script, *given, two))
-        assert end.code == 0, end.stderr
-        assert f"{network.nodes[0]}: spectral-ds check: 2 nodes agree: python 3." in end.stdout
-        said = end.stderr
-    else:
-        first, second = on_both(network, [script, *given, two])
-        said = first.stderr + second.stderr
-        assert (first.code, second.code) == (0, 0), said
-        assert "spectral-ds check: 2 nodes agree: python 3." in first.stdout
+    for name in ("deepspeed", "spectral-ds"):
+        (stand_ins.folder / name).unlink()
+    [end] = ended(by_ssh(script, *given, two))
+    assert end.code == 0, end.stderr
+    assert f"{network.nodes[0]}: spectral-ds check: 2 nodes agree: python 3." in end.stdout
     sent = [network.sent(node) - start for node, start in enumerate(before)]
-    assert said.count("spectral_ds: attached to the DeepSpeed engine of TinyLlama") == 1
+    assert end.stderr.count("spectral_ds: attached to the DeepSpeed engine of TinyLlama") == 1
     ranks(4).run(one_node, script, *given, str(one))
 
     wanted, found = torch.load(one), torch.load(two)

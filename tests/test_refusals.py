@@ -14,7 +14,8 @@ from spectral_ds.engines import _deepspeed_engine_for
 
 def refusals():
     """Messages of attaching to an engine with one unsupported feature after another."""
-    engine = tiny.make_engine(tiny.deepspeed_config(2))
+    training = Training("zero2")
+    engine = training.engine
     zero = engine._config.zero_config
     changes = {
         "has_moe_layers": {"has_moe_layers": True},
@@ -37,7 +38,7 @@ def refusals():
             _deepspeed_engine_for(stand_in)
         except spectral_ds.UnsupportedEngineError as error:
             messages[label] = str(error)
-    engine.destroy()
+    training.close()
     return messages
 
 

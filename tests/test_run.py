@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from expected import METHODS, expected_update, relative_error
 from launching import SCRIPTS, forked, free_port, launched
-from test_oracle import METHODS, expected_update, relative_error
 from torch.optim import optimizer as torch_optimizer
 from transformers import LlamaForCausalLM
 
@@ -103,6 +103,7 @@ def by_torchrun(script, *words, **environment):
     )
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("name", "launch", "attached_to"),
     [
@@ -130,6 +131,7 @@ def test_an_unchanged_script_is_filtered_before_it_clips(
     assert_filtered_then_clipped(without, filtered)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("name", "config", "environment", "words"),
     [
@@ -157,6 +159,7 @@ def test_rank_0_says_once_that_nothing_is_attached(
         assert word in reason
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("name", "config", "environment", "words"),
     [
@@ -194,6 +197,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_engine_that_is_not_supported_is_named_and_trains_on(folder, script):
     done = forked(1, script(FSDP1), SPECTRAL_DS_CONFIG=str(folder / "section.yaml"))
     assert done.code == 0, done.stderr
@@ -263,6 +267,7 @@ def test_a_module_can_be_run_like_a_script(script, tmp_path, monkeypatch):
     assert (name, file, argv) == ("__main__", path, [path, "--local_rank=1", out])
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
     ("text", "code", "word"),
     [
@@ -332,6 +337,7 @@ def test_all_that_was_replaced_is_restored(script, monkeypatch, tmp_path, end, c
     assert "attached to SGD of Sequential" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("processes")
 def test_importing_the_package_imports_neither_deepspeed_nor_transformers():
     check = "import spectral_ds, sys; assert not {'deepspeed', 'transformers'} & set(sys.modules)"
     environment = {**os.environ, "PYTHONPATH": ""}

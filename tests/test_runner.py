@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cells import Training
 
 import spectral_ds
 from spectral_ds.attach.runner import Runner
@@ -356,21 +357,20 @@ def watch_deepspeed(config, section, initialize_of, with_optimizer=True):
 
     runner = Runner(None if config is None else spectral_ds.load_config(config))
     runner.watch()
-    settings = tiny.deepspeed_config(2 if with_optimizer else 0)
-    if section is not None:
-        settings["spectral_ds"] = section
     module = spectral_ds if initialize_of == "spectral_ds" else deepspeed
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             if with_optimizer:
-                engine = tiny.make_engine(settings, initialize=module.initialize)
+                training = Training("zero2", section, initialize=module.initialize)
+                engine = training.engine
             else:
-                engine, *_ = module.initialize(model=tiny.TinyLlama(), config=settings)
+                config = tiny.deepspeed_config(0)
+                engine, *_ = module.initialize(model=tiny.TinyLlama(), config=config)
             plugin = spectral_ds.plugin_of(engine)
             response = None if plugin is None else plugin.config.filter.response
             if with_optimizer:
-                tiny.train(engine)
+                training.step()
             runner.report()
     finally:
         runner.stop()

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from cells import Training
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -69,10 +70,9 @@ CHARTS = {
 
 def train(folder):
     board = {"enabled": True, "output_path": folder, "job_name": "tiny"}
-    config = tiny.deepspeed_config(2, tensorboard=board, spectral_ds=SECTION)
-    engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
-    tiny.train(engine, STEPS)
-    engine.destroy()
+    training = Training("zero2", SECTION, torch.optim.AdamW, tiny.ADAM_RATES, tensorboard=board)
+    training.train(STEPS)
+    training.close()
 
 
 @pytest.fixture(scope="module")

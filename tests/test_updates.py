@@ -1,8 +1,8 @@
 """Hooks after the base optimizer's update: what they edit becomes the model's parameters.
 
 A run of an engine alone halves every update and adds a term that depends on the element's place in
-its parameter, so that a view that begins at the wrong element shows. A run of the plugin filters
-updates as the dense oracle does, and pulls weights as dense float64 training does.
+its parameter, so that a view that begins at the wrong element shows. A run of the plugin smooths
+updates and pulls weights as dense float64 training does.
 """
 
 import functools
@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from cells import CELLS, PARAMETERS_ON_CPU, Cell, Training
 from oracle import role_and_block
-from test_oracle import METHODS, expected_update, relative_error
-from test_traps import step_that_leaves_out_a_block
 
 from spectral_ds.engines import UnsupportedEngineError, engine_for
 
@@ -193,10 +191,10 @@ def check(results, cell, expected):
     ("name", "world_size", "accumulation"),
     [
         *((name, min(2, max(cell.world_sizes)), 1) for name, cell in ALL_CELLS.items()),
-        ("zero1-bf16-fp32-accumulation", 4, 2),
-        ("zero2-offload", 4, 2),
-        ("zero3-bf16-small-sub-groups-offload-parameters", 4, 2),
-        ("fsdp2", 4, 2),
+        ("zero1-bf16-fp32-accumulation", 3, 2),
+        ("zero2-offload", 3, 2),
+        ("zero3-bf16-small-sub-groups-offload-parameters", 3, 2),
+        ("fsdp2", 3, 2),
         ("hsdp", 4, 1),
     ],
 )
@@ -318,56 +316,6 @@ def test_a_missing_place_for_the_hook_is_named_at_install(ranks, name, method):
     for message, hooked in ranks(2).run(install_without, name, method):
         assert f".{method}" in message
         assert hooked == []
-
-
-FILTERS_UPDATES = METHODS["depth-and-similarity-polynomial"]
-FILTERS_UPDATES = {
-    **FILTERS_UPDATES,
-    "filter": {**FILTERS_UPDATES["filter"], "apply_to": "update"},
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "world_size"),
-    [
-        ("plain", 1),
-        ("zero0", 2),
-        ("zero1", 3),
-        ("zero1-offload", 2),
-        ("zero1-bf16-fp32-accumulation", 2),
-        ("zero2", 2),
-        ("zero2-offload", 4),
-        ("zero3", 2),
-        ("zero3-offload", 2),
-        ("zero3-offload-parameters", 2),
-        ("zero3-small-sub-groups", 2),
-        ("zero3-init", 2),
-        ("zero2-fp16", 2),
-        ("zero3-fp16-offload", 2),
-        ("fsdp2", 3),
-        ("fsdp2-offload", 2),
-        ("fsdp2-bf16", 2),
-        ("hsdp", 4),
-        ("ddp", 2),
-    ],
-)
-def test_updates_of_used_parameters_are_filtered(ranks, name, world_size):
-    """Unlike gradients times the learning rate: neighbours differ in theirs."""
-    plain = ranks(world_size).run(step_that_leaves_out_a_block, name, None)[0]
-    results = ranks(world_size).run(step_that_leaves_out_a_block, name, FILTERS_UPDATES)
-    rates = tiny.learning_rates(tiny.TinyLlama())
-    updates = {n: rates[n] * g.astype(np.float64) for n, g in plain["gradients"].items()}
-    unused = [n for n in updates if ".layers.2." in n or n.startswith("spare")]
-    current = {n: np.zeros_like(u) if n in unused else u for n, u in updates.items()}
-    _, _, expected = expected_update(
-        FILTERS_UPDATES, {"weights": plain["weights"], "gradients": current}
-    )
-    if CELLS[name].stage != 0:  # which gives an unused parameter a gradient of zeros
-        expected |= {n: updates[n] for n in unused}
-    tolerance = 1e-5 if CELLS[name].precision == "fp32" else 1e-2
-    for result in results:
-        got = {n: rates[n] * result["gradients"][n] for n in rates}
-        assert relative_error(got, expected) <= tolerance
 
 
 # A larger epsilon, so that rounding of small gradients stays small; no decay, which DeepSpeed gives

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cells import CELLS, Training, fp16_allowed
+from cells import Training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import spectral_ds
@@ -28,19 +28,19 @@ def overflowing(folder):
     Returns:
         Skipped steps; metrics of the last one; whether the weights are finite, and have moved.
     """
-    config = tiny.deepspeed_config(
-        2,
+    training = Training(
+        "zero2",
+        OBSERVE,
+        torch.optim.AdamW,
+        tiny.ADAM_RATES,
         tensorboard={"enabled": True, "output_path": folder, "job_name": "run"},
         fp16={"enabled": True, "initial_scale_power": 20, "hysteresis": 1},
-        spectral_ds=OBSERVE,
     )
-    with fp16_allowed():
-        engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
-    before = tiny.snapshot(engine)
-    tiny.train(engine, STEPS)
-    after = tiny.snapshot(engine)
-    skipped, metrics = engine.skipped_steps, spectral_ds.plugin_of(engine).metrics()
-    engine.destroy()
+    before = training.snapshot()
+    training.train(STEPS)
+    after = training.snapshot()
+    skipped, metrics = training.engine.skipped_steps, training.plugin.metrics()
+    training.close()
     is_finite = all(np.isfinite(weight).all() for weight in after.values())
     return skipped, metrics, is_finite, any((after[n] != w).any() for n, w in before.items())
 
@@ -133,12 +133,12 @@ def said_at_attach(folder):
     kept = {"preset": "observe", "monitor": {**monitor, "folder": f"{folder}/own"}}
     board = {"enabled": True, "output_path": folder, "job_name": "run"}
     cases = {
-        "ddp, nothing": lambda: Training(CELLS["ddp"], loud),
-        "ddp, off": lambda: Training(CELLS["ddp"], quiet),
-        "ddp, folder": lambda: Training(CELLS["ddp"], kept),
-        "zero2, nothing": lambda: engine_with({}, loud),
-        "zero2, off": lambda: engine_with({}, quiet),
-        "zero2, csv": lambda: engine_with({"csv_monitor": board}, loud),
+        "ddp, nothing": lambda: Training("ddp", loud),
+        "ddp, off": lambda: Training("ddp", quiet),
+        "ddp, folder": lambda: Training("ddp", kept),
+        "zero2, nothing": lambda: Training("zero2", loud),
+        "zero2, off": lambda: Training("zero2", quiet),
+        "zero2, csv": lambda: Training("zero2", loud, csv_monitor=board),
     }
     found = {}
     for name, start in cases.items():
@@ -150,11 +150,6 @@ def said_at_attach(folder):
         training.close()
         found[name] = sum("is written nowhere" in line for line in heard.said)
     return found
-
-
-def engine_with(config, section):
-    engine = tiny.make_engine({**tiny.deepspeed_config(2, **config), "spectral_ds": section})
-    return types.SimpleNamespace(close=engine.destroy)
 
 
 def test_it_is_said_once_that_what_is_monitored_is_written_nowhere(ranks, tmp_path):
@@ -186,11 +181,11 @@ def to_wandb():
     sys.modules["wandb"] = module
     try:
         section = {"preset": "observe", "monitor": {"interval": 2, "bands": BANDS}}
-        config = tiny.deepspeed_config(2, wandb={"enabled": True}, spectral_ds=section)
-        engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES)
-        tiny.train(engine, 3)
-        metrics = spectral_ds.plugin_of(engine).metrics()
-        engine.destroy()
+        wandb = {"enabled": True}
+        training = Training("zero2", section, torch.optim.AdamW, tiny.ADAM_RATES, wandb=wandb)
+        training.train(3)
+        metrics = training.plugin.metrics()
+        training.close()
     finally:
         del sys.modules["wandb"]
         if usual is not None:

@@ -1,15 +1,12 @@
-"""A tiny Llama-like model with everything that is awkward, and one training run of it."""
+"""A tiny Llama-like model with everything that is awkward, its batches, rates and configuration."""
 
 from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import spectral_ds
 
 GLOBAL_BATCH = 24
 # Large, so that weights before minus after hold the gradient to full float32 precision.
@@ -48,6 +45,14 @@ class TinyLlama(torch.nn.Module):
         return self.llama(input_ids=tokens, labels=tokens).loss
 
 
+class Shortened(TinyLlama):
+    """A step may leave out the last block."""
+
+    def forward(self, tokens: torch.Tensor, blocks: int = 3) -> torch.Tensor:
+        self.llama.config.num_hidden_layers = blocks
+        return self.llama(input_ids=tokens, labels=tokens).loss
+
+
 def parameter_groups(
     model: torch.nn.Module, rates: tuple[float, float] = SGD_RATES
 ) -> list[dict[str, Any]]:
@@ -81,72 +86,6 @@ def batches(accumulation: int, step: int = 0) -> list[torch.Tensor]:
     tokens = torch.randint(0, 53, (GLOBAL_BATCH, 9), generator=generator)
     own = tokens[dist.get_rank() :: dist.get_world_size()]
     return list(own.chunk(accumulation))
-
-
-def make_engine(
-    config: Any,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
-    rates: tuple[float, float] = SGD_RATES,
-    initialize: Any = spectral_ds.initialize,
-) -> Any:
-    model = TinyLlama()
-    engine, *_ = initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=parameter_groups(model, rates),
-        config=config,
-    )
-    return engine
-
-
-def train(engine: Any, steps: int = 1) -> list[float]:
-    """Train; losses on this rank, one a step."""
-    losses = []
-    for step in range(steps):
-        micro = batches(engine.gradient_accumulation_steps(), step)
-        total = 0.0
-        for tokens in micro:
-            loss = engine(tokens)
-            engine.backward(loss)
-            engine.step()
-            total += loss.item() / len(micro)
-        losses.append(total)
-    return losses
-
-
-def snapshot(engine: Any) -> dict[str, np.ndarray]:
-    return {
-        name: parameter.detach().float().numpy().copy()
-        for name, parameter in engine.module.named_parameters()
-    }
-
-
-def gradients_of_one_step(config: dict[str, Any]) -> dict[str, Any]:
-    """One SGD step; (θ before − θ after)/lr of each trainable parameter, and facts."""
-    engine = make_engine(config)
-    plugin = spectral_ds.plugin_of(engine)
-    if plugin is not None:  # what was left in scratch memory must not reach any result
-        for stage in plugin.stack.graphs:
-            for operator in stage.plan.operators:
-                for matrix in operator.scratch:
-                    matrix.values.fill_(float("nan"))
-    before = snapshot(engine)
-    train(engine)
-    after = snapshot(engine)
-    rates = learning_rates(engine.module)
-    facts: dict[str, Any] = {
-        "weights": before,
-        "after": after,
-        "gradients": {n: (before[n] - after[n]) / rate for n, rate in rates.items()},
-    }
-    if plugin is not None:
-        facts["metrics"] = plugin.metrics()
-        facts["nodes"], facts["edges"] = plugin.graph.num_nodes, plugin.graph.num_edges
-        facts["laplacian"] = plugin.graph.laplacian().toarray()
-        facts["parameters"] = [p.name for p in plugin.graph.parameters]
-        facts["lambda_max"] = plugin.graph.lambda_max
-    engine.destroy()
-    return facts
 
 
 def is_filtered(name: str) -> bool:

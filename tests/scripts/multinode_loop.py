@@ -9,6 +9,7 @@ import deepspeed
 import tiny
 import torch
 import torch.distributed as dist
+from cells import Training
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output")
@@ -20,16 +21,20 @@ is_own = not dist.is_initialized()  # one node's ranks are those of the tests, w
 deepspeed.init_distributed("gloo")
 given = json.loads(Path(args.deepspeed_config).read_text())
 stage = given["zero_optimization"]["stage"]
-config = {**given, **tiny.deepspeed_config(stage)}
-engine = tiny.make_engine(config, torch.optim.AdamW, tiny.ADAM_RATES, deepspeed.initialize)
-losses = tiny.train(engine, steps=3)
-with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
-    weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+training = Training(
+    f"zero{stage}",
+    given["spectral_ds"],
+    torch.optim.AdamW,
+    tiny.ADAM_RATES,
+    initialize=deepspeed.initialize,
+)
+losses = training.train(3)
+weights = {name: torch.from_numpy(value) for name, value in training.snapshot().items()}
 
 here = {"losses": losses, "interface": os.environ["GLOO_SOCKET_IFNAME"]}
 ranks = [here] * dist.get_world_size()
 dist.all_gather_object(ranks, here)
-engine.destroy()
+training.close()
 if dist.get_rank() == 0:
     torch.save({"weights": weights, "ranks": ranks}, args.output)
 if is_own:  # together: a process that ends while a thread of gloo holds tensors may abort
