@@ -1,4 +1,4 @@
-"""Whichever way ranks meet, a graph's filter gives the same and sends what the plan says."""
+"""By either exchange, a graph's filter gives the same and sends what the plan says."""
 
 import numpy as np
 import pytest
