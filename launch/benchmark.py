@@ -23,14 +23,9 @@ from tqdm import tqdm
 from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Response, Window
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Similarity
-from spectral_ds.laplacian import (
-    KernelName,
-    ParameterGraph,
-    WeightFeatures,
-    Work,
-    plan_operators,
-)
+from spectral_ds.laplacian import KernelName, ParameterGraph, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches import WeightFeatures
 
 BLOCK = {
     "self_attn.q_proj": (576, 576),

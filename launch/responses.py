@@ -45,8 +45,9 @@ from spectral_ds.filters import (
     wiener_gains,
 )
 from spectral_ds.graph import Depth, EdgeFamily, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures
+from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches import WeightFeatures
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, SignalAndNoise, equal_edges
 from spectral_ds.stack.responses import smooth_response, step_gains
 

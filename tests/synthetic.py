@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches, WeightFeatures
 from spectral_ds.spectrum import (
     GradientStatistics,
     Spectrometer,

@@ -12,8 +12,9 @@ from spectral_ds.filters import (
     Heat,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches import WeightFeatures
 from spectral_ds.spectrum import chebyshev_moments
 
 BLOCKS = {

@@ -27,8 +27,9 @@ from spectral_ds.filters import (
     wiener_gains,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sketches import WeightFeatures
 from spectral_ds.spectrum import SignalAndNoise
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from spectral_ds.graph import (
 )
 from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
 from spectral_ds.sharding import Fragment
-from spectral_ds.sketches.projection import gaussian_projection, sketch_size
+from spectral_ds.sketches import gaussian_projection, sketch_size
 
 KINDS = ["row", "column", "element"]
 

@@ -15,10 +15,11 @@ from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket, bucket_elements, linked_parameters
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
+from spectral_ds.sketches import WeightFeatures
 from spectral_ds.stack import head_width_of
 
 ROWS = {"graph": {"edges": [{"family": "ring"}, {"family": "pair"}]}}

@@ -14,9 +14,10 @@ from spectral_ds.filters import FixedTransfer, GraphFilter, Heat, Polynomial, Ti
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
-from spectral_ds.laplacian import ParameterGraph, WeightFeatures, Work, plan_operators
+from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, intervals
+from spectral_ds.sketches import WeightFeatures
 
 CPU = torch.device("cpu")
 ALONE = Communicator.alone(CPU)

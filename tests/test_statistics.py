@@ -10,7 +10,7 @@ from spectral_ds.filters import (
     wiener_gains,
 )
 from spectral_ds.graph import Ring, Similarity
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches
 
 SKETCHED = random_arrays({"a": (7, 13), "b": (11, 13), "c": (13, 5), "d": (4, 3, 5), "e": (9,)})
 

@@ -6,12 +6,10 @@ from spectral_ds.laplacian.packing import Exchange, ExchangeName
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.plan import OperatorPlan, plan_on_node_signals, plan_operators
 from spectral_ds.laplacian.work import Work
-from spectral_ds.sketches.features import FeatureSource, WeightFeatures
 
 __all__ = [
     "Exchange",
     "ExchangeName",
-    "FeatureSource",
     "Group",
     "KernelName",
     "KernelUnavailableError",
@@ -20,7 +18,6 @@ __all__ = [
     "OperatorPlan",
     "ParameterGraph",
     "Scratch",
-    "WeightFeatures",
     "Work",
     "plan_on_node_signals",
     "plan_operators",

@@ -15,7 +15,7 @@ from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import EdgeFamily, Edges, Similarity
 from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
 from spectral_ds.sharding import Communicator
-from spectral_ds.sketches.features import FeatureSource
+from spectral_ds.sketches import FeatureSource
 
 
 def build_adjacency(

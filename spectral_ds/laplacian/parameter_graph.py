@@ -15,7 +15,7 @@ from spectral_ds.graph import Depth, EdgeFamily, Edges, NodeKind, ParameterNodes
 from spectral_ds.laplacian.adjacency import build_adjacency, degrees
 from spectral_ds.laplacian.operator import laplacian_rows
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
-from spectral_ds.sketches.features import FeatureSource
+from spectral_ds.sketches import FeatureSource
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, ScratchElements, packed
 from spectral_ds.planning.parts import Parts
-from spectral_ds.sketches.projection import sketch_size
+from spectral_ds.sketches import sketch_size
 from spectral_ds.stack.choices import GraphChoice, feature_width, sketch_shape
 from spectral_ds.stack.responses import Transfers, check_exchanges, choose_transfers, works_of
 

@@ -6,7 +6,7 @@ import torch
 
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState, numbers_below
 from spectral_ds.sharding import Signal
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches
 
 
 class RunningSketch:

@@ -12,7 +12,7 @@ import torch
 
 from spectral_ds.laplacian import OperatorPlan
 from spectral_ds.sharding import Communicator, Signal
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches
 from spectral_ds.spectrum.moments import chebyshev_moments
 from spectral_ds.spectrum.roughness import roughness
 

@@ -14,7 +14,7 @@ import torch
 
 from spectral_ds.checkpoint import PartState, Restoration, SavedState, numbers_below
 from spectral_ds.sharding import Signal
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.running import ConsecutiveSamples, RunningSketch, weight_of_newest
 from spectral_ds.spectrum.separation import kept_over_total

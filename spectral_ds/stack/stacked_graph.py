@@ -15,15 +15,9 @@ from spectral_ds.engines import Engine
 from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
 from spectral_ds.geometry.buckets import below_shard, bucket_elements
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian import (
-    OperatorPlan,
-    ParameterGraph,
-    WeightFeatures,
-    Work,
-    plan_operators,
-)
+from spectral_ds.laplacian import OperatorPlan, ParameterGraph, Work, plan_operators
 from spectral_ds.sharding import ShardLayout
-from spectral_ds.sketches.features import no_features
+from spectral_ds.sketches import WeightFeatures, no_features
 from spectral_ds.spectrum import (
     Density,
     Eigenpairs,

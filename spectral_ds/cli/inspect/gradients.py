@@ -10,7 +10,7 @@ from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph, plan_on_node_signals
 from spectral_ds.sharding import Signal
-from spectral_ds.sketches.node_sketches import Sketches
+from spectral_ds.sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 
 # Powers are sums over many nodes: fewer projections of each do than a comparison of two takes.

@@ -27,7 +27,7 @@ from spectral_ds.console.progress import progress
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Signal
-from spectral_ds.sketches.features import no_features
+from spectral_ds.sketches import no_features
 from spectral_ds.stack.choices import feature_width
 
 BANDS = 8

@@ -8,9 +8,9 @@ import torch
 from spectral_ds.cli.errors import UserError
 from spectral_ds.config import GraphConfig, SpectralConfig
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.laplacian import FeatureSource, ParameterGraph, WeightFeatures
+from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
-from spectral_ds.sketches.features import no_features
+from spectral_ds.sketches import FeatureSource, WeightFeatures, no_features
 from spectral_ds.stack import choose_graphs, choose_parameters, edge_families, head_width_of
 
 # Edges are kept as 24 bytes each: beyond so many nodes a graph does not fit into usual memory.
