@@ -19,10 +19,9 @@ from spectral_ds.engines import Engine
 from spectral_ds.filters import Updates
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.monitor import Monitor
+from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import Density, Eigenpairs, SignalToNoise, squared_norm
 from spectral_ds.stack import Stack
-
-Signal = Sequence[torch.Tensor | None]
 
 
 class SpectralPlugin:

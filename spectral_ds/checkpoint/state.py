@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from spectral_ds.graph import Edges
-from spectral_ds.sharding import Fragment
+from spectral_ds.sharding import Fragment, Signal
 
 
 class CheckpointError(RuntimeError):
@@ -27,9 +27,7 @@ class Pieces:
     values: list[torch.Tensor | None]
 
     @classmethod
-    def of(
-        cls, fragments: Sequence[Fragment | None], values: Sequence[torch.Tensor | None]
-    ) -> "Pieces":
+    def of(cls, fragments: Sequence[Fragment | None], values: Signal) -> "Pieces":
         """The values of the fragments that are not None."""
         pairs = [(f, v) for f, v in zip(fragments, values, strict=True) if f is not None]
         return cls([fragment for fragment, _ in pairs], [value for _, value in pairs])

@@ -11,9 +11,7 @@ import torch
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
 from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.laplacian import LaplacianOperator
-from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
-
-Signal = Sequence[torch.Tensor | None]
+from spectral_ds.sharding import Communicator, Fragment, Signal, squared_norm_of
 
 STATE = "reference"
 
@@ -33,7 +31,7 @@ class Reference:
     def __init__(
         self,
         fragments: Sequence[Fragment | None],
-        weights: Sequence[torch.Tensor | None] | None,
+        weights: Signal | None,
         device: torch.device | None = None,
     ) -> None:
         self._fragments = fragments
@@ -46,7 +44,7 @@ class Reference:
                 for weight in weights
             ]
 
-    def move_to(self, weights: Sequence[torch.Tensor | None]) -> None:
+    def move_to(self, weights: Signal) -> None:
         """Take other weights for θ_ref, unless it is zero."""
         if self.fragments is not None:
             for mine, weight in zip(self.fragments, weights, strict=True):

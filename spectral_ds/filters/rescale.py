@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_ds.sharding import Communicator, squared_norm_of
+from spectral_ds.sharding import Communicator, Signal, squared_norm_of
 
 
 class NormKeeper:
@@ -21,7 +21,7 @@ class NormKeeper:
         self._parameters = parameters
         self._communicator = communicator
 
-    def norms(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def norms(self, signal: Signal) -> torch.Tensor:
         """(parameters,), float64, equal on all ranks (one all-reduce)."""
         device = self._communicator.device
         zero = torch.zeros((), dtype=torch.float64, device=device)
@@ -34,7 +34,7 @@ class NormKeeper:
             total.index_add_(0, self._owners, torch.stack(squares))
         return self._communicator.sum_(total).sqrt()
 
-    def restore(self, signal: Sequence[torch.Tensor | None], norms: torch.Tensor) -> None:
+    def restore(self, signal: Signal, norms: torch.Tensor) -> None:
         """Scale every parameter to a norm taken before; one that is zero now stays zero."""
         now = self.norms(signal)
         factor = (norms / now).where(now > 0, torch.ones_like(now))[self._owners]

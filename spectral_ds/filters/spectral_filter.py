@@ -10,6 +10,7 @@ from spectral_ds.filters.schedule import StrengthSchedule
 from spectral_ds.filters.temporal import TemporalFilter
 from spectral_ds.filters.transfer import Transfer
 from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.sharding import Signal
 
 
 class GraphFilter:
@@ -31,7 +32,7 @@ class GraphFilter:
         self.is_ready = is_ready
         self._function = GraphFunction(operators, transfer)
 
-    def apply(self, signal: Sequence[torch.Tensor | None], strength: float) -> None:
+    def apply(self, signal: Signal, strength: float) -> None:
         """Filter in place (collective).
 
         Args:
@@ -82,7 +83,7 @@ class SpectralFilter:
 
     def apply(
         self,
-        signal: Sequence[torch.Tensor | None],
+        signal: Signal,
         step: int,
         scale: float = 1.0,
         is_finite: torch.Tensor | None = None,

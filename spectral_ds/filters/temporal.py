@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
-from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
+from spectral_ds.sharding import Communicator, Fragment, Signal, squared_norm_of
 
 STATE, HAS_MEAN = "temporal", "temporal.has_mean"
 
@@ -49,7 +49,7 @@ class TemporalFilter:
 
     def apply(
         self,
-        gradients: Sequence[torch.Tensor | None],
+        gradients: Signal,
         scale: float,
         is_finite: torch.Tensor | None = None,
     ) -> None:

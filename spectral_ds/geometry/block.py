@@ -15,7 +15,7 @@ import torch
 
 from spectral_ds.geometry.rectangles import Rectangle, addresses
 from spectral_ds.graph import Edges
-from spectral_ds.sharding import intervals
+from spectral_ds.sharding import Signal, intervals
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class LocalBlock:
         is_own[is_own] = self.own_rows[at[is_own]] == rows[is_own]
         return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
 
-    def load(self, fragments: Sequence[torch.Tensor | None], views: Sequence[torch.Tensor]) -> None:
+    def load(self, fragments: Signal, views: Sequence[torch.Tensor]) -> None:
         """Copy fragment values into own rows.
 
         Elements that are neither owned nor received keep what they hold: no owned element ever
@@ -141,9 +141,7 @@ class LocalBlock:
                 if fragments[place.rectangle.fragment] is None:
                     view.zero_()
 
-    def store(
-        self, views: Sequence[torch.Tensor], fragments: Sequence[torch.Tensor | None]
-    ) -> None:
+    def store(self, views: Sequence[torch.Tensor], fragments: Signal) -> None:
         """Copy owned elements back into the fragments, in their own dtype."""
         places, values = self._paired(views, fragments)
         if places:
@@ -152,7 +150,7 @@ class LocalBlock:
     def add(
         self,
         views: Sequence[torch.Tensor],
-        fragments: Sequence[torch.Tensor | None],
+        fragments: Signal,
         factors: Sequence[float],
     ) -> None:
         """Add owned elements, times the factor of each fragment, to the fragments."""
@@ -173,7 +171,7 @@ class LocalBlock:
         ]
 
     def _paired(
-        self, views: Sequence[torch.Tensor], fragments: Sequence[torch.Tensor | None]
+        self, views: Sequence[torch.Tensor], fragments: Signal
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Views of the stored elements, in the matrix and in the fragments that there are."""
         places, values = [], []

@@ -16,6 +16,7 @@ from spectral_ds.laplacian.boundary import BoundaryExchange
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
 from spectral_ds.laplacian.kernels import Kernel
 from spectral_ds.laplacian.transpose import Transposition
+from spectral_ds.sharding import Signal
 
 
 class Matrix(NamedTuple):
@@ -75,7 +76,7 @@ class LaplacianOperator:
         is_whole = self.transposition is not None or self.block.is_whole
         return Matrix(values, owned, received, [values[: self.block.own]] if is_whole else owned)
 
-    def load(self, signal: Sequence[torch.Tensor | None], x: Matrix) -> None:
+    def load(self, signal: Signal, x: Matrix) -> None:
         """x ← the signal's own elements (collective if there is a transposition).
 
         Args:
@@ -87,16 +88,14 @@ class LaplacianOperator:
         else:
             self.transposition.load(signal, x.owned, x.received)
 
-    def store(self, x: Matrix, signal: Sequence[torch.Tensor | None]) -> None:
+    def store(self, x: Matrix, signal: Signal) -> None:
         """The signal ← own elements of x, (own rows or more, width); undoes `load`."""
         if self.transposition is None:
             self.block.store(x.owned, signal)
         else:
             self.transposition.store(x.owned, x.received, signal)
 
-    def add(
-        self, x: Matrix, signal: Sequence[torch.Tensor | None], factors: Sequence[float]
-    ) -> None:
+    def add(self, x: Matrix, signal: Signal, factors: Sequence[float]) -> None:
         """The signal ← the signal + factor · own elements of x, with a factor a fragment."""
         if self.transposition is None:
             self.block.add(x.owned, signal, factors)

@@ -14,7 +14,7 @@ import torch
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.rectangles import Rectangle
 from spectral_ds.laplacian.buffers import SplitBuffers
-from spectral_ds.sharding import Communicator, intervals
+from spectral_ds.sharding import Communicator, Signal, intervals
 
 
 def column_slices(elements: npt.NDArray[np.int64], width: int) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class Transposition:
 
     def load(
         self,
-        fragments: Sequence[torch.Tensor | None],
+        fragments: Signal,
         owned: Sequence[torch.Tensor],
         received: list[torch.Tensor],
     ) -> None:
@@ -129,7 +129,7 @@ class Transposition:
         self,
         owned: Sequence[torch.Tensor],
         received: list[torch.Tensor],
-        fragments: Sequence[torch.Tensor | None],
+        fragments: Signal,
     ) -> None:
         """Bring the signal back into the fragments, in their own dtype (collective)."""
         self.block.store(owned, fragments)
@@ -140,7 +140,7 @@ class Transposition:
         self,
         owned: Sequence[torch.Tensor],
         received: list[torch.Tensor],
-        fragments: Sequence[torch.Tensor | None],
+        fragments: Signal,
         factors: Sequence[float],
     ) -> None:
         """Add the signal, times the factor of each fragment, to the fragments (collective)."""
@@ -149,7 +149,7 @@ class Transposition:
             part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
 
     def _returned(
-        self, received: list[torch.Tensor], fragments: Sequence[torch.Tensor | None]
+        self, received: list[torch.Tensor], fragments: Signal
     ) -> Iterator[tuple[torch.Tensor, Rectangle, torch.Tensor]]:
         """What comes back: (values, rectangle, fragment) of all that this rank sent."""
         if received:

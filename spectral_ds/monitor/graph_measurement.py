@@ -11,7 +11,6 @@ from spectral_ds.config import ADAPTIVE, SpectralConfig
 from spectral_ds.engines import Engine
 from spectral_ds.filters import StrengthSchedule
 from spectral_ds.laplacian import ParameterGraph
-from spectral_ds.monitor.norms import Signal
 from spectral_ds.monitor.readings import FilterReading, GraphReading
 from spectral_ds.monitor.verdict import (
     ENOUGH_SAMPLES,
@@ -20,6 +19,7 @@ from spectral_ds.monitor.verdict import (
     judged_gains,
     verdict,
 )
+from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import SignalToNoise, density_of_states
 from spectral_ds.stack import StackedGraph
 

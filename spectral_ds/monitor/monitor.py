@@ -17,9 +17,10 @@ from spectral_ds.engines import Engine
 from spectral_ds.monitor.board import Board
 from spectral_ds.monitor.dashboard import Dashboard
 from spectral_ds.monitor.graph_measurement import GraphMeasurement
-from spectral_ds.monitor.norms import ParameterNorms, Signal
+from spectral_ds.monitor.norms import ParameterNorms
 from spectral_ds.monitor.readings import Energies, RegularizerReading, StepReading
 from spectral_ds.monitor.regularizer_measurement import RegularizerMeasurement
+from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, band_energies, squared_norm
 from spectral_ds.stack import Stack
 

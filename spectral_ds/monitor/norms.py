@@ -7,9 +7,8 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.sharding import Communicator, Fragment, squared_norm_of
+from spectral_ds.sharding import Communicator, Fragment, Signal, squared_norm_of
 
-Signal = Sequence[torch.Tensor | None]
 Values = npt.NDArray[np.float64]
 
 # Of a parameter of more elements than this, `thinned` takes one in a stride.

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from spectral_ds.filters import Regularizer
-from spectral_ds.monitor.norms import ParameterNorms, Signal, Values
+from spectral_ds.monitor.norms import ParameterNorms, Values
 from spectral_ds.monitor.readings import RegularizerReading
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, Signal
 
 
 class RegularizerMeasurement:

@@ -4,7 +4,14 @@ Knows nothing of engines or graphs; everything else in the package speaks in its
 """
 
 from spectral_ds.sharding.collectives import Communicator
-from spectral_ds.sharding.fragments import Fragment, ShardLayout, ShardLayoutError
+from spectral_ds.sharding.fragments import Fragment, ShardLayout, ShardLayoutError, Signal
 from spectral_ds.sharding.norms import squared_norm_of
 
-__all__ = ["Communicator", "Fragment", "ShardLayout", "ShardLayoutError", "squared_norm_of"]
+__all__ = [
+    "Communicator",
+    "Fragment",
+    "ShardLayout",
+    "ShardLayoutError",
+    "Signal",
+    "squared_norm_of",
+]

@@ -8,8 +8,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
+
+import torch
 
 from spectral_ds.sharding.collectives import Communicator
+
+# A value for each of this rank's fragments, flat, any floating dtype; None where there is none.
+Signal: TypeAlias = Sequence[torch.Tensor | None]
 
 
 class ShardLayoutError(RuntimeError):

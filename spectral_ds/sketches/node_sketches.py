@@ -18,7 +18,7 @@ from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.geometry.owners import RowOwners, runs_of
 from spectral_ds.geometry.rectangles import Rectangle
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.sharding import Communicator, Fragment, ShardLayout
+from spectral_ds.sharding import Communicator, Fragment, ShardLayout, Signal
 from spectral_ds.sketches.features import add_sketch
 from spectral_ds.sketches.projection import gaussian_projection, sketch_size
 
@@ -127,7 +127,7 @@ class Sketches:
         """A flat buffer for this rank's partial sketches, float32, zeros."""
         return torch.zeros(sum(map(self._size, self.own_spans)), device=self._communicator.device)
 
-    def take(self, signal: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    def take(self, signal: Signal) -> torch.Tensor:
         """This rank's partial sketches of a signal, in memory that the next call reuses.
 
         No communication.

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 
 from spectral_ds.laplacian import LaplacianOperator
-from spectral_ds.sharding import Communicator, squared_norm_of
+from spectral_ds.sharding import Communicator, Signal, squared_norm_of
 
 
 def chebyshev_moments(
     operators: Sequence[LaplacianOperator],
-    signal: Sequence[torch.Tensor | None],
+    signal: Signal,
     count: int,
     communicator: Communicator,
 ) -> torch.Tensor:
@@ -53,7 +53,7 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def squared_norm(signal: Sequence[torch.Tensor | None], communicator: Communicator) -> torch.Tensor:
+def squared_norm(signal: Signal, communicator: Communicator) -> torch.Tensor:
     """‖X‖² over all ranks, float64, 0-D, equal on all ranks (one all-reduce).
 
     Args:

@@ -7,12 +7,12 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.laplacian import LaplacianOperator, Matrix
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, Signal
 
 
 def roughness(
     operators: Sequence[LaplacianOperator],
-    signal: Sequence[torch.Tensor | None],
+    signal: Signal,
     names: Sequence[str],
     communicator: Communicator,
 ) -> npt.NDArray[np.float64]:

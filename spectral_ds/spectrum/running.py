@@ -1,10 +1,11 @@
 """Running mean of a gradient's sketches over steps, and of what consecutive ones have in common."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState, numbers_below
+from spectral_ds.sharding import Signal
 from spectral_ds.sketches.node_sketches import Sketches
 
 
@@ -36,7 +37,7 @@ class RunningSketch:
         self.kept = torch.zeros((), dtype=torch.float64, device=self.mean.device)
         self.concentration = torch.zeros_like(self.kept)
 
-    def take(self, gradients: Sequence[torch.Tensor | None], scale: float) -> torch.Tensor:
+    def take(self, gradients: Signal, scale: float) -> torch.Tensor:
         """Partial sketches of a sample, valid until the next is taken; no communication.
 
         Args:

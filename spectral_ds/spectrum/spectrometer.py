@@ -11,12 +11,10 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.laplacian import OperatorPlan
-from spectral_ds.sharding import Communicator
+from spectral_ds.sharding import Communicator, Signal
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.moments import chebyshev_moments
 from spectral_ds.spectrum.roughness import roughness
-
-Signal = Sequence[torch.Tensor | None]
 
 
 class Spectrometer:

@@ -4,7 +4,7 @@ A gradient is its expectation (signal) plus what a batch adds by chance (noise).
 holds all of the signal but only a part of the noise; two such means tell both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from spectral_ds.checkpoint import PartState, Restoration, SavedState, numbers_below
+from spectral_ds.sharding import Signal
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.running import ConsecutiveSamples, RunningSketch, weight_of_newest
@@ -176,7 +177,7 @@ class GradientStatistics:
 
     def observe(
         self,
-        gradients: Sequence[torch.Tensor | None],
+        gradients: Signal,
         scale: float,
         is_finite: torch.Tensor | None = None,
     ) -> torch.Tensor:

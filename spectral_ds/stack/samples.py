@@ -14,13 +14,11 @@ from spectral_ds.engines import Engine
 from spectral_ds.geometry.buckets import bucket_elements, parameters_with_edges
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import FeatureSource, ParameterGraph, plan_on_node_signals
-from spectral_ds.sharding import ShardLayout
+from spectral_ds.sharding import ShardLayout, Signal
 from spectral_ds.sketches.features import no_features
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, RunningSketch, Spectrometer
 from spectral_ds.stack.choices import GraphChoice, feature_width, is_adaptive, sketch_shape
-
-Signal = Sequence[torch.Tensor | None]
 
 
 class GradientSamples:

@@ -16,11 +16,9 @@ from spectral_ds.filters import (
     TemporalFilter,
 )
 from spectral_ds.laplacian import KernelUnavailableError, require_kernel
-from spectral_ds.sharding import Fragment, ShardLayout
+from spectral_ds.sharding import Fragment, ShardLayout, Signal
 from spectral_ds.stack.choices import GraphChoice, choose_graphs, head_width_of
 from spectral_ds.stack.stacked_graph import StackedGraph
-
-Signal = Sequence[torch.Tensor | None]
 
 
 class Stack:

@@ -9,6 +9,7 @@ from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph, plan_on_node_signals
+from spectral_ds.sharding import Signal
 from spectral_ds.sketches.node_sketches import Sketches
 from spectral_ds.spectrum import GradientStatistics, Spectrometer
 
@@ -17,10 +18,8 @@ JUDGING_SKETCH_WIDTH = 32
 # Nothing is forgotten: all samples weigh alike.
 NO_DECAY = 1 - 1e-9
 
-Gradients = Sequence[torch.Tensor | None]
 
-
-def gradients_of(model: ModelUnderTest, batches: Iterable[Batch]) -> Iterator[Gradients]:
+def gradients_of(model: ModelUnderTest, batches: Iterable[Batch]) -> Iterator[Signal]:
     """The gradient of the mean loss over each batch; valid until the next is asked for."""
     model.module.train()
     for batch in batches:
@@ -47,7 +46,7 @@ class MeanGradient:
         self._mean = self._sketches.empty()
         self._samples = 0
 
-    def observe(self, gradients: Gradients) -> None:
+    def observe(self, gradients: Signal) -> None:
         """Take one sample."""
         self._samples += 1
         self._mean += (self._sketches.take(gradients) - self._mean) / self._samples

@@ -18,7 +18,7 @@ from spectral_ds.cli.inspect.candidates import (
     ranked,
     unmeasured_result,
 )
-from spectral_ds.cli.inspect.gradients import Gradients, MeanGradient, gradients_of, statistics_on
+from spectral_ds.cli.inspect.gradients import MeanGradient, gradients_of, statistics_on
 from spectral_ds.cli.inspect.graph_properties import GraphProperties, InspectedGraph
 from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.cli.inspect.report import GraphReport
@@ -26,6 +26,7 @@ from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.graph import UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
+from spectral_ds.sharding import Signal
 from spectral_ds.sketches.features import no_features
 from spectral_ds.stack.choices import feature_width
 
@@ -136,7 +137,7 @@ class Inspection:
             self._made[graph, whole] = built
         return self._made[graph, whole]
 
-    def _gradients(self, batches: Sequence[Batch], what: str) -> Iterator[Gradients]:
+    def _gradients(self, batches: Sequence[Batch], what: str) -> Iterator[Signal]:
         with progress(what, len(batches), "step", True) as update:
             for gradients in gradients_of(self._model, batches):
                 yield gradients
