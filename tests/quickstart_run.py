@@ -1,4 +1,4 @@
-"""One run of the quickstart on a tiny model: in, a folder of `corpus`; out, its `runs` and words."""
+"""The quickstart on a tiny model: in, a folder of `corpus`; out, its `runs` and what it printed."""
 
 import subprocess
 from pathlib import Path
