@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 150
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name},
     "PATH": f"{BINARIES}:{os.environ['PATH']}:/usr/sbin:/sbin",
-    "PYTHONPATH": str(ROOT / "tests"),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
 }
 
 
