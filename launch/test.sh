@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Sets the environment up and runs every check: lint, format, types, tests.
 #
-#   bash launch/test.sh [PYTEST ARGUMENTS]
+#   bash launch/test.sh [--fast] [PYTEST ARGUMENTS]
 #
-# Tests run in two processes, of one core each.
+# --fast leaves out the tests that start a process. Types are checked beside the tests, which run in
+# two processes of one core each.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -11,9 +12,19 @@ bash "$root/launch/setup.sh"
 cd "$root"
 export PATH=$root/.venv/bin:$PATH
 
-run() { printf '\n== %s\n' "$*"; "$@"; }
+show() { printf '\n== %s\n' "$*"; }
+run() { show "$@"; "$@"; }
 
 run ruff check
 run ruff format --check
-run mypy
-run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+
+found=$(mktemp)
+trap 'rm -f "$found"' EXIT
+mypy >"$found" 2>&1 &
+types=$!
+status=0
+run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+show mypy
+wait "$types" || status=$?
+cat "$found"
+exit "$status"

@@ -32,7 +32,7 @@ STATEFUL = {
     "monitor": {"interval": 1},
 }
 RATES = (0.2, 0.1)
-SAVED_AFTER, LATER = 4, 5
+SAVED_AFTER, LATER = 4, 4
 
 
 class Prepared(tiny.TinyLlama):

@@ -14,18 +14,18 @@ from pathlib import Path
 import corpus
 import pytest
 from filelock import FileLock
+from quickstart_run import run_quickstart
 from ranks import RankPool
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
+pytest_plugins = ["nodes"]
+
 # The files that take longest come first, so that workers end together.
 FIRST = ("test_multinode", "test_launch", "test_oracle", "test_engines", "test_updates")
 FAST = "--fast"
-
-QUICKSTART_STEPS = 11
-TIMEOUT_SECONDS = 300
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption(FAST):
-        left_out = [item for item in items if "processes" in item.fixturenames]  # type: ignore[attr-defined]
+        left_out = [item for item in items if "processes" in getattr(item, "fixturenames", ())]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -91,19 +91,3 @@ def quickstart(processes: None, tmp_path_factory: pytest.TempPathFactory) -> tup
             corpus.write(folder)
             printed.write_text(run_quickstart(folder))
     return folder / "runs", printed.read_text()
-
-
-def run_quickstart(folder: Path) -> str:
-    """What it printed."""
-    command = ["bash", Path(__file__).parent.parent / "launch" / "quickstart.sh"]
-    command += ["--steps", QUICKSTART_STEPS, "--tokens", 16, "--out", folder / "runs"]
-    command += ["--model", folder / "model", "--data", folder / "reviews.tsv"]
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -49,8 +49,8 @@ def test_a_step_of_every_cell_equals_the_oracle_clipped_by_the_norm_of_the_filte
     if is_alike:
         world_size, (plain,) = ranks_of(cell, 3), unclipped(1, "plain")
         sections, limit = [SECTION], 0.01
-    else:  # three ranks round otherwise than one; not clipped
-        world_size, sections, limit = ranks_of(cell, 3), [None, SECTION], 0.0
+    else:  # ranks round otherwise than one; not clipped
+        world_size, sections, limit = ranks_of(cell, 2), [None, SECTION], 0.0
     results = ranks(world_size).run(one_step, cell, sections, 2, limit)
     if not is_alike:
         plain = results[0][0]

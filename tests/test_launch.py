@@ -8,8 +8,8 @@ from pathlib import Path
 
 import corpus
 import pytest
-from conftest import QUICKSTART_STEPS
 from launching import forked
+from quickstart_run import STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -52,7 +52,7 @@ def test_the_quickstart_runs_with_and_without_the_plugin(quickstart):
     assert spectral.keys() >= COMMON_KEYS | SPECTRAL_KEYS
     for run in (baseline, spectral):
         assert (run["world_size"], run["zero_stage"]) == (2, 2)
-        assert len(run["losses"]) == QUICKSTART_STEPS
+        assert len(run["losses"]) == STEPS
         assert run["final_loss"] == run["losses"][-1]
         assert run["perturbation"] > 0
     # The same weights and the same first batch, then different gradients.

@@ -1,9 +1,7 @@
-"""Moments, band energies, metrics and the TensorBoard file, against dense spectra."""
+"""Moments, band energies and metrics, against dense spectra."""
 
-import csv
 import gc
 import weakref
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -12,14 +10,10 @@ import tiny
 import torch
 import torch.distributed as dist
 from cells import CELLS, Training, one_step
-from ranks import RankError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 import spectral_ds
-from spectral_ds.monitor import Board, Dashboard, ParameterNorms
-from spectral_ds.monitor import norms as norms_module
-from spectral_ds.sharding import Communicator, Fragment
 from spectral_ds.spectrum import band_energies
 from spectral_ds.stack import choices
 
@@ -437,180 +431,3 @@ def test_a_graph_that_was_rebuilt_is_not_kept(tmp_path):
     gc.collect()
     assert first() is None
     run.close()
-
-
-def thinned_ratios(name):
-    """Update-to-weight ratios by role, weights around the update, elements kept and owned."""
-    usual, norms_module.LARGE = norms_module.LARGE, 200
-    try:
-        training = Training(CELLS[name], {"preset": "observe", "monitor": {"interval": 2}})
-    finally:
-        norms_module.LARGE = usual
-    before = training.snapshot()
-    training.step(0)
-    after = training.snapshot()
-    kept = sum(weight.numel() for weight in training.plugin.monitor._weights)
-    owned = sum(fragment.length for fragment in training.plugin.engine.fragments)
-    training.step(1)
-    metrics = training.plugin.metrics()
-    training.close()
-    return metrics, before, after, kept, owned
-
-
-@pytest.mark.parametrize(("name", "world_size"), [("plain", 1), ("zero1", 3), ("fsdp2", 2)])
-def test_of_large_parameters_a_part_tells_how_far_they_moved(ranks, name, world_size):
-    results = ranks(world_size).run(thinned_ratios, name)
-    assert sum(kept for *_, kept, _ in results) < 0.2 * sum(owned for *_, owned in results)
-    for metrics, before, after, _, _ in results:
-        moved = {n: (after[n] - w).ravel() for n, w in before.items() if (after[n] != w).any()}
-        squares = {}
-        for parameter, update in moved.items():
-            taken = update[::17] if update.size > 200 else update
-            role = oracle.role_and_block(parameter)[0]
-            sums = np.array([np.sum(taken**2.0) / len(taken), np.mean(before[parameter] ** 2.0)])
-            squares[role] = squares.get(role, 0) + update.size * sums
-        assert len(squares) > 10
-        for role, (update, weight) in squares.items():
-            got = metrics[f"update_to_weight_by_role/{role}"]
-            assert got == pytest.approx(np.sqrt(update / weight), rel=1e-3)
-
-
-def test_a_part_tells_nearly_what_all_would():
-    generator = torch.Generator().manual_seed(0)
-    moved = torch.randn(600, 500, generator=generator)
-    moved[:, :100] *= 10  # columns that are unlike others
-    parts = [Fragment("w", start, length) for start, length in ((5, 123_456), (123_461, 176_539))]
-    alone = Communicator.alone(torch.device("cpu"))
-    held = ParameterNorms({"w": (600, 500)}, [Fragment("w", 0, 5), *parts], alone)
-    flat = moved.reshape(-1)
-    thinned = held.thinned([flat[:5], *(flat[p.start : p.end] for p in parts)])
-    torch.testing.assert_close(torch.cat(thinned), flat[::17])
-    [square] = held.squares_of_thinned(thinned)
-    assert np.sqrt(square) == pytest.approx(float(moved.norm()), rel=0.02)
-
-
-def attach_with_a_folder(folder):
-    Training(CELLS["ddp"], {"monitor": {"folder": folder}})
-
-
-def test_a_folder_that_cannot_be_made_is_an_error_on_all_ranks(ranks, tmp_path):
-    (tmp_path / "file").touch()
-    for outcome in ranks(2).outcomes(attach_with_a_folder, str(tmp_path / "file" / "folder")):
-        assert isinstance(outcome, RankError), outcome
-        assert outcome.kind == "SpectralConfigError", outcome.traceback
-        assert "spectral_ds.monitor.folder" in outcome.message
-        assert str(tmp_path / "file" / "folder") in outcome.message
-
-
-def to_boards(names, folder):
-    """Two steps of each engine with a folder of the plugin's own, and two with a user's writer.
-
-    Returns:
-        By engine and kind, on rank 0: what the event file holds before anything is closed; whether
-        the writer is open once the plugin is detached; the last metrics.
-    """
-    found = {}
-    for name in names:
-        for kind in ("folder", "writer"):
-            place = Path(folder, name, kind)
-            section = {
-                "monitor": {"interval": 1, "bands": BANDS},
-                "filter": {"apply_to": "update" if kind == "writer" else "gradient"},
-            }
-            writer = None
-            if kind == "folder":
-                section["monitor"]["folder"] = str(place)
-                training = Training(CELLS[name], section)
-                writer = training.plugin.monitor._board._own_writer
-            else:
-                training = Training(CELLS[name], None)
-                writer = SummaryWriter(str(place)) if dist.get_rank() == 0 else None
-                training.plugin = spectral_ds.attach(
-                    training.wrapped, training.optimizer, section, writer=writer
-                )
-            for index in range(2):
-                training.step(index)
-            held = contents(place) if dist.get_rank() == 0 else None
-            metrics = training.plugin.metrics()
-            training.close()
-            is_open = writer is not None and writer.file_writer is not None
-            if is_open:
-                writer.close()
-            found[name, kind] = held, is_open, metrics
-    return found
-
-
-def contents(place):
-    """Scalars by tag, as (step, value); tags of images; number of layouts."""
-    [file] = place.glob("events.out.tfevents.*")
-    events = EventAccumulator(str(file), size_guidance={"tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-    scalars = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in tags["scalars"]}
-    return scalars, set(tags["images"]), len(events.Tensors("custom_scalars__config__"))
-
-
-@pytest.mark.parametrize(("names", "world_size"), [(("fsdp2", "ddp"), 2), (("plain",), 1)])
-def test_torch_engines_write_to_a_folder_or_a_writer(ranks, names, world_size, tmp_path):
-    results = ranks(world_size).run(to_boards, names, str(tmp_path))
-    for (name, kind), (held, is_open, metrics) in results[0].items():
-        scalars, images, layouts = held
-        what, other = ("update", "gradient") if kind == "writer" else ("gradient", "update")
-        for tag in ("nodes", "filter_seconds", f"{what}_norm/after", "gradient_norm/all"):
-            steps, values = zip(*scalars[f"spectral_ds/{tag}"], strict=True)
-            assert steps == (0, 1), (name, kind, tag)
-            assert values[-1] == pytest.approx(metrics[tag], rel=1e-6)
-        assert f"spectral_ds/{other}_norm/after" not in scalars
-        assert len(scalars["spectral_ds/update_to_weight/all"]) == 1
-        assert "spectral_ds/energy" in images
-        rough = {tag for tag in images if "roughness" in tag}
-        assert rough == {f"spectral_ds/roughness_of_the_filtered_{what}_by_block_and_role"}
-        assert layouts == 2  # again, when ratios were known
-        assert is_open == (kind == "writer")
-    for others in results[1:]:
-        for case, (held, is_open, metrics) in others.items():
-            assert (held, is_open) == (None, False)
-            assert metrics == results[0][case][2]
-
-
-def with_csv_alone(folder):
-    board = {"enabled": True, "output_path": folder, "job_name": "run"}
-    section = {"monitor": {"interval": 2, "figures_interval": 2, "bands": BANDS}}
-    return adamw_run(section, 3, {"csv_monitor": board})[1]
-
-
-def test_scalars_join_deepspeeds_own_where_it_writes_csv_alone(ranks, tmp_path):
-    metrics = ranks(2).run(with_csv_alone, str(tmp_path))[0]
-    folder = tmp_path / "run"
-    for name in ("nodes", "gradient_norm/after", "band_energy_before/0"):
-        file = folder / f"spectral_ds_{name.replace('/', '_')}.csv"
-        _, *rows = csv.reader(file.read_text().splitlines())
-        assert [int(step) for step, _ in rows] == [tiny.GLOBAL_BATCH, 3 * tiny.GLOBAL_BATCH]
-        assert float(rows[-1][1]) == pytest.approx(metrics[name])
-    assert (folder / "Train_Samples_lr.csv").is_file()
-    assert not list(tmp_path.rglob("events.out.tfevents.*"))
-
-
-def test_a_ratio_is_unknown_only_where_what_it_is_over_is():
-    squares, over = np.array([4.0, 4.0, 0.0, 9.0]), np.array([np.nan, 0.0, 0.0, 1.0])
-    np.testing.assert_array_equal(norms_module._ratio(squares, over), [np.nan, 0, 0, 3])
-
-
-@pytest.mark.parametrize(
-    ("monitored", "interval", "drawn"),
-    [
-        (30, 100, [0, 120, 210, 300, 420, 510, 600]),
-        (10, 100, [0, 100, 200, 300, 400, 500, 600]),
-        (150, 100, [0, 150, 300, 450, 600]),
-        (250, 100, [0, 250, 500]),
-    ],
-)
-def test_figures_are_drawn_at_the_first_monitored_step_from_each_interval_on(
-    monitored, interval, drawn
-):
-    board = Board(lambda metrics: None, None, lambda: 0, is_open=True)
-    # The same from whatever step a run goes on.
-    dashboard = Dashboard(board, "heat", [], [], interval)
-    assert [s for s in range(0, 601, monitored) if dashboard.is_due(s, monitored)] == drawn
-    closed = Dashboard(Board(lambda metrics: None, None, lambda: 0, False), "", [], [], interval)
-    assert not closed.is_due(0, monitored)

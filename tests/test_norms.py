@@ -1,8 +1,10 @@
 """Norms of long parameters, and of a part of one: what a float64 sum over all elements gives."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
+from cells import CELLS, Training
 
 from spectral_ds.filters import NormKeeper
 from spectral_ds.graph import ParameterNodes
@@ -12,6 +14,8 @@ from spectral_ds.sharding import Communicator, Fragment
 from spectral_ds.spectrum import squared_norm
 
 ALONE = Communicator.alone(torch.device("cpu"))
+
+
 ROWS, WIDTH = 2**14, 2**10 + 8  # more elements than float32 adds up one by one
 
 
@@ -70,3 +74,58 @@ def test_only_large_parameters_are_thinned(monkeypatch):
     small, large = norms.thinned([torch.arange(60.0), torch.arange(61.0)])
     assert small.tolist() == list(range(60))
     assert large.tolist() == [0, 17, 34, 51]
+
+
+def thinned_ratios(name):
+    """Update-to-weight ratios by role, weights around the update, elements kept and owned."""
+    usual, norms_module.LARGE = norms_module.LARGE, 200
+    try:
+        training = Training(CELLS[name], {"preset": "observe", "monitor": {"interval": 2}})
+    finally:
+        norms_module.LARGE = usual
+    before = training.snapshot()
+    training.step(0)
+    after = training.snapshot()
+    kept = sum(weight.numel() for weight in training.plugin.monitor._weights)
+    owned = sum(fragment.length for fragment in training.plugin.engine.fragments)
+    training.step(1)
+    metrics = training.plugin.metrics()
+    training.close()
+    return metrics, before, after, kept, owned
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("plain", 1), ("zero1", 3), ("fsdp2", 2)])
+def test_of_large_parameters_a_part_tells_how_far_they_moved(ranks, name, world_size):
+    results = ranks(world_size).run(thinned_ratios, name)
+    assert sum(kept for *_, kept, _ in results) < 0.2 * sum(owned for *_, owned in results)
+    for metrics, before, after, _, _ in results:
+        moved = {n: (after[n] - w).ravel() for n, w in before.items() if (after[n] != w).any()}
+        squares = {}
+        for parameter, update in moved.items():
+            taken = update[::17] if update.size > 200 else update
+            role = oracle.role_and_block(parameter)[0]
+            sums = np.array([np.sum(taken**2.0) / len(taken), np.mean(before[parameter] ** 2.0)])
+            squares[role] = squares.get(role, 0) + update.size * sums
+        assert len(squares) > 10
+        for role, (update, weight) in squares.items():
+            got = metrics[f"update_to_weight_by_role/{role}"]
+            assert got == pytest.approx(np.sqrt(update / weight), rel=1e-3)
+
+
+def test_a_part_tells_nearly_what_all_would():
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.randn(600, 500, generator=generator)
+    moved[:, :100] *= 10  # columns that are unlike others
+    parts = [Fragment("w", start, length) for start, length in ((5, 123_456), (123_461, 176_539))]
+    alone = Communicator.alone(torch.device("cpu"))
+    held = ParameterNorms({"w": (600, 500)}, [Fragment("w", 0, 5), *parts], alone)
+    flat = moved.reshape(-1)
+    thinned = held.thinned([flat[:5], *(flat[p.start : p.end] for p in parts)])
+    torch.testing.assert_close(torch.cat(thinned), flat[::17])
+    [square] = held.squares_of_thinned(thinned)
+    assert np.sqrt(square) == pytest.approx(float(moved.norm()), rel=0.02)
+
+
+def test_a_ratio_is_unknown_only_where_what_it_is_over_is():
+    squares, over = np.array([4.0, 4.0, 0.0, 9.0]), np.array([np.nan, 0.0, 0.0, 1.0])
+    np.testing.assert_array_equal(norms_module._ratio(squares, over), [np.nan, 0, 0, 3])

@@ -68,16 +68,17 @@ TOOLBOX = {
     },
 }
 # Which way rows meet in each: rows are cut by shard edges everywhere but on one rank.
-CASES = [
-    ("plain", 1, "auto"),
-    ("zero1", 3, "auto"),
-    ("zero2", 2, "transpose"),
-    ("zero2", 4, "boundary"),
-    ("zero3", 2, "boundary"),
-    ("zero3", 3, "auto"),
-    ("fsdp2", 2, "auto"),
-    ("fsdp2", 3, "transpose"),
-]
+CELLS = {
+    ("plain", 1, "auto"): [*METHODS, *TOOLBOX],
+    ("zero1", 3, "auto"): METHODS,
+    ("zero2", 2, "transpose"): [*METHODS, *TOOLBOX],
+    ("zero2", 4, "boundary"): METHODS,
+    ("zero3", 2, "auto"): METHODS,
+    ("zero3", 3, "boundary"): [*METHODS, *TOOLBOX],
+    ("fsdp2", 2, "auto"): METHODS,
+    ("fsdp2", 3, "transpose"): [*METHODS, *TOOLBOX],
+}
+CASES = [(*cell, method) for cell, methods in CELLS.items() for method in methods]
 
 
 # Of what only a monitored step tells, bytes are looked at here.
@@ -98,7 +99,7 @@ def steps(ranks):
 
     @functools.cache
     def run(name, world_size, exchange):
-        methods = [*METHODS, *TOOLBOX]
+        methods = CELLS[name, world_size, exchange]
         sections = [None, *(section_of(method, exchange) for method in methods)]
         by_rank = ranks(world_size).run(one_step, name, sections)
         by_method = zip(*by_rank, strict=True)
@@ -107,8 +108,7 @@ def steps(ranks):
     return run
 
 
-@pytest.mark.parametrize("method", [*METHODS, *TOOLBOX])
-@pytest.mark.parametrize(("name", "world_size", "exchange"), CASES)
+@pytest.mark.parametrize(("name", "world_size", "exchange", "method"), CASES)
 def test_a_filtered_step_is_the_response_of_the_laplacian_times_the_step(
     steps, name, world_size, exchange, method
 ):

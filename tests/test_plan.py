@@ -141,7 +141,7 @@ def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monito
 @pytest.fixture(
     scope="module",
     # ZeRO-1 cuts parameters as ZeRO-2 does.
-    params=[(e, 4 if e in ("zero2", "fsdp2") else 2) for e in planning.ENGINES],
+    params=[(e, 4 if e == "zero2" else 2) for e in planning.ENGINES],
     ids=lambda cell: f"{cell[0]}-{cell[1]}-ranks",
 )
 def cell(request, ranks):

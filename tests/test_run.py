@@ -88,13 +88,6 @@ def commands(folder, tmp_path):
     }
 
 
-def by_deepspeed(script, *words):
-    return launched(
-        *("deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--log_level", "error"),
-        *("--module", "spectral_ds.run", script, *words),
-    )
-
-
 def by_torchrun(script, *words, **environment):
     return launched(
         *("torchrun", "--nproc_per_node", 2, "--master_port", free_port()),
@@ -107,7 +100,7 @@ def by_torchrun(script, *words, **environment):
 @pytest.mark.parametrize(
     ("name", "launch", "attached_to"),
     [
-        ("deepspeed_loop", by_deepspeed, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
+        ("deepspeed_loop", forked, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
         ("trainer", forked, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
         ("accelerate_loop", forked, "SGD of DistributedDataParallel of LlamaForCausalLM"),
         ("fsdp2_loop", by_torchrun, "SGD of FSDPLlamaForCausalLM"),

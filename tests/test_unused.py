@@ -39,7 +39,6 @@ CASES = [
     ("zero3-offload", 2),
     ("zero3-small-sub-groups", 2),
     ("fsdp2", 3),
-    ("hsdp", 4),
     ("ddp", 2),
 ]
 

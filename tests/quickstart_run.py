@@ -1,0 +1,24 @@
+"""The quickstart on a tiny model: in, a folder of `corpus`; out, its `runs` and what it printed."""
+
+import subprocess
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "quickstart.sh"
+STEPS = 11
+TIMEOUT_SECONDS = 300
+
+
+def run_quickstart(folder: Path) -> str:
+    """What the quickstart printed; its results are in `runs`."""
+    command = ["bash", SCRIPT]
+    command += ["--steps", STEPS, "--tokens", 16, "--out", folder / "runs"]
+    command += ["--model", folder / "model", "--data", folder / "reviews.tsv"]
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
