@@ -4,12 +4,14 @@ A preset lies over the defaults, the user's keys over the preset. What is unknow
 type, out of range or without effect raises `SpectralConfigError`.
 """
 
+import copy
 import difflib
 import importlib.resources
 import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
@@ -110,6 +112,11 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
 
 
 def _read_preset(name: str) -> dict[str, Any]:
+    return copy.deepcopy(_checked_preset(name))
+
+
+@cache
+def _checked_preset(name: str) -> dict[str, Any]:
     path = importlib.resources.files("spectral_ds") / "config" / "presets" / f"{name}.yaml"
     problems: list[str] = []
     preset = plain(OmegaConf.create(path.read_text("utf-8")))
