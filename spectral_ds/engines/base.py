@@ -23,6 +23,10 @@ class UnsupportedEngineError(RuntimeError):
     """The engine, or a feature of it that is in use, is not supported."""
 
 
+class NothingToFilterError(UnsupportedEngineError):
+    """The engine trains nothing."""
+
+
 class Engine(ABC):
     """An engine's gradients and weights, seen as fragments.
 
