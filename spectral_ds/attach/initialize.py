@@ -113,6 +113,19 @@ def attach(
         NothingToFilterError: likewise, as a DeepSpeed engine has no optimizer.
         RuntimeError: a plugin is attached already, to some of the same parameters.
     """
+    plugin = attach_unwatched(model_or_engine, optimizer, config, writer)
+    if plugin is not None:
+        plugin.engine.watch_others()
+    return plugin
+
+
+def attach_unwatched(
+    model_or_engine: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | SpectralConfig | None = None,
+    writer: Any = None,
+) -> SpectralPlugin | None:
+    """`attach`, by one who minds other optimizers himself; also inside of an optimizer's step."""
     engine = engine_for(model_or_engine, optimizer)
 
     def source() -> Any:
@@ -130,7 +143,7 @@ def attach(
     if not agreed.enabled:
         return None
     plugin = SpectralPlugin(engine, _in_a_folder_of_its_own(agreed, engine), writer)
-    for holder in engine.holders:
+    for holder in dict.fromkeys(engine.holders):
         _plugins[holder] = [*map(weakref.ref, plugins_of(holder)), weakref.ref(plugin)]
     engine.log(plugin.describe())
     return plugin
@@ -152,7 +165,7 @@ def plugins_of(engine_or_model: Any) -> list[SpectralPlugin]:
 
 def _refuse_rivals(engine: Engine) -> None:
     """Raise RuntimeError if a plugin filters some of the engine's parameters already."""
-    for holder in engine.holders:
+    for holder in dict.fromkeys(engine.holders):
         for plugin in plugins_of(holder):
             if common := [name for name in engine.shapes if name in plugin.engine.shapes]:
                 raise RuntimeError(

@@ -21,10 +21,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spectral_ds.attach import attach, check_section, plugin_of, plugins_of
+from spectral_ds.attach import check_section, plugin_of, plugins_of
 from spectral_ds.attach.after_import import AfterImport
 from spectral_ds.attach.clipping import FilterBeforeClipping, Training
-from spectral_ds.attach.initialize import has_been_told
+from spectral_ds.attach.initialize import attach_unwatched, has_been_told
 from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
 from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines import UnsupportedEngineError
@@ -74,7 +74,7 @@ class Runner:
         self, model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None
     ) -> SpectralPlugin | None:
         """`spectral_ds.attach` by the configuration (collective); detached by `stop`."""
-        plugin = attach(model_or_engine, optimizer, self._config)
+        plugin = attach_unwatched(model_or_engine, optimizer, self._config)
         if plugin is not None:
             self._is_found = True
             self._plugins.append(weakref.ref(plugin))

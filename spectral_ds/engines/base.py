@@ -118,6 +118,9 @@ class Engine(ABC):
     def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:  # noqa: B027
         """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
 
+    def watch_others(self) -> None:  # noqa: B027
+        """Warn, once for each, of other optimizers that step the same parameters by themselves."""
+
     def restore_step(self, step: int) -> None:  # noqa: B027
         """Go on counting steps from here, if the plugin may set `step`; else `step` stays."""
 

@@ -7,7 +7,6 @@ is found once: it is taken in, or left out with a reason.
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,21 +34,26 @@ class Known:
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        self._references: dict[int, weakref.ref[torch.Tensor]] = {}
+        # Each with whether it was trainable: a frozen one is another thing once it is unfrozen.
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], bool]] = {}
         self.add(parameters)
 
     def add(self, parameters: Iterable[torch.Tensor]) -> None:
         """Count these as looked at."""
-        self._references |= {id(parameter): weakref.ref(parameter) for parameter in parameters}
+        self._seen |= {id(p): (weakref.ref(p), p.requires_grad) for p in parameters}
 
-    def others(self, groups: Iterable[Mapping[str, Any]]) -> list[torch.Tensor]:
+    def __contains__(self, parameter: torch.Tensor) -> bool:
+        reference, was_trainable = self._seen.get(id(parameter), (None, False))
+        is_seen = reference is not None and reference() is parameter
+        return is_seen and (was_trainable or not parameter.requires_grad)
+
+    def others(self, groups: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
         """Of the parameters in an optimizer's groups, the others that its step may change."""
-        references = self._references
         return [
             parameter
             for group in groups
-            for parameter in group["params"]
-            if ((known := references.get(id(parameter))) is None or known() is not parameter)
+            for parameter in group
+            if parameter not in self
             and (parameter.requires_grad or parameter.grad is not None)
             and parameter.numel() > 0
         ]
@@ -63,3 +67,10 @@ def label_of(parameter: torch.Tensor, names: Mapping[int, str], module: torch.nn
     """
     unnamed = f"one of shape {tuple(parameter.shape)} outside of {type(module).__name__}"
     return names.get(id(parameter), unnamed)
+
+
+def reason_to_leave_out(is_named: bool) -> str:
+    """Why a parameter that has no fragment, although the optimizer trains it, gets none."""
+    if is_named:
+        return "frozen, yet with a gradient, by which the optimizer moves them"
+    return "the optimizer trains them, but the module that the plugin is attached to lacks them"

@@ -5,6 +5,7 @@ training loop does between backward and `step()`. A loop that clips calls
 `plugin.filter_gradients()` before. `FSDP2Engine` differs in who owns what only.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from spectral_ds.engines.base import (
 )
 from spectral_ds.engines.capabilities import DistributedTensors
 from spectral_ds.engines.hooks import after_step_of, before_step_of
-from spectral_ds.engines.newcomers import Admission, Known, label_of
+from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
+from spectral_ds.engines.others import OtherOptimizers
 from spectral_ds.engines.replicas import Joining, group_of, replicas_of
 from spectral_ds.sharding import Communicator, Fragment
 
@@ -104,7 +106,7 @@ class TorchEngine(Engine):
         return WholeTensors(self.shapes)
 
     def newcomers(self) -> list[torch.Tensor]:
-        return self._known.others(self._optimizer.param_groups)
+        return self._known.others(group["params"] for group in self._optimizer.param_groups)
 
     def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
         self._known.add(newcomers)
@@ -114,12 +116,10 @@ class TorchEngine(Engine):
         for parameter in newcomers:
             name = label_of(parameter, names, self._module)
             reason = self._reason_against(parameter)
-            if id(parameter) not in names:
-                left_out[name] = "the plugin is attached to a module that does not hold it"
-            elif name not in found:
-                left_out[name] = "it is frozen and yet has a gradient"
+            if name not in found:
+                left_out[name] = reason_to_leave_out(id(parameter) in names)
             elif reason is not None:
-                left_out[name] = f"it {reason}"
+                left_out[name] = reason
                 del found[name]
         kept = {id(parameter) for parameter in before.values()}
         joined = [name for name, parameter in found.items() if id(parameter) not in kept]
@@ -133,6 +133,21 @@ class TorchEngine(Engine):
 
     def when_complete(self, function: Callable[[], None]) -> None:
         self._handles += self._joining.at_end(function)
+
+    def watch_others(self) -> None:
+        def tell(other: torch.optim.Optimizer) -> None:
+            self.log(
+                f"not filtered: a step of {type(other).__name__}, which trains parameters for "
+                f"which the plugin is attached to {type(self._optimizer).__name__}: attach to the "
+                "optimizer in use",
+                logging.WARNING,
+            )
+
+        self._handles.append(
+            OtherOptimizers(
+                self._optimizer, lambda: self._parameters.values(), lambda: self._step, tell
+            )
+        )
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter or gradient, flat."""

@@ -42,8 +42,9 @@ class Newcomers:
         self._is_waiting = False
         before = list(engine.shapes)
         admission = engine.admit(found)
-        for name, reason in admission.left_out.items():
-            engine.log(f"the optimizer trains {name}, not filtered: {reason}", logging.WARNING)
+        for reason in dict.fromkeys(admission.left_out.values()):
+            names = [name for name, why in admission.left_out.items() if why == reason]
+            engine.log(f"not filtered: {listed(names)}: {reason}", logging.WARNING)
         if not admission.joined:
             return stack
         joined = listed(admission.joined)
