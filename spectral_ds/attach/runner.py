@@ -29,6 +29,7 @@ from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name
 from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines import UnsupportedEngineError
 from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.engines.replicas import Joining, replicas_of
 from spectral_ds.plugin import SpectralPlugin
 
 # Names the file with the section, where no DeepSpeed config has it.
@@ -49,6 +50,8 @@ class Runner:
         # In the order in which they were built, which is the same on all ranks.
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._settled: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # They began to train inside a join(), which ranks may have left: the next one attaches.
+        self._postponed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._stepping: list[int] = []  # ids of optimizers, inner ones last
         self._is_found = False  # whether anything has a plugin, by this runner or by the program
         self._has_reported = False
@@ -172,6 +175,7 @@ class Runner:
         self, original: Callable[..., Any], replica: DistributedDataParallel, **kwargs: Any
     ) -> Any:
         # Inside, a rank may leave before its first step; attaching takes all of them.
+        self._postponed.clear()
         self._settle_trainers_of({id(parameter) for parameter in replica.parameters()})
         return original(replica, **kwargs)
 
@@ -194,6 +198,8 @@ class Runner:
 
     def _settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Attach to an optimizer that begins to train, or note why not; once for each."""
+        if optimizer in self._postponed:
+            return
         self._settled.add(optimizer)
         own = parameters_of(optimizer)
         what = f"{type(optimizer).__name__} of {len(own)} parameters"
@@ -217,6 +223,11 @@ class Runner:
         what = f"{type(optimizer).__name__} of {name_of(module)}"
         if (missing := sum(id(p) not in held for p in own)) > 0:
             what += f" (but not {missing} of its {len(own)} parameters, which are elsewhere)"
+        if not Joining(replicas_of(module)).is_complete:
+            self._settled.discard(optimizer)
+            self._postponed.add(optimizer)
+            self._refuse(what, "built inside join(), which ranks may have left; build it before")
+            return
         if not self._takes_over(optimizer, module, what):
             return
         try:

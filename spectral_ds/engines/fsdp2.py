@@ -20,6 +20,10 @@ class FSDP2Engine(TorchEngine):
 
     _mesh: Any = None  # of all parameters
     _axis = 0  # that shards them
+    _way_out = (
+        "; if it was made after a forward pass without a backward one, it has the parameters that "
+        "this has gathered: make it before, or after reshard() of the module"
+    )
 
     @staticmethod
     def recognizes(model: torch.nn.Module) -> bool:

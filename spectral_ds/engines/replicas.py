@@ -82,10 +82,11 @@ def _configuration(replica: DistributedDataParallel) -> Any:
 
 
 def _is_inside(replica: DistributedDataParallel) -> bool:
-    """Whether a join() of it is under way: only then there is one alive."""
+    """Whether a join() of it is under way: only then there is one alive that is complete."""
     if not _configuration(replica).enable:
         return False
     from torch.distributed.algorithms.join import Join
 
     joins = [thing for thing in gc.get_objects() if issubclass(type(thing), Join)]
-    return any(each is replica for join in joins for each in join._joinables)
+    entered = [vars(join)["_joinables"] for join in joins if "_join_hooks" in vars(join)]
+    return any(each is replica for joinables in entered for each in joinables)

@@ -38,8 +38,11 @@ class TorchEngine(Engine):
         optimizer: the optimizer that trains it.
 
     Raises:
-        UnsupportedEngineError: FSDP1 is in use, or the optimizer trains none of the parameters.
+        UnsupportedEngineError: FSDP1 is in use, the optimizer trains none of the parameters, or
+            the model is in a `join()` that ranks may have left.
     """
+
+    _way_out = ""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module = unwrapped(model)
@@ -50,10 +53,14 @@ class TorchEngine(Engine):
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._replicas = replicas_of(model)
         self._joining = Joining(self._replicas)
+        if not self._joining.is_complete:
+            raise UnsupportedEngineError("ranks may have left this join(): attach before it begins")
         self.holders = (model, module, *parts_of(module), optimizer)
         found = self._trained()
         if not found:
-            raise UnsupportedEngineError("optimizer: it trains no parameter of the model")
+            raise UnsupportedEngineError(
+                f"optimizer: it trains no parameter of the model{self._way_out}"
+            )
         for name, parameter in found.items():
             if (reason := self._reason_against(parameter)) is not None:
                 raise UnsupportedEngineError(f"parameter {name!r} {reason}")
