@@ -21,7 +21,7 @@ from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.monitor import Monitor
 from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import Density, Eigenpairs, SignalToNoise, squared_norm
-from spectral_ds.stack import Stack
+from spectral_ds.stack import Newcomers, Stack
 
 
 class SpectralPlugin:
@@ -40,6 +40,7 @@ class SpectralPlugin:
     def __init__(self, engine: Engine, config: SpectralConfig, writer: Any = None) -> None:
         self.config, self.engine = config, engine
         self.stack = Stack(engine, config)
+        self._newcomers = Newcomers(engine, config)
         self.monitor = Monitor(engine, config, self.stack, writer)
         self._filters_updates = config.filter.apply_to == "update"
         self._pulls = self.stack.regularizer is not None and (
@@ -56,6 +57,7 @@ class SpectralPlugin:
         self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
         if config.checkpoint.enabled:
             self._persistence.carry()
+        engine.when_complete(self._catch_up)
         self._warn_of_unstable_pull()
 
     def before_step(self) -> None:
@@ -71,6 +73,7 @@ class SpectralPlugin:
         and before `clip_grad_norm_`. The hook then leaves this step alone.
         """
         self._warn_of_skipped_steps()
+        self._use(self._newcomers.join(self.stack))  # parameters that are trained from now on
         step = self._step = self.engine.step
         self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
@@ -78,10 +81,8 @@ class SpectralPlugin:
         gradients, scale = self.stack.only_filtered(whole), self.engine.loss_scale
         self.monitor.begin_step(step, whole, scale)
         is_finite = self._others_are_finite(step, whole)
-        for graph in self.stack.graphs:
-            if graph.is_due(step):
-                graph.build()  # a new graph, every refresh_interval
-            # Signal and noise, every statistics.interval.
+        self.stack.refresh(step)  # new graphs, every refresh_interval
+        for graph in self.stack.graphs:  # signal and noise, every statistics.interval
             graph.samples.take(step, gradients, scale, is_finite)
         if self.stack.regularizer is not None and not self._pulls:
             self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
@@ -103,6 +104,20 @@ class SpectralPlugin:
                     self.stack.filter.apply(updates, step)
         if self.stack.regularizer is not None and self._pulls:
             self.stack.regularizer.pull(self.stack.weights(), self.engine.learning_rates())
+
+    def _use(self, stack: Stack) -> None:
+        """Filter by another stack of the same engine from now on."""
+        if stack is not self.stack:
+            self.stack = stack
+            self.monitor.use(stack)
+            self._persistence.use(stack)
+            if self._updates is not None:
+                self._updates = Updates(self._filtered_weights())
+
+    def _catch_up(self) -> None:
+        """What the engine calls when ranks are back that had left (collective)."""
+        self._persistence.level()
+        self.stack.catch_up()
 
     def _edits_gradients(self, step: int) -> bool:
         adds = self.stack.regularizer is not None and not self._pulls

@@ -4,26 +4,32 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config, read_json
-from spectral_ds.engines import engine_for
+from spectral_ds.console.messages import logger
+from spectral_ds.engines import Engine, NothingToFilterError, engine_for
 from spectral_ds.plugin import SpectralPlugin
 from spectral_ds.sharding import Communicator
+from spectral_ds.stack.newcomers import listed
 
-# The engine's hook keeps its plugin alive; these references do not.
-_plugins: "weakref.WeakKeyDictionary[Any, weakref.ref[SpectralPlugin]]" = (
+# By what they are attached to, oldest first. The engine's hook keeps its plugin alive; these
+# references do not.
+_plugins: "weakref.WeakKeyDictionary[Any, list[weakref.ref[SpectralPlugin]]]" = (
     weakref.WeakKeyDictionary()
 )
+_told: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize`, with the plugin attached if its config has the section "spectral_ds".
 
     Takes the arguments of `deepspeed.initialize` and returns its four results. Without the
-    section, or with `enabled: false`, DeepSpeed trains as it does by itself.
+    section, with `enabled: false`, or without an optimizer (a frozen reference model), DeepSpeed
+    does as it does by itself.
 
     Raises:
         SpectralConfigError: the section is wrong, or differs between ranks; on all ranks alike,
@@ -36,8 +42,17 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
     # Under `spectral_ds.run`, the call above has attached it.
     if results[0].config.get(SECTION) is not None and plugin_of(results[0]) is None:
-        attach(results[0])
+        try:
+            attach(results[0])
+        except NothingToFilterError as reason:  # the config may be shared with models that train
+            if results[0] not in _told and results[0].global_rank == 0:
+                logger.info(f"nothing to filter in {type(results[0].module).__name__}: {reason}")
     return results
+
+
+def has_been_told(engine: Any) -> None:
+    """Remember that the user knows that a DeepSpeed engine has nothing to filter."""
+    _told.add(engine)
 
 
 def check_section(
@@ -74,9 +89,16 @@ def attach(
 ) -> SpectralPlugin | None:
     """Attach the plugin to an engine that exists (collective on the engine's ranks).
 
+    These are the process group of DistributedDataParallel, the mesh of `fully_shard`, the data
+    parallel group of DeepSpeed. A module in none of them counts as trained by all ranks alike; for
+    one that only some ranks train, put it in DistributedDataParallel on a group of these.
+
+    Several optimizers of one module, of different parameters, have a plugin each.
+
     Args:
         model_or_engine: a DeepSpeed engine, or a torch module: plain, in DistributedDataParallel,
-            or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled.
+            or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled. Several models
+            with one optimizer: in a `torch.nn.ModuleDict` or `ModuleList`.
         optimizer: the optimizer that trains the module; not for DeepSpeed.
         config: see `load_config`; by default the section of the engine's own config.
         writer: a `torch.utils.tensorboard.SummaryWriter` for the metrics and figures, on rank 0;
@@ -88,13 +110,26 @@ def attach(
     Raises:
         SpectralConfigError: there is no section, it is wrong, or it differs between ranks.
         UnsupportedEngineError: the engine is not supported.
-        RuntimeError: a plugin is attached already.
+        NothingToFilterError: likewise, as a DeepSpeed engine has no optimizer.
+        RuntimeError: a plugin is attached already, to some of the same parameters.
     """
+    plugin = attach_unwatched(model_or_engine, optimizer, config, writer)
+    if plugin is not None:
+        plugin.engine.watch_others()
+    return plugin
+
+
+def attach_unwatched(
+    model_or_engine: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | SpectralConfig | None = None,
+    writer: Any = None,
+) -> SpectralPlugin | None:
+    """`attach`, by one who minds other optimizers himself; also inside of an optimizer's step."""
     engine = engine_for(model_or_engine, optimizer)
 
     def source() -> Any:
-        if plugin_of(model_or_engine) is not None:
-            raise RuntimeError("a spectral_ds plugin is attached already; detach() it first")
+        _refuse_rivals(engine)
         if config is not None:
             return config
         if engine.config_section is None:
@@ -107,19 +142,45 @@ def attach(
     assert agreed is not None, "source() always gives a config"
     if not agreed.enabled:
         return None
-    plugin = SpectralPlugin(engine, agreed, writer)
-    reference = weakref.ref(plugin)
-    for holder in engine.holders:
-        _plugins[holder] = reference
+    plugin = SpectralPlugin(engine, _in_a_folder_of_its_own(agreed, engine), writer)
+    for holder in dict.fromkeys(engine.holders):
+        _plugins[holder] = [*map(weakref.ref, plugins_of(holder)), weakref.ref(plugin)]
     engine.log(plugin.describe())
     return plugin
 
 
 def plugin_of(engine_or_model: Any) -> SpectralPlugin | None:
-    """The plugin attached to this engine or to its model; None if there is none."""
-    reference = _plugins.get(engine_or_model)
-    plugin = None if reference is None else reference()
-    return plugin if plugin is not None and plugin.attached else None
+    """The plugin attached to this engine, model or torch optimizer; None if there is none.
+
+    Of several optimizers of one model, each has its own; the model gives that of the first.
+    """
+    return next(iter(plugins_of(engine_or_model)), None)
+
+
+def plugins_of(engine_or_model: Any) -> list[SpectralPlugin]:
+    """All plugins attached to it, oldest first: one for each of its optimizers."""
+    found = [reference() for reference in _plugins.get(engine_or_model, ())]
+    return [plugin for plugin in found if plugin is not None and plugin.attached]
+
+
+def _refuse_rivals(engine: Engine) -> None:
+    """Raise RuntimeError if a plugin filters some of the engine's parameters already."""
+    for holder in dict.fromkeys(engine.holders):
+        for plugin in plugins_of(holder):
+            if common := [name for name in engine.shapes if name in plugin.engine.shapes]:
+                raise RuntimeError(
+                    f"a spectral_ds plugin is attached already, to {listed(common)}: call its "
+                    "detach() first, or give each optimizer parameters of its own"
+                )
+
+
+def _in_a_folder_of_its_own(config: SpectralConfig, engine: Engine) -> SpectralConfig:
+    """The configuration, with a folder below `monitor.folder` for all but the first plugin."""
+    number = 1 + max(len(plugins_of(holder)) for holder in engine.holders)
+    if number == 1 or not config.monitor.folder:
+        return config
+    folder = os.path.join(config.monitor.folder, f"optimizer_{number}")
+    return replace(config, monitor=replace(config.monitor, folder=folder))
 
 
 def agree_on_config(source: Callable[[], Any], communicator: Communicator) -> SpectralConfig | None:

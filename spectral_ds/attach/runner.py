@@ -15,18 +15,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from spectral_ds.attach import attach, check_section, plugin_of
+from spectral_ds.attach import check_section, plugin_of, plugins_of
 from spectral_ds.attach.after_import import AfterImport
 from spectral_ds.attach.clipping import FilterBeforeClipping, Training
+from spectral_ds.attach.initialize import attach_unwatched, has_been_told
 from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
-from spectral_ds.config import SECTION, SpectralConfig, load_config
+from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines import UnsupportedEngineError
 from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.engines.replicas import Joining, replicas_of
 from spectral_ds.plugin import SpectralPlugin
 
 # Names the file with the section, where no DeepSpeed config has it.
@@ -47,6 +50,8 @@ class Runner:
         # In the order in which they were built, which is the same on all ranks.
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
         self._settled: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # They began to train inside a join(), which ranks may have left: the next one attaches.
+        self._postponed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._stepping: list[int] = []  # ids of optimizers, inner ones last
         self._is_found = False  # whether anything has a plugin, by this runner or by the program
         self._has_reported = False
@@ -59,6 +64,7 @@ class Runner:
             WrappedMethod(torch.optim.Optimizer, "__init__", self._build),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
+            WrappedMethod(DistributedDataParallel, "join_hook", self._enter_join),
             AfterImport("deepspeed", self._watch_deepspeed),
         ]
         self.watch_clipping()
@@ -71,7 +77,7 @@ class Runner:
         self, model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None
     ) -> SpectralPlugin | None:
         """`spectral_ds.attach` by the configuration (collective); detached by `stop`."""
-        plugin = attach(model_or_engine, optimizer, self._config)
+        plugin = attach_unwatched(model_or_engine, optimizer, self._config)
         if plugin is not None:
             self._is_found = True
             self._plugins.append(weakref.ref(plugin))
@@ -116,8 +122,8 @@ class Runner:
             return
         if plugin is None:
             self._refuse(what, "the configuration says enabled: false")
-        else:
-            say(f"attached to {what}")
+        else:  # perhaps on some ranks only
+            say(f"attached to {what}", plugin.engine.everyone.rank == 0)
 
     # DeepSpeed
 
@@ -133,6 +139,7 @@ class Runner:
         what = f"the DeepSpeed engine of {name_of(engine.module)} (ZeRO stage {stage})"
         if getattr(engine, "basic_optimizer", None) is None:
             self._refuse(what, "it has no optimizer")
+            has_been_told(engine)
         elif self._config is None and engine.config.get(SECTION) is None:
             self._refuse(what, f'its config has no section "{SECTION}", and {VARIABLE} is not set')
         else:
@@ -164,8 +171,21 @@ class Runner:
         if not self._stepping:
             self.report()
 
+    def _enter_join(
+        self, original: Callable[..., Any], replica: DistributedDataParallel, **kwargs: Any
+    ) -> Any:
+        # Inside, a rank may leave before its first step; attaching takes all of them.
+        self._postponed.clear()
+        self._settle_trainers_of({id(parameter) for parameter in replica.parameters()})
+        return original(replica, **kwargs)
+
     def _clipped(self, tensors: set[int]) -> list[Training]:
         """The trainings of some of what is clipped, attached now if they were not yet."""
+        self._settle_trainers_of(tensors)
+        return [training for training in self._trainings if training.trains(tensors)]
+
+    def _settle_trainers_of(self, tensors: set[int]) -> None:
+        """Attach to the optimizers that train some parameters, given by their or gradients' ids."""
         for optimizer in self._alive():
             if optimizer in self._settled:
                 continue
@@ -175,10 +195,11 @@ class Runner:
             rivals = [each for each in self._trainings if each.trains(own)]
             if own & tensors and all(self._is_younger(optimizer, rival) for rival in rivals):
                 self._settle(optimizer)
-        return [training for training in self._trainings if training.trains(tensors)]
 
     def _settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Attach to an optimizer that begins to train, or note why not; once for each."""
+        if optimizer in self._postponed:
+            return
         self._settled.add(optimizer)
         own = parameters_of(optimizer)
         what = f"{type(optimizer).__name__} of {len(own)} parameters"
@@ -202,39 +223,48 @@ class Runner:
         what = f"{type(optimizer).__name__} of {name_of(module)}"
         if (missing := sum(id(p) not in held for p in own)) > 0:
             what += f" (but not {missing} of its {len(own)} parameters, which are elsewhere)"
-        if self._takes_over(optimizer, module, what):
+        if not Joining(replicas_of(module)).is_complete:
+            self._settled.discard(optimizer)
+            self._postponed.add(optimizer)
+            self._refuse(what, "built inside join(), which ranks may have left; build it before")
+            return
+        if not self._takes_over(optimizer, module, what):
+            return
+        try:
             self._try(what, module, optimizer)
+        except SpectralConfigError as error:
+            # The configuration is perhaps about what another optimizer trains.
+            if not self._shares(module, optimizer):
+                raise
+            self._refuse(what, str(error))
+
+    def _shares(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether other optimizers train other parameters of the module."""
+        held = {id(p) for p in module.parameters()} - {id(p) for p in parameters_of(optimizer)}
+        return any(held & {id(p) for p in parameters_of(each)} for each in self._alive())
 
     def _takes_over(
         self, optimizer: torch.optim.Optimizer, module: torch.nn.Module, what: str
     ) -> bool:
-        """Whether to attach to it, next to or in place of others that train the same module."""
+        """Whether to attach to it, in place of others that train some of the same parameters."""
         own = {id(p) for p in parameters_of(optimizer)}
         for training in self._trainings:
             plugin, other = training.plugin, training.optimizer
-            overlaps = training.trains(own)
-            if plugin is None or not (overlaps or plugin_of(module) is plugin):
+            if plugin is None or not training.trains(own):
                 continue
-            if not overlaps and not self._is_younger(optimizer, training):
-                self._refuse(what, f"its module has the plugin for {type(other).__name__}")
-                return False
             plugin.detach()
-            say(f"{type(other).__name__} is detached: {what} trains the same module")
-            if overlaps and training.is_filtered:  # these gradients; the next are this optimizer's
+            say(
+                f"{type(other).__name__} is detached: {what} trains the same parameters",
+                plugin.engine.everyone.rank == 0,
+            )
+            if training.is_filtered:  # these gradients; the next are this optimizer's
                 self._settled.discard(optimizer)
                 return False
-        held = {id(p) for p in module.parameters()} - own
-        for other in self._alive():
-            parts = parameters_of(other)
-            elements = sum(p.numel() for p in parts if id(p) in held)
-            if (
-                elements > sum(p.numel() for p in parameters_of(optimizer))
-                and not own & {id(p) for p in parts}
-                and deepspeed_engine_of(other) is None
-            ):
-                if other not in self._settled:
-                    self._settle(other)
-                self._refuse(what, f"a module has one plugin, here for {type(other).__name__}")
+        for other in optimizers_attached_to(module):  # by the program itself
+            if own & {id(p) for p in parameters_of(other)}:
+                self._refuse(
+                    what, f"the program has attached {type(other).__name__} of the same parameters"
+                )
                 return False
         return True
 
@@ -245,6 +275,12 @@ class Runner:
 
     def _alive(self) -> list[torch.optim.Optimizer]:
         return [each for reference in self._optimizers if (each := reference()) is not None]
+
+
+def optimizers_attached_to(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Those of the plugins of a module."""
+    holders = [holder for plugin in plugins_of(module) for holder in plugin.engine.holders]
+    return [holder for holder in holders if isinstance(holder, torch.optim.Optimizer)]
 
 
 def config_of_environment() -> SpectralConfig | None:
@@ -264,7 +300,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def say(message: str) -> None:
-    """Tell the user, on rank 0."""
-    if rank() == 0:
+def say(message: str, is_first: bool | None = None) -> None:
+    """Tell the user, on rank 0.
+
+    Args:
+        is_first: whether this rank is the first of those that it is about; None: of all ranks.
+    """
+    if rank() == 0 if is_first is None else is_first:
         print(f"spectral_ds: {message}", file=sys.stderr, flush=True)

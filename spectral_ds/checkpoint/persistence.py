@@ -41,6 +41,26 @@ class Persistence:
         self._engine, self._stack = engine, stack
         self._is_strict, self._resumed = is_strict, resumed
 
+    def use(self, stack: StatefulStack) -> None:
+        """Collect and restore the state of another stack from now on."""
+        self._stack = stack
+
+    def level(self) -> None:
+        """Give every rank the state of the one that took most steps (collective).
+
+        Ranks that hold the same parameters whole differ in it where some have left early.
+        """
+        everyone = self._engine.everyone
+        steps = everyone.gather_objects(self._engine.step)
+        if len(set(steps)) == 1:
+            return
+        tensors = self.tensors()
+        for name in sorted(tensors):
+            if everyone.rank != steps.index(max(steps)):
+                tensors[name].zero_()
+            tensors[name].copy_(everyone.sum_(tensors[name].to(everyone.device)))
+        self.use_tensors(tensors)
+
     def carry(self) -> None:
         """Have the engine's own checkpoints carry the state, if it makes any."""
         if self._engine.checkpoints is not None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from spectral_ds.engines.base import Engine, UnsupportedEngineError
+from spectral_ds.engines.base import Engine, NothingToFilterError, UnsupportedEngineError
 
-__all__ = ["Engine", "UnsupportedEngineError", "engine_for"]
+__all__ = ["Engine", "NothingToFilterError", "UnsupportedEngineError", "engine_for"]
 
 
 def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None) -> Engine:
@@ -23,6 +23,7 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
     Raises:
         UnsupportedEngineError: it is none of the supported engines, or uses a feature of one
             that is not supported; says which, and the way out.
+        NothingToFilterError: it is a DeepSpeed engine that trains no parameter.
     """
     deepspeed = sys.modules.get("deepspeed")  # who has not imported it has no engine of it
     if deepspeed is not None and isinstance(model_or_engine, deepspeed.DeepSpeedEngine):
@@ -30,7 +31,12 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
             raise UnsupportedEngineError(
                 "optimizer: a DeepSpeed engine brings its own; leave the argument out"
             )
-        return _deepspeed_engine_for(model_or_engine)
+        if getattr(model_or_engine, "basic_optimizer", None) is None:
+            raise NothingToFilterError("the DeepSpeed engine has no optimizer")
+        adapter = _deepspeed_engine_for(model_or_engine)
+        if not adapter.shapes:
+            raise NothingToFilterError("the DeepSpeed engine's optimizer trains no parameter")
+        return adapter
     if not isinstance(model_or_engine, torch.nn.Module):
         raise UnsupportedEngineError(
             f"cannot attach to {type(model_or_engine).__name__}: neither a DeepSpeed engine nor a "

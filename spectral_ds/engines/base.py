@@ -12,6 +12,7 @@ import torch
 
 from spectral_ds.console.messages import logger
 from spectral_ds.engines.capabilities import DistributedTensors, EngineCheckpoints, EngineMonitor
+from spectral_ds.engines.newcomers import Admission
 from spectral_ds.sharding import Communicator, Fragment
 
 # What torch.compile and activation checkpointing put into parameter names.
@@ -20,6 +21,10 @@ WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 class UnsupportedEngineError(RuntimeError):
     """The engine, or a feature of it that is in use, is not supported."""
+
+
+class NothingToFilterError(UnsupportedEngineError):
+    """The engine trains nothing."""
 
 
 class Engine(ABC):
@@ -31,8 +36,8 @@ class Engine(ABC):
         everyone: all ranks that train together, replicas included.
         shapes: full shape of each trainable parameter by canonical name, in model order; equal on
             all ranks.
-        fragments: what this rank owns; fixed. `gradients`, `weights` and `learning_rates` follow
-            this order.
+        fragments: what this rank owns; fixed until `admit`. `gradients`, `weights` and
+            `learning_rates` follow this order.
         holders: the user's objects by which the plugin can be found again.
         monitor: the engine's own monitor; None if it has none or it is off, on all ranks alike.
         checkpoints: the engine's own checkpoints; None if it makes none.
@@ -113,12 +118,43 @@ class Engine(ABC):
     def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:  # noqa: B027
         """Call `observe` with the task loss of each micro-batch, if the engine gets to see it."""
 
+    def watch_others(self) -> None:  # noqa: B027
+        """Warn, once for each, of other optimizers that step the same parameters by themselves."""
+
     def restore_step(self, step: int) -> None:  # noqa: B027
         """Go on counting steps from here, if the plugin may set `step`; else `step` stays."""
 
     @abstractmethod
     def remove(self) -> None:
         """Take back every hook: `install`, `watch_loss` and `checkpoints.carry`."""
+
+    def newcomers(self) -> Sequence[torch.Tensor]:
+        """Parameters that the next step may change, and that were never looked at.
+
+        To be asked at each step: it reads no tensor and does not communicate.
+        """
+        return ()
+
+    def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
+        """Look at what `newcomers` gave: take it into `shapes` and `fragments`, or leave it out.
+
+        No communication: the same parameters come on all ranks.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all ranks of `everyone` take the present step, so that they may communicate.
+
+        Ranks of `communicator` may in any case.
+        """
+        return True
+
+    def when_complete(self, function: Callable[[], None]) -> None:  # noqa: B027
+        """Call the function on all ranks each time those are back that had left.
+
+        It may communicate. Called after `install`; until `remove`.
+        """
 
     def log(self, message: str, level: int = logging.INFO) -> None:
         """Say something once, on rank 0."""

@@ -6,7 +6,7 @@ once per parameter group.) `after_update` has its place in the step of each kind
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from spectral_ds.engines.base import (
 from spectral_ds.engines.deepspeed_checkpoints import DeepSpeedCheckpoints
 from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor, board_step_of
 from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.engines.newcomers import Admission
 from spectral_ds.engines.used import UsedParameters
 from spectral_ds.sharding import Communicator, Fragment
 
@@ -78,7 +79,12 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         # The gradient of a parameter that a step does not use is that of an earlier step, or zeros.
         self._keeps_old_gradients = False
         self._used: UsedParameters | None = None
-        self._named = {canonical_name(n): p for n, p in engine.module.named_parameters()}
+        self._frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+        self._name_all(engine.module)
+
+    def _name_all(self, module: torch.nn.Module) -> None:
+        """Note the parameters of the model, and their names."""
+        self._named = {canonical_name(n): p for n, p in module.named_parameters()}
         self._name_of = {id(parameter): name for name, parameter in self._named.items()}
 
     def _fragment(self, parameter: torch.nn.Parameter, start: int, length: int) -> Fragment:
@@ -96,6 +102,15 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
             for name, parameter in self._named.items()
             if id(parameter) in trained and getattr(parameter, "ds_numel", parameter.numel()) > 0
         }
+
+    def newcomers(self) -> Sequence[torch.Tensor]:
+        return [parameter for parameter in self._frozen if parameter.requires_grad]
+
+    def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
+        names = [self._name_of[id(parameter)] for parameter in newcomers]
+        self._frozen = [parameter for parameter in self._frozen if not parameter.requires_grad]
+        reason = "unfrozen after DeepSpeed had made its partitions, so not trained either"
+        return Admission([], dict.fromkeys(names, reason))
 
     @property
     def config_section(self) -> Any:

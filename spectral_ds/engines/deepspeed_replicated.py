@@ -4,7 +4,7 @@ In float32 the optimizer is torch's own. In bfloat16 DeepSpeed wraps it and keep
 `FP16_UnfusedOptimizer` one tensor a parameter, `FP16_Optimizer` one flat tensor a parameter group.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from spectral_ds.engines.base import UnsupportedEngineError
 from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import after_step_of
+from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
 from spectral_ds.sharding import Communicator
 
 
@@ -33,25 +34,51 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.data_parallel_group)
         self.communicator = Communicator.alone(self.everyone.device)
+        self._have_all()
+        self._known = Known(placed.parameter for placed in self._placed)
+
+    def _have_all(self) -> None:
+        """Set `shapes` and `fragments` to what the optimizer trains, and what they had before."""
+        kept = {id(placed.parameter) for placed in self._placed}
+        self._name_all(self._engine.module)
         placed = {id(each.parameter): each for each in self._parameters()}
-        self.shapes = self._shapes_of(
-            {id(p) for p in self._named.values() if p.requires_grad and id(p) in placed}
-        )
+        trained = {p for p in placed if p in kept or placed[p].parameter.requires_grad}
+        self.shapes = self._shapes_of(trained)
         self._own(placed[id(self._named[name])] for name in self.shapes)
+
+    def _groups(self) -> Sequence[Sequence[torch.nn.Parameter]]:
+        """The parameters of each of the optimizer's groups."""
+        # Low precision optimizers put float32 copies into their groups and keep the parameters.
+        kept: Sequence[Sequence[torch.nn.Parameter]] = getattr(self._optimizer, "fp16_groups", [])
+        return kept or [group["params"] for group in self._optimizer.param_groups]
 
     def _parameters(self) -> Iterator[ReplicatedFragment]:
         """All parameters of the model that the optimizer has, in its order."""
-        # Low precision optimizers put float32 copies into their groups and keep the parameters.
-        groups = getattr(self._optimizer, "fp16_groups", None) or [
-            group["params"] for group in self._optimizer.param_groups
-        ]
-        for group, parameters in enumerate(groups):
+        for group, parameters in enumerate(self._groups()):
             offset = 0
             for position, parameter in enumerate(parameters):
                 if id(parameter) in self._name_of:
                     fragment = self._fragment(parameter, 0, parameter.numel())
                     yield ReplicatedFragment(fragment, parameter, group, offset, position)
                 offset += parameter.numel()
+
+    def newcomers(self) -> Sequence[torch.Tensor]:
+        return self._known.others(self._groups())
+
+    def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
+        self._known.add(newcomers)
+        before, shapes = self._placed, self.shapes
+        self._have_all()
+
+        def undo() -> None:
+            self.shapes = shapes
+            self._own(before)
+
+        module = self._engine.module
+        labels = [label_of(parameter, self._name_of, module) for parameter in newcomers]
+        left_out = {label: reason_to_leave_out(label in self._named) for label in labels}
+        joined = [name for name in self.shapes if name in labels]
+        return Admission(joined, {n: r for n, r in left_out.items() if n not in joined}, undo)
 
     def gradients(self) -> list[torch.Tensor | None]:
         gradients = [placed.parameter.grad for placed in self._placed]

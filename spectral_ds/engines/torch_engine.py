@@ -5,7 +5,8 @@ training loop does between backward and `step()`. A loop that clips calls
 `plugin.filter_gradients()` before. `FSDP2Engine` differs in who owns what only.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,54 +18,143 @@ from spectral_ds.engines.base import (
     canonical_name,
     learning_rate_of,
 )
+from spectral_ds.engines.capabilities import DistributedTensors
 from spectral_ds.engines.hooks import after_step_of, before_step_of
+from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
+from spectral_ds.engines.others import OtherOptimizers
+from spectral_ds.engines.replicas import Joining, group_of, replicas_of
 from spectral_ds.sharding import Communicator, Fragment
 
 
 class TorchEngine(Engine):
     """One fragment a parameter, the same on all ranks; every rank filters all of them alike.
 
+    `everyone` is the process group of DistributedDataParallel. A module that is in none counts as
+    trained by all ranks alike, however they average its gradients.
+
     Args:
-        model: a module, or one in DistributedDataParallel; may be compiled.
+        model: a module, or one in DistributedDataParallel; may be compiled, or hold several of
+            these.
         optimizer: the optimizer that trains it.
 
     Raises:
-        UnsupportedEngineError: FSDP1 is in use, or the optimizer trains none of the parameters.
+        UnsupportedEngineError: FSDP1 is in use, the optimizer trains none of the parameters, or
+            the model is in a `join()` that ranks may have left.
     """
+
+    _way_out = ""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module = unwrapped(model)
         _refuse_fsdp1(module)
-        self._optimizer = optimizer
+        self._module, self._optimizer = module, optimizer
         self._step = 0
         self._handles: list[Any] = []
-        self.holders = (model, module, optimizer)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        named = {
-            canonical_name(name): parameter
-            for name, parameter in module.named_parameters()
-            if id(parameter) in trained and parameter.requires_grad and parameter.numel() > 0
-        }
-        if not named:
-            raise UnsupportedEngineError("optimizer: it trains no parameter of the model")
-        for name, parameter in named.items():
-            if not parameter.is_contiguous():
-                raise UnsupportedEngineError(
-                    f"parameter {name!r} is not contiguous in memory (strides "
-                    f"{parameter.stride()}), so it has no flat view; make it contiguous"
-                )
-        # One fragment each, in this order.
-        self._parameters = named
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        self._find_shards()
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._replicas = replicas_of(model)
+        self._joining = Joining(self._replicas)
+        if not self._joining.is_complete:
+            raise UnsupportedEngineError("ranks may have left this join(): attach before it begins")
+        self.holders = (model, module, *parts_of(module), optimizer)
+        found = self._trained()
+        if not found:
+            raise UnsupportedEngineError(
+                f"optimizer: it trains no parameter of the model{self._way_out}"
+            )
+        for name, parameter in found.items():
+            if (reason := self._reason_against(parameter)) is not None:
+                raise UnsupportedEngineError(f"parameter {name!r} {reason}")
+        self._find_ranks(found)
+        self._have(found)
+        self._known = Known(found.values())
 
-    def _find_shards(self) -> None:
-        """Set `communicator`, `everyone`, `fragments` and `tensors`."""
-        device = next(iter(self._parameters.values())).device
-        self.everyone = Communicator(None, device)
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters of the module that the optimizer trains, by name, in model order.
+
+        Frozen ones that have a fragment keep it: an adapter may be switched on again.
+        """
+        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        kept = {id(parameter) for parameter in self._parameters.values()}
+        return {
+            canonical_name(name): parameter
+            for name, parameter in self._module.named_parameters()
+            if id(parameter) in trained
+            and (parameter.requires_grad or id(parameter) in kept)
+            and parameter.numel() > 0
+        }
+
+    def _reason_against(self, parameter: torch.Tensor) -> str | None:
+        """Why a parameter cannot be filtered; None: it can."""
+        if not parameter.is_contiguous():
+            return (
+                f"is not contiguous in memory (strides {parameter.stride()}), so it has no flat "
+                "view; make it contiguous"
+            )
+        return None
+
+    def _find_ranks(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Set `communicator` and `everyone`."""
+        device = next(iter(parameters.values())).device
+        self.everyone = Communicator(group_of(self._replicas), device)
         self.communicator = Communicator.alone(device)
-        self.fragments = [Fragment(name, 0, p.numel()) for name, p in self._parameters.items()]
-        self.tensors = WholeTensors(self.shapes)
+
+    def _have(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Set `shapes`, `fragments` and `tensors`: one fragment each, in this order."""
+        self._parameters = parameters
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.fragments = [self._fragment(name, p) for name, p in parameters.items()]
+        self.tensors = self._tensors()
+
+    def _fragment(self, name: str, parameter: torch.nn.Parameter) -> Fragment:
+        """What this rank owns of a parameter."""
+        return Fragment(name, 0, parameter.numel())
+
+    def _tensors(self) -> DistributedTensors:
+        return WholeTensors(self.shapes)
+
+    def newcomers(self) -> list[torch.Tensor]:
+        return self._known.others(group["params"] for group in self._optimizer.param_groups)
+
+    def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
+        self._known.add(newcomers)
+        before, found = self._parameters, self._trained()
+        names = {id(p): canonical_name(n) for n, p in self._module.named_parameters()}
+        left_out = {}
+        for parameter in newcomers:
+            name = label_of(parameter, names, self._module)
+            reason = self._reason_against(parameter)
+            if name not in found:
+                left_out[name] = reason_to_leave_out(id(parameter) in names)
+            elif reason is not None:
+                left_out[name] = reason
+                del found[name]
+        kept = {id(parameter) for parameter in before.values()}
+        joined = [name for name, parameter in found.items() if id(parameter) not in kept]
+        if joined:
+            self._have(found)
+        return Admission(joined, left_out, lambda: self._have(before))
+
+    @property
+    def is_complete(self) -> bool:
+        return self._joining.is_complete
+
+    def when_complete(self, function: Callable[[], None]) -> None:
+        self._handles += self._joining.at_end(function)
+
+    def watch_others(self) -> None:
+        def tell(other: torch.optim.Optimizer) -> None:
+            self.log(
+                f"not filtered: a step of {type(other).__name__}, which trains parameters for "
+                f"which the plugin is attached to {type(self._optimizer).__name__}: attach to the "
+                "optimizer in use",
+                logging.WARNING,
+            )
+
+        self._handles.append(
+            OtherOptimizers(
+                self._optimizer, lambda: self._parameters.values(), lambda: self._step, tell
+            )
+        )
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter or gradient, flat."""
@@ -86,8 +176,10 @@ class TorchEngine(Engine):
 
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
-        group_of = {id(parameter): group for group in groups for parameter in group["params"]}
-        return [learning_rate_of(group_of[id(p)]) for p in self._parameters.values()]
+        by_id = {id(parameter): group for group in groups for parameter in group["params"]}
+        found = [by_id.get(id(parameter)) for parameter in self._parameters.values()]
+        # What the optimizer has no longer stays as it is.
+        return [0.0 if group is None else learning_rate_of(group) for group in found]
 
     def gradients(self) -> list[torch.Tensor | None]:
         gradients = [parameter.grad for parameter in self._parameters.values()]
@@ -164,6 +256,14 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             model = inner
         else:
             return model
+
+
+def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The models that a list or dictionary of modules holds, each also without its wrappers."""
+    if not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        return []
+    children = list(module.children())
+    return list(dict.fromkeys([*children, *map(unwrapped, children)]))
 
 
 def _refuse_fsdp1(module: torch.nn.Module) -> None:

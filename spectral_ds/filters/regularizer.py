@@ -3,7 +3,7 @@
 Source: the spectral regularization of arXiv 2504.19583, whose term is r(λ) = λ, ρ = 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,15 @@ class Reference:
             for mine, weight in zip(self.fragments, weights, strict=True):
                 if mine is not None and weight is not None:
                     mine.copy_(weight)
+
+    def take_over(self, other: "Reference", names: Collection[str]) -> None:
+        """Go on with another's values of the fragments of these parameters that both have."""
+        if self.fragments is None or other.fragments is None:
+            return
+        theirs = dict(zip(other._fragments, other.fragments, strict=True))
+        for index, fragment in enumerate(self._fragments):
+            if fragment in theirs and fragment is not None and fragment.parameter in names:
+                self.fragments[index] = theirs[fragment]
 
     def state(self) -> PartState:
         """See `Part.state`."""

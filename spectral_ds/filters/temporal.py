@@ -3,7 +3,7 @@
 Source: Grokfast-EMA (arXiv 2405.20233, algorithm 2): slow parts of the gradient are amplified.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -75,6 +75,14 @@ class TemporalFilter:
             torch.where(is_kept, mean * decay + value * (1 - decay), mean, out=mean)
             self.has_mean[index] |= is_kept
             gradient.add_(mean.to(gradient.device), alpha=self._amplify * scale)
+
+    def take_over(self, other: "TemporalFilter", names: Collection[str]) -> None:
+        """Go on with another's means of the fragments of these parameters that both have."""
+        theirs = {fragment: index for index, fragment in enumerate(other._fragments)}
+        for index, fragment in enumerate(self._fragments):
+            if fragment in theirs and fragment is not None and fragment.parameter in names:
+                self.means[index] = other.means[theirs[fragment]]
+                self.has_mean[index] = other.has_mean[theirs[fragment]]
 
     def state(self) -> PartState:
         """See `Part.state`."""

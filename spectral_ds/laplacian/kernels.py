@@ -110,8 +110,11 @@ def _torch_sparse() -> Any:
     return torch_sparse
 
 
-def require_kernel(name: KernelName) -> None:
+def require_kernel(name: KernelName, says: bool = True) -> None:
     """Check that a configured kernel can be used; `auto` only warns, once.
+
+    Args:
+        says: whether this rank is the one that warns.
 
     Raises:
         KernelUnavailableError: `torch_sparse` is asked for and does not import.
@@ -126,16 +129,16 @@ def require_kernel(name: KernelName) -> None:
                 f"operator.kernel is 'torch_sparse', but torch_sparse does not import ({error}); "
                 f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'auto' or 'torch_csr'"
             ) from error
-        _warn_once(
-            f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
-            f"to have both, {INSTALL_TORCH_SPARSE}"
-        )
+        if says:
+            _warn_once(
+                f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
+                f"to have both, {INSTALL_TORCH_SPARSE}"
+            )
 
 
 @cache
 def _warn_once(message: str) -> None:
-    if not (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-        logger.warning(message)
+    logger.warning(message)
 
 
 def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Communicator) -> str:

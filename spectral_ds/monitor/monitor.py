@@ -60,9 +60,22 @@ class Monitor:
         self, engine: Engine, config: SpectralConfig, stack: Stack, writer: Any = None
     ) -> None:
         settings = config.monitor
-        self._engine, self._stack = engine, stack
+        self._engine, self._config = engine, config
         self._interval = settings.interval if settings.enabled else 0
         self._bands = settings.bands
+        self._board = Board.open(engine, settings.folder, settings.enabled, writer)
+        self.use(stack)
+        self.metrics: dict[str, float] = {}
+        self.before: Energies | None = None
+        self.after: Energies | None = None
+        self._of_regularizer: RegularizerReading | None = None
+        self._not_finite = 0
+        self._has_said_incomplete = False
+
+    def use(self, stack: Stack) -> None:
+        """Measure another stack of the same engine from now on; `metrics` stay."""
+        engine, config = self._engine, self._config
+        self._stack = stack
         self._norms = ParameterNorms(engine.shapes, engine.fragments, engine.communicator)
         self._graph = GraphMeasurement(engine, config, stack.graphs[0], stack.filter.schedule)
         self._regularizer: RegularizerMeasurement | None = None
@@ -70,27 +83,30 @@ class Monitor:
             self._regularizer = RegularizerMeasurement(
                 stack.regularizer, self._norms, engine.everyone
             )
-        self._board = Board.open(engine, settings.folder, settings.enabled, writer)
         self._dashboard = Dashboard(
             self._board,
             config.filter.response,
             self._norms.blocks,
             self._norms.roles,
-            settings.figures_interval,
+            config.monitor.figures_interval,
         )
-        self.metrics: dict[str, float] = {}
-        self.before: Energies | None = None
-        self.after: Energies | None = None
         self._gradient_squares = np.zeros(len(self._norms.names))
-        self._of_regularizer: RegularizerReading | None = None
+        self._weight_squares = np.zeros(0)
         # Some weights of a monitored step, until the next step tells what became of them.
         self._weights: list[torch.Tensor] | None = None
-        self._weight_squares = np.zeros(0)
-        self._not_finite = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether a step is monitored."""
-        return self._interval > 0 and step % self._interval == 0
+        """Whether a step is monitored: none from which ranks may have left."""
+        if self._interval == 0 or step % self._interval > 0:
+            return False
+        if not self._engine.is_complete and not self._has_said_incomplete:
+            self._engine.log(
+                "steps inside join(), which ranks may have left, are filtered but not monitored, "
+                "and graphs are rebuilt when it ends; throw_on_early_termination=True keeps all "
+                "ranks together"
+            )
+            self._has_said_incomplete = True
+        return self._engine.is_complete
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Note the task loss of a micro-batch, of which the joint loss is made."""

@@ -154,6 +154,14 @@ class Sketches:
             yield partial[start : start + size].view(span.last - span.first, -1)
             start += size
 
+    def parts_of(self, partial: torch.Tensor) -> dict[Fragment, torch.Tensor]:
+        """The (nodes, sketch) views of a flat buffer of partial sketches, by the run of nodes."""
+        spans = [
+            Fragment(self._parameters[span.parameter].name, span.first, span.last - span.first)
+            for span in self.own_spans
+        ]
+        return dict(zip(spans, self._views(partial), strict=True))
+
     def complete(self, partial: torch.Tensor) -> list[torch.Tensor]:
         """Complete sketches as fragments of `self.layout` (collective, one all-to-all)."""
         rank, world_size = self._communicator.rank, self._communicator.world_size

@@ -1,6 +1,6 @@
 """Running mean of a gradient's sketches over steps, and of what consecutive ones have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -58,6 +58,14 @@ class RunningSketch:
         weight = weight_of_newest(self.kept, self._decay) * is_finite
         self.concentration = (1 - weight).square() * self.concentration + weight.square()
         self.mean.add_(sketch.sub_(self.mean).nan_to_num_(0, 0, 0).mul_(weight))
+
+    def take_over(self, other: "RunningSketch", names: Collection[str]) -> None:
+        """Go on with another's mean of these parameters; of others it begins at zero."""
+        self.samples, self.kept, self.concentration = other.samples, other.kept, other.concentration
+        theirs = other.sketches.parts_of(other.mean)
+        for key, rows in self.sketches.parts_of(self.mean).items():
+            if key.parameter in names and key in theirs and theirs[key].shape == rows.shape:
+                rows.copy_(theirs[key])
 
     def state(self, name: str) -> PartState:
         """All of it, the mean as complete sketches (collective).

@@ -7,11 +7,13 @@ from spectral_ds.stack.choices import (
     edge_families,
     head_width_of,
 )
+from spectral_ds.stack.newcomers import Newcomers
 from spectral_ds.stack.stack import Stack
 from spectral_ds.stack.stacked_graph import StackedGraph
 
 __all__ = [
     "GraphChoice",
+    "Newcomers",
     "Stack",
     "StackedGraph",
     "choose_graphs",

@@ -4,7 +4,7 @@ Sketches of its running mean are the features that similarity of gradients compa
 another projection, and their powers by frequency, are signal and noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -131,6 +131,16 @@ class GradientSamples:
             is_finite = self.statistics.observe(gradients, scale, is_finite)
             if self.features is not None:
                 self.features.add(self.features.take(gradients, scale), is_finite)
+
+    def take_over(self, other: "GradientSamples", names: Collection[str]) -> bool:
+        """Go on with what another has sampled of these parameters; whether graphs are made of it.
+
+        Signal and noise are measured anew, as they are of all nodes together.
+        """
+        if self.features is None or other.features is None:
+            return False
+        self.features.take_over(other.features, names)
+        return True
 
     @property
     def _running(self) -> dict[str, RunningSketch]:

@@ -1,6 +1,6 @@
 """Stack: the graphs of a configuration, one after another, and what acts on signals by them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -52,6 +52,7 @@ class Stack:
         ]
         self.filter = self._make_filter(config.filter, list(nodes))
         self.regularizer = self._make_regularizer(config.regularizer)
+        self._is_overdue = False  # whether a graph was not built because ranks had left
 
     def graph(self, number: int) -> StackedGraph:
         """One of the graphs.
@@ -90,6 +91,34 @@ class Stack:
         """Make graphs of what the model is now (collective)."""
         for graph in self.graphs:
             graph.build()
+        self._is_overdue = False
+
+    def refresh(self, step: int) -> None:
+        """Build the graphs anew that are due at this step (collective).
+
+        Where ranks may have left, that waits for `catch_up`.
+        """
+        due = [graph for graph in self.graphs if graph.is_due(step)]
+        if due and not self._engine.is_complete:
+            self._is_overdue = True
+            return
+        for graph in due:
+            graph.build()
+
+    def catch_up(self) -> None:
+        """Build the graphs that have waited for all ranks (collective)."""
+        if self._engine.everyone.maximum(float(self._is_overdue)) > 0:
+            self.rebuild()
+
+    def take_over(self, other: "Stack", names: Collection[str]) -> None:
+        """Go on with what another stack knows of these parameters (collective)."""
+        if self.filter.temporal is not None and other.filter.temporal is not None:
+            self.filter.temporal.take_over(other.filter.temporal, names)
+        if self.regularizer is not None and other.regularizer is not None:
+            self.regularizer.reference.take_over(other.regularizer.reference, names)
+        for mine, theirs in zip(self.graphs, other.graphs, strict=True):
+            if mine.samples.take_over(theirs.samples, names):
+                mine.build()
 
     def begin_anew(self) -> None:
         """Make graphs of the present weights, which are the reference from now on (collective)."""
@@ -156,7 +185,7 @@ def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]
                 raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
         choices = choose_graphs(engine.shapes, config, head_width_of(engine.holders))
         try:
-            require_kernel(config.operator.kernel)
+            require_kernel(config.operator.kernel, engine.everyone.rank == 0)
         except KernelUnavailableError as error:
             raise SpectralConfigError(f"spectral_ds.{error}") from error
     return choices
