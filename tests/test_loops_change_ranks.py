@@ -4,6 +4,8 @@ hangs, and what is filtered is filtered by the right graph. On four ranks."""
 import contextlib
 import io
 import logging
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -142,6 +144,25 @@ def test_a_group_of_its_own_trains_while_other_ranks_do_something_else(ranks):
         is_first = index == 0
         assert spoke == [is_first] * 3
         assert ("attached to SGD of DistributedDataParallel" in said) == is_first
+
+
+def attach_late(section):
+    """Rank 0 comes after the others have lost patience."""
+    initialize = sys.modules["spectral_ds.attach.initialize"]
+    usual, initialize.SECONDS_OF_PATIENCE = initialize.SECONDS_OF_PATIENCE, 0.2
+    model = Blocks()
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+    with messages() as found:
+        spectral_ds.attach(model, sgd(model.parameters()), section).detach()
+    initialize.SECONDS_OF_PATIENCE = usual
+    return found
+
+
+def test_a_rank_that_waits_for_others_says_so(ranks):
+    for rank, found in enumerate(ranks(4).run(attach_late, SECTION)):
+        assert len(found) == (rank > 0)
+        assert all(f"rank {rank} of 4 still waits" in each for each in found)
 
 
 # Ranks that leave early

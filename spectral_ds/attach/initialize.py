@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from spectral_ds.plugin import SpectralPlugin
 from spectral_ds.sharding import Communicator
 from spectral_ds.stack.newcomers import listed
 
+SECONDS_OF_PATIENCE = 20.0
 # By what they are attached to, oldest first. The engine's hook keeps its plugin alive; these
 # references do not.
 _plugins: "weakref.WeakKeyDictionary[Any, list[weakref.ref[SpectralPlugin]]]" = (
@@ -193,7 +196,7 @@ def agree_on_config(source: Callable[[], Any], communicator: Communicator) -> Sp
         SpectralConfigError: on every rank, if it is wrong on any or differs between them.
     """
     config: SpectralConfig | None = None
-    with communicator.all_or_none():
+    with _said_if_it_waits(communicator), communicator.all_or_none():
         given = source()
         if isinstance(given, SpectralConfig):
             config = given
@@ -206,6 +209,28 @@ def agree_on_config(source: Callable[[], Any], communicator: Communicator) -> Sp
             f"{SECTION}: ranks have different configurations ({listed}); all must read the same"
         )
     return config
+
+
+@contextmanager
+def _said_if_it_waits(communicator: Communicator) -> Iterator[None]:
+    """Say, on each rank that waits, that others are missing, if the body takes long."""
+    count = communicator.world_size
+    waiting = threading.Timer(
+        SECONDS_OF_PATIENCE,
+        logger.warning,
+        [
+            f"rank {communicator.rank} of {count} still waits for others to attach: all {count} "
+            "have to, at the same point; a plain module that only some ranks train goes into "
+            "DistributedDataParallel on a process group of these"
+        ],
+    )
+    waiting.daemon = True
+    if count > 1:
+        waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
 
 
 def _section(given: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -64,6 +64,7 @@ class Monitor:
         self._interval = settings.interval if settings.enabled else 0
         self._bands = settings.bands
         self._board = Board.open(engine, settings.folder, settings.enabled, writer)
+        self._regularizer: RegularizerMeasurement | None = None
         self.use(stack)
         self.metrics: dict[str, float] = {}
         self.before: Energies | None = None
@@ -78,11 +79,13 @@ class Monitor:
         self._stack = stack
         self._norms = ParameterNorms(engine.shapes, engine.fragments, engine.communicator)
         self._graph = GraphMeasurement(engine, config, stack.graphs[0], stack.filter.schedule)
-        self._regularizer: RegularizerMeasurement | None = None
+        before, self._regularizer = self._regularizer, None
         if stack.regularizer is not None:
             self._regularizer = RegularizerMeasurement(
                 stack.regularizer, self._norms, engine.everyone
             )
+            if before is not None:
+                self._regularizer.take_over(before)
         self._dashboard = Dashboard(
             self._board,
             config.filter.response,

@@ -28,6 +28,10 @@ class RegularizerMeasurement:
         """Note the task loss of a micro-batch; no communication, no synchronization."""
         self._losses.append(loss.detach().float().mean())
 
+    def take_over(self, other: "RegularizerMeasurement") -> None:
+        """Go on with the losses that another has noted."""
+        self._losses = other._losses
+
     def forget_losses(self) -> None:
         """Begin a new step."""
         self._losses.clear()
