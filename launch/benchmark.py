@@ -39,10 +39,10 @@ BLOCK = {
 
 COPY, MUON = "copy of the gradient shard", "Muon, 5 Newton-Schulz steps"
 FILTERS: list[tuple[str, EdgeFamily, Response, int | str, KernelName]] = [
-    ("depth, window, exact", Depth(), Window(0.4), "auto", "auto"),
-    ("depth, heat, exact", Depth(), Heat(1.0), "auto", "auto"),
-    ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
-    ("similarity of columns, heat, order 3", Similarity(), Heat(1.0), 3, "auto"),
+    ("depth, window, exact", Depth(), Window(0.4), "best", "best"),
+    ("depth, heat, exact", Depth(), Heat(1.0), "best", "best"),
+    ("similarity, heat, order 3", Similarity(), Heat(1.0), 3, "best"),
+    ("similarity of columns, heat, order 3", Similarity(), Heat(1.0), 3, "best"),
     ("similarity, one hop, torch_csr", Similarity(), Window(0.4), 1, "torch_csr"),
     ("similarity, one hop, torch_sparse", Similarity(), Window(0.4), 1, "torch_sparse"),
 ]
@@ -79,7 +79,7 @@ def make_filter(
         communicator,
         communicator,
         work=Work(transfer.hops, transposes=2),
-        exchange="auto",
+        exchange="best",
         kernel=kernel,
         bucket_elements=bucket_elements(device),
     )

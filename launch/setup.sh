@@ -69,7 +69,7 @@ start() {
 
 # Waits for NAME, or for all that was started. The first that fails ends the set-up.
 finish() {
-    local index running done=no
+    local index running shown="" done=no
     while [[ $done == no ]]; do
         running=""
         done=yes
@@ -84,7 +84,8 @@ finish() {
                 die "failed, see the lines above: ${names[index]}"
             fi
         done
-        doing "$running"
+        [[ -z $running || $running == "$shown" ]] || doing "$running"
+        shown=$running
         sleep 0.2
     done
 }
@@ -224,9 +225,10 @@ install_wheels() { install --no-deps --no-index --force-reinstall "$1"/torch_sca
 # once and not every machine reaches them, hence the short limit.
 fetch_wheels() {
     local page
-    page=$("$python" -c 'import torch
+    page=$("$python" -c 'import sys, torch
+torch.version.hip and sys.exit(1)
 build = "cu" + torch.version.cuda.replace(".", "") if torch.version.cuda else "cpu"
-print("https://data.pyg.org/whl/torch-%s+%s.html" % (torch.__version__.split("+")[0], build))')
+print("https://data.pyg.org/whl/torch-%s+%s.html" % (torch.__version__.split("+")[0], build))') || return
     pip download -qq --no-deps --no-cache-dir --only-binary :all: --no-index --find-links "$page" \
         --timeout 5 --retries 0 --dest "$1" torch-scatter torch-sparse >"$scratch/fetch.log" 2>&1
 }

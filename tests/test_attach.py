@@ -191,7 +191,7 @@ def test_a_missing_torch_sparse_is_an_error_only_if_asked_for(ranks):
     outcomes = ranks(2).outcomes(initialize_without_torch_sparse, "torch_sparse")
     words = "spectral_ds.operator.kernel", "pip install --no-build-isolation", "torch_csr"
     assert_every_rank_raises(outcomes, "SpectralConfigError", *words)
-    ranks(2).run(initialize_without_torch_sparse, "auto")
+    ranks(2).run(initialize_without_torch_sparse, "best")
 
 
 def initialize_from_file(path, given_as):

@@ -50,10 +50,10 @@ def filtered_on_ranks(name):
     """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups."""
     sharded = sharded_of(name)
     transfer = FixedTransfer(
-        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "auto", 1e-7, CPU
+        HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "best", 1e-7, CPU
     )
     found = {}
-    ways = {"boundary": 2**20, "transpose": 2**20, "auto": 2**20, "auto, small buckets": 50}
+    ways = {"boundary": 2**20, "transpose": 2**20, "best": 2**20, "best, small buckets": 50}
     for way, bucket_elements in ways.items():
         plan = sharded.plan(
             sharded.graph,
@@ -119,7 +119,7 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
     by_hand = {
         "boundary": (boundary.sum(), wins + loses, 0),
         "transpose": (transpose.sum(), 0, wins + loses),
-        "auto": (np.minimum(boundary, transpose).sum(), loses, wins),
+        "best": (np.minimum(boundary, transpose).sum(), loses, wins),
     }
     if (name, world_size) == ("depth and ring", 4):
         assert min(wins, loses) > 0

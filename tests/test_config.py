@@ -41,13 +41,13 @@ sketch_width: 64, head_width: 0, weight: 1.0}]
     refresh_interval: 0
   graphs: []
   filter: {response: heat, tau: 1.0, alpha: 0.4, coefficients: [], cutoff: 0.25, low: 0.0, \
-high: 0.5, gains: [], bands: 8, power: 0.5, order: auto, tolerance: 1.0e-3, strength: 0.5, \
+high: 0.5, gains: [], bands: 8, power: 0.5, order: best, tolerance: 1.0e-3, strength: 0.5, \
 rescale: none, apply_to: gradient, warmup_steps: 0, decay_steps: 0, interval: 1, temporal: null}
   statistics: {interval: 10, decay: 0.99}
   regularizer: {strength: 0.0, response: laplacian, ridge: 0.0, coupling: joint, \
 reference: pretrained, reference_device: same}
   monitor: {enabled: true, interval: 10, bands: 8, figures_interval: 100, folder: ""}
-  operator: {kernel: auto, exchange: auto}
+  operator: {kernel: best, exchange: best}
   checkpoint: {enabled: true, strict: true}
   seed: 0
 """
@@ -137,7 +137,7 @@ def test_default_similarity_keys_load_with_depth() -> None:
         ("filter.tau", 0),
         ("filter.order", 1),
         ("filter.order", 512),
-        ("filter.order", "auto"),
+        ("filter.order", "best"),
         ("filter.strength", 0),
         ("filter.strength", 1),
         ("filter.warmup_steps", 100),

@@ -59,7 +59,7 @@ def small_graph(normalized=True, kernel="torch_csr", families=SPARSE):
         ALONE,
         ALONE,
         work=Work(hops=3, transposes=2),
-        exchange="auto",
+        exchange="best",
         kernel=kernel,
         bucket_elements=10**6,
     )
@@ -88,7 +88,7 @@ def filter_of(graph, plan, transfer, **schedule):
 )
 @pytest.mark.parametrize("lambda_max", [2.0, 17.3])
 def test_polynomials_are_exact_at_their_degree(response, order, lambda_max):
-    series = ChebyshevSeries.fit(response, lambda_max, "auto", 1e-3)
+    series = ChebyshevSeries.fit(response, lambda_max, "best", 1e-3)
     assert series.order == order
     assert series.error < 1e-10 * max(1, lambda_max**order)
 
@@ -97,7 +97,7 @@ def test_polynomials_are_exact_at_their_degree(response, order, lambda_max):
 @pytest.mark.parametrize("lambda_max", [2.0, 17.3])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-6])
 def test_auto_takes_the_least_order_within_tolerance(response, lambda_max, tolerance):
-    series = ChebyshevSeries.fit(response, lambda_max, "auto", tolerance)
+    series = ChebyshevSeries.fit(response, lambda_max, "best", tolerance)
     grid = np.linspace(0, lambda_max, 4001)
     x = 2 * grid / lambda_max - 1
     error = np.abs(np.polynomial.chebyshev.chebval(x, series.coefficients) - response(grid)).max()
@@ -114,14 +114,14 @@ def test_an_order_below_the_degree_reports_its_error():
 
 def test_a_tolerance_out_of_reach_names_the_keys():
     with pytest.raises(ToleranceError, match=r"filter\.tolerance 0\.001 .* 512 .* filter\.tau"):
-        ChebyshevSeries.fit(Heat(1e6), 2.0, "auto", 1e-3)
+        ChebyshevSeries.fit(Heat(1e6), 2.0, "best", 1e-3)
 
 
 @pytest.mark.parametrize("families", [SPARSE, PATHS])
 @pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
 def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     graph, plan = small_graph(kernel=kernel, families=families)
-    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
+    transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
     graph_filter = GraphFilter(plan.operators, transfer)
     results = []
     for leftover in (0.0, float("nan")):
@@ -134,7 +134,7 @@ def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     assert results[0].isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "auto"])
+@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "best"])
 def test_kernels_multiply_alike(kernel):
     graph, plan = small_graph(normalized=False, kernel=kernel)
     [operator] = plan.operators
@@ -158,11 +158,11 @@ def test_a_missing_torch_sparse_is_an_error_or_a_warning(monkeypatch, caplog):
             require_kernel("torch_sparse")
         require_kernel("torch_csr")
         assert not caplog.records
-        require_kernel("auto")
-        require_kernel("auto")
+        require_kernel("best")
+        require_kernel("best")
         assert len(caplog.records) == 1
         assert "native CSR" in caplog.text
-        assert small_graph(kernel="auto")[1].operators[0].kernel.name == "torch_csr"
+        assert small_graph(kernel="best")[1].operators[0].kernel.name == "torch_csr"
     finally:
         kernels._torch_sparse.cache_clear()
 
@@ -188,7 +188,7 @@ def test_strength_warms_up_falls_and_skips_steps(schedule, strengths):
 
 def test_a_step_of_strength_zero_leaves_gradients_alone():
     graph, plan = small_graph()
-    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
+    transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
     whole = filter_of(graph, plan, transfer, strength=0.8, warmup_steps=4, interval=2)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)
@@ -203,7 +203,7 @@ def test_a_step_of_strength_zero_leaves_gradients_alone():
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 def test_strength_mixes_the_filtered_signal_with_the_signal(families, strength):
     graph, plan = small_graph(families=families)
-    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-6)
+    transfer = transfer_on(graph, Heat(1.0), "best", 1e-6)
     gradients = [torch.randn(45) for _ in range(3)]
     x = torch.cat(gradients).view(27, 5).double().numpy()
     values, vectors = np.linalg.eigh(graph.laplacian().toarray())
@@ -250,17 +250,17 @@ def test_graphs_filter_one_after_another_then_comes_the_norm_then_time():
 
 def test_identity_is_known_as_such_and_costs_no_hop():
     graph, plan = small_graph()
-    transfer = transfer_on(graph, Identity(), "auto", 1e-3)
+    transfer = transfer_on(graph, Identity(), "best", 1e-3)
     assert (transfer.hops, transfer.is_identity) == (0, True)
     assert filter_of(graph, plan, transfer, strength=1.0).is_idle(0)
-    assert not transfer_on(graph, Polynomial((0.5,)), "auto", 1e-3).is_identity
+    assert not transfer_on(graph, Polynomial((0.5,)), "best", 1e-3).is_identity
 
 
 def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
     """The exact eigenbasis then takes the series, not the response."""
     graph, _ = small_graph(families=PATHS)
     x = np.linspace(-1, 1, 9)
-    exact = transfer_on(graph, Heat(3.0), "auto", 1e-3)
+    exact = transfer_on(graph, Heat(3.0), "best", 1e-3)
     coarse = transfer_on(graph, Heat(3.0), 2, 1e-3)
     np.testing.assert_allclose(exact.at(x)(), np.exp(-3 * (x + 1)), atol=1e-12)
     assert exact.error <= 1e-7  # where rows are exchanged, the series takes the same values
@@ -273,11 +273,11 @@ def test_an_order_that_the_user_wrote_is_kept_on_paths_too():
 def test_only_paths_take_responses_that_have_no_series(monkeypatch):
     monkeypatch.setattr(chebyshev, "MAX_ORDER", 20)
     paths, _ = small_graph(families=PATHS)
-    transfer = transfer_on(paths, Heat(1e3), "auto", 1e-3)
+    transfer = transfer_on(paths, Heat(1e3), "best", 1e-3)
     assert transfer.hops is None
     np.testing.assert_allclose(transfer.at(np.array([-1.0, 1.0]))(), [1, 0], atol=1e-12)
     with pytest.raises(ToleranceError):
-        transfer_on(small_graph()[0], Heat(1e3), "auto", 1e-3)
+        transfer_on(small_graph()[0], Heat(1e3), "best", 1e-3)
 
 
 @pytest.mark.parametrize("edges", [(0, 0.25, 1), (0, 0.2, 0.5, 1), tuple(np.linspace(0, 1, 9))])
@@ -329,7 +329,7 @@ def test_the_filter_follows_gains_when_their_version_changes(families):
 
 def test_a_graph_that_is_not_ready_leaves_signals_alone():
     graph, plan = small_graph()
-    transfer = transfer_on(graph, Heat(1.0), "auto", 1e-3)
+    transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
     waiting = GraphFilter(plan.operators, transfer, is_ready=False)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)

@@ -176,7 +176,7 @@ JOIN_SECTION = {
         "temporal": {"decay": 0.5, "amplify": 1.0},
     },
     "monitor": {"interval": 1},
-    "operator": {"kernel": "auto"},
+    "operator": {"kernel": "best"},
 }
 LENGTHS = [1, 3, 0, 2]  # steps that each rank has inputs for
 

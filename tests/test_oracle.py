@@ -69,13 +69,13 @@ TOOLBOX = {
 }
 # Which way rows meet in each: rows are cut by shard edges everywhere but on one rank.
 CELLS = {
-    ("plain", 1, "auto"): [*METHODS, *TOOLBOX],
-    ("zero1", 3, "auto"): METHODS,
+    ("plain", 1, "best"): [*METHODS, *TOOLBOX],
+    ("zero1", 3, "best"): METHODS,
     ("zero2", 2, "transpose"): [*METHODS, *TOOLBOX],
     ("zero2", 4, "boundary"): METHODS,
-    ("zero3", 2, "auto"): METHODS,
+    ("zero3", 2, "best"): METHODS,
     ("zero3", 3, "boundary"): [*METHODS, *TOOLBOX],
-    ("fsdp2", 2, "auto"): METHODS,
+    ("fsdp2", 2, "best"): METHODS,
     ("fsdp2", 3, "transpose"): [*METHODS, *TOOLBOX],
 }
 CASES = [(*cell, method) for cell, methods in CELLS.items() for method in methods]
@@ -87,7 +87,7 @@ COUNTS_BYTES = "depth-window"
 
 def section_of(method, exchange):
     if exchange == "boundary" and "no-series" in method:
-        exchange = "auto"
+        exchange = "best"
     monitor = {"interval": 1} if method == COUNTS_BYTES else {"enabled": False}
     section = {**METHODS, **TOOLBOX}[method]
     return {**section, "operator": {"exchange": exchange}, "monitor": monitor}

@@ -36,7 +36,7 @@ SECTIONS = {
 }
 MONITORED = {"preset": "paper", "operator": {"kernel": "torch_csr"}}
 # Exchanges, and how many elements of a bucket a rank may hold: few make slices of columns.
-USUAL = "auto", bucket_elements(torch.device("cpu"))
+USUAL = "best", bucket_elements(torch.device("cpu"))
 PLANS = [USUAL, ("boundary", 700), ("transpose", 700), ("transpose", USUAL[1])]
 
 

@@ -78,7 +78,7 @@ class Model(NamedTuple):
             ALONE,
             ALONE,
             work=Work(hops=1, transposes=2),
-            exchange="auto",
+            exchange="best",
             kernel="torch_csr",
             bucket_elements=bucket_elements,
             dtype=dtype,
@@ -102,7 +102,7 @@ class Model(NamedTuple):
         """(1 − s) x + s h(L) x by the package, in float32."""
         graph = self.graph()
         operators = self.plan(graph, dtype=torch.float32).operators
-        transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, "auto", 1e-6, CPU)
+        transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, "best", 1e-6, CPU)
         x = [each.float() for each in flattened(signal)]
         GraphFilter(operators, transfer).apply(x, strength)
         return shaped(x, signal)

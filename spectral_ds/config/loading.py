@@ -163,6 +163,8 @@ def _check_value(
     if schema and not is_list:
         is_null = raw is None and type(None) in get_args(hint)
         return None if is_null else _check_section(schema, raw, key, problems)
+    if isinstance(raw, str):
+        raw = rule.get("synonyms", {}).get(raw, raw)
     try:
         value = tuple(_sequence(raw)) if schema else _typed(hint, raw)
         valid = rule["test"](value) if rule else True

@@ -7,7 +7,7 @@ Valid for `OmegaConf.structured` too. `loading.py` reads and checks what a user 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -25,8 +25,8 @@ Filtered = Literal["gradient", "update"]
 Coupling = Literal["joint", "decoupled"]
 ReferenceName = Literal["pretrained", "zero"]
 ReferenceDevice = Literal["same", "cpu"]
-KernelName = Literal["auto", "torch_sparse", "torch_csr"]
-ExchangeName = Literal["auto", "boundary", "transpose"]
+KernelName = Literal["best", "torch_sparse", "torch_csr"]
+ExchangeName = Literal["best", "boundary", "transpose"]
 PresetName = Literal["paper", "retain", "denoise", "gradient_smoothing", "laplacian_smoothing",
                      "grokfast", "whiten", "observe"]  # fmt: skip
 
@@ -55,13 +55,26 @@ RESPONSES_USING = {
 ADAPTIVE = ("wiener", "whiten")
 
 
-def _rule(default: object, allowed: str, test: Callable[[Any], bool]) -> Any:
-    return field(default=default, metadata={"allowed": allowed, "test": test})
+# What is chosen for the user. The Trainer of Hugging Face and Accelerate take every "auto" in a
+# DeepSpeed JSON as theirs to fill, and stop; where they do not come first, it means the same.
+BEST = "best"
+SYNONYMS = {"auto": BEST}
+
+
+def _rule(
+    default: object,
+    allowed: str,
+    test: Callable[[Any], bool],
+    synonyms: Mapping[str, str] | None = None,
+) -> Any:
+    metadata = {"allowed": allowed, "test": test, "synonyms": synonyms or {}}
+    return field(default=default, metadata=metadata)
 
 
 def _choice(default: str, choices: Any) -> Any:
     allowed = get_args(choices)
-    return _rule(default, f"one of {', '.join(allowed)}", lambda value: value in allowed)
+    synonyms = SYNONYMS if BEST in allowed else None
+    return _rule(default, f"one of {', '.join(allowed)}", lambda value: value in allowed, synonyms)
 
 
 def _integer(default: int, at_least: int) -> Any:
@@ -147,12 +160,13 @@ class FilterConfig:
     # wiener, whiten: equal bands with a gain each
     bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
     power: float = _not_negative(0.5)  # whiten: the gain of a band is its power to the minus this
-    order: int | Literal["auto"] = _rule(  # Chebyshev order; auto = the least within tolerance
-        "auto",
-        "auto or an integer from 1 to 512",
-        lambda value: value == "auto" if isinstance(value, str) else 1 <= value <= 512,
+    order: int | Literal["best"] = _rule(  # Chebyshev order; best = the least within tolerance
+        BEST,
+        "best or an integer from 1 to 512",
+        lambda value: value == BEST if isinstance(value, str) else 1 <= value <= 512,
+        SYNONYMS,
     )
-    # largest error of h on the spectrum under order auto
+    # largest error of h on the spectrum under order best
     tolerance: float = _rule(1e-3, "a number > 0 and < 1", lambda value: 0 < value < 1)
     strength: float = _unit_interval(0.5)
     rescale: Rescaling = _choice("none", Rescaling)
@@ -199,8 +213,8 @@ class MonitorConfig:
 class OperatorConfig:
     """How y = L x is computed on shards."""
 
-    kernel: KernelName = _choice("auto", KernelName)  # auto = the faster one
-    exchange: ExchangeName = _choice("auto", ExchangeName)
+    kernel: KernelName = _choice(BEST, KernelName)  # best = the faster one
+    exchange: ExchangeName = _choice(BEST, ExchangeName)
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ class ChebyshevSeries:
         """Interpolate the response at Chebyshev points; exact for polynomials.
 
         Args:
-            order: degree of the series, or "auto": the least with error <= tolerance.
-            tolerance: largest error allowed with `auto`.
+            order: degree of the series, or "best": the least with error <= tolerance.
+            tolerance: largest error allowed with `best`.
 
         Raises:
-            ToleranceError: `auto` finds no order up to MAX_ORDER.
+            ToleranceError: `best` finds no order up to MAX_ORDER.
         """
         grid = np.linspace(-1, 1, ERROR_GRID)
         wanted = response(frequency(grid, lambda_max))

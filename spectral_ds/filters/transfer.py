@@ -62,7 +62,7 @@ class FixedTransfer:
         device: of the coefficients.
 
     Raises:
-        ToleranceError: `order` is "auto", no series is within the tolerance, and there are not only
+        ToleranceError: `order` is "best", no series is within the tolerance, and there are not only
             paths.
     """
 
@@ -79,7 +79,7 @@ class FixedTransfer:
     ) -> None:
         self._response, self._lambda_max, self._device = response, lambda_max, device
         self._coefficients: torch.Tensor | None = None
-        self._is_exact = order == "auto"
+        self._is_exact = order == "best"
         if isinstance(order, int) and response.degree is not None:
             order = min(order, response.degree)  # higher coefficients are 0 up to rounding
         self._series: ChebyshevSeries | None = None

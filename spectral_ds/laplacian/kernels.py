@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from spectral_ds.console.messages import logger
 from spectral_ds.sharding import Communicator
 
-KernelName = Literal["auto", "torch_sparse", "torch_csr"]
+KernelName = Literal["best", "torch_sparse", "torch_csr"]
 
 INSTALL_TORCH_SPARSE = (
     "install it after torch: pip install --no-build-isolation torch-scatter torch-sparse"
@@ -111,7 +111,7 @@ def _torch_sparse() -> Any:
 
 
 def require_kernel(name: KernelName, says: bool = True) -> None:
-    """Check that a configured kernel can be used; `auto` only warns, once.
+    """Check that a configured kernel can be used; `best` only warns, once.
 
     Args:
         says: whether this rank is the one that warns.
@@ -127,7 +127,7 @@ def require_kernel(name: KernelName, says: bool = True) -> None:
         if name == "torch_sparse":
             raise KernelUnavailableError(
                 f"operator.kernel is 'torch_sparse', but torch_sparse does not import ({error}); "
-                f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'auto' or 'torch_csr'"
+                f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'best' or 'torch_csr'"
             ) from error
         if says:
             _warn_once(
@@ -142,9 +142,9 @@ def _warn_once(message: str) -> None:
 
 
 def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Communicator) -> str:
-    """The name of the kernel to use (collective for `auto`).
+    """The name of the kernel to use (collective for `best`).
 
-    `auto` times the sparse kernels on the ranks' real blocks and takes the faster in sum, on all
+    `best` times the sparse kernels on the ranks' real blocks and takes the faster in sum, on all
     ranks alike: replicas of a gradient must not differ in the last bit.
 
     Args:
@@ -152,7 +152,7 @@ def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Comm
         width: columns of the signals it will multiply.
         everyone: all ranks; its device is the kernel's.
     """
-    if name != "auto":
+    if name != "best":
         return name
     device, dtype = everyone.device, torch.float32
     candidates = ["torch_csr", "torch_sparse"]

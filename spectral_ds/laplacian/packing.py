@@ -14,7 +14,7 @@ from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.laplacian.work import Work
 
 # What a configuration asks for, and what a group does.
-ExchangeName = Literal["auto", "boundary", "transpose"]
+ExchangeName = Literal["best", "boundary", "transpose"]
 Exchange = Literal["local", "boundary", "transpose"]
 
 
@@ -39,7 +39,7 @@ def exchange_of(needed: int, away: int, work: Work, wanted: ExchangeName) -> Exc
     if needed == 0:
         return "local"
     is_cheaper = work.hops is None or work.transposes * away < work.hops * needed
-    if wanted == "transpose" or (wanted == "auto" and is_cheaper):
+    if wanted == "transpose" or (wanted == "best" and is_cheaper):
         return "transpose"
     return "boundary"
 

@@ -1,7 +1,7 @@
 """The plan: how each group of parameters is brought together, and the operators that do it.
 
 Boundary: own rows stay, boundary rows come, once a hop. Transpose: all rows come, in slices of
-columns, once a function of L. Both are equal in result; `auto` takes the one that sends fewer
+columns, once a function of L. Both are equal in result; `best` takes the one that sends fewer
 bytes, group of joined parameters by group.
 """
 

@@ -101,7 +101,7 @@ def choose_transfers(
     if config.regularizer.strength == 0:
         return Transfers(of_filter, None)
     if name == "laplacian":  # a polynomial: its series is exact whatever the tolerance
-        return Transfers(of_filter, fixed(LAPLACIAN, "auto", 1e-3))
+        return Transfers(of_filter, fixed(LAPLACIAN, "best", 1e-3))
     return Transfers(of_filter, chosen(replace(config.filter, response=name)))
 
 
@@ -141,7 +141,7 @@ def check_exchanges(works: Works, exchanges: Collection[Exchange], config: Spect
             raise SpectralConfigError(
                 "spectral_ds.operator.exchange = boundary: no Chebyshev series of "
                 f"spectral_ds.{key}.response = {response} is close enough to its exact values on "
-                "depth paths; use auto or transpose"
+                "depth paths; use best or transpose"
             )
 
 
