@@ -4,6 +4,7 @@ The only place that sees engine, stack, monitor and checkpoints together.
 """
 
 import logging
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,18 +49,31 @@ class SpectralPlugin:
         self._updates = Updates(self._filtered_weights()) if self._filters_updates else None
         self._step, self._is_handled = -1, False
         self._is_used = [True] * len(engine.fragments)
+        self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
         self.attached = True
         acts_after = self._filters_updates or self._pulls
-        engine.install(self.before_step, self.after_update if acts_after else None)
+        engine.install(
+            self.before_step,
+            self.after_update if acts_after else None,
+            self.begin_step if self._filters_updates else None,
+        )
         engine.watch_loss(self.observe_loss)
         self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
         if config.checkpoint.enabled:
             self._persistence.carry()
         self._warn_of_unstable_pull()
 
+    def begin_step(self) -> None:
+        """What the engine calls when a step has moved no weight yet."""
+        if self._updates is not None and not self.stack.filter.is_idle(self.engine.step):
+            self._updates.remember(self._filtered_weights())
+
     def before_step(self) -> None:
-        """What the engine calls before its optimizer step, unless it has been done by hand."""
+        """What the engine calls when a step's gradients are there; they may be filtered by hand.
+
+        With a closure, that is after each evaluation of it.
+        """
         if not self._is_handled:
             self.filter_gradients()
         self._is_handled = False
@@ -68,30 +82,38 @@ class SpectralPlugin:
         """One step: the gradients are averaged and not yet clipped.
 
         To be called by hand only where a training loop clips by itself: after the backward pass
-        and before `clip_grad_norm_`. The hook then leaves this step alone.
+        and before `clip_grad_norm_`, in the closure if the step has one. The hook then leaves these
+        gradients alone.
         """
-        self._warn_of_skipped_steps()
+        is_first = self.engine.evaluations == 0  # others are of the closure of the same step
         step = self._step = self.engine.step
         self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
-        self._is_used = [gradient is not None for gradient in whole]
+        found = [gradient is not None for gradient in whole]
+        self._is_used = found if is_first else list(map(operator.or_, self._is_used, found))
         gradients, scale = self.stack.only_filtered(whole), self.engine.loss_scale
+        is_kept = self._look(step, whole, scale) if is_first else self._never
+        if self.stack.regularizer is not None and not self._pulls:
+            self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
+        if self._updates is None or self.stack.filter.is_idle(step):
+            # Neighbours are exchanged on the way.
+            with self.monitor.around_filter(step, "gradient", gradients, scale, is_first):
+                self.stack.filter.apply(gradients, step, scale, is_kept)
+        if self._edits_gradients(step):
+            self.engine.gradients_changed()  # norms that were taken too early
+
+    def _look(self, step: int, whole: Signal, scale: float) -> torch.Tensor | None:
+        """Measure, sample and rebuild, once a step; whether means may take the gradient in."""
+        self._warn_of_skipped_steps()
         self.monitor.begin_step(step, whole, scale)
         is_finite = self._others_are_finite(step, whole)
+        gradients = self.stack.only_filtered(whole)
         for graph in self.stack.graphs:
             if graph.is_due(step):
                 graph.build()  # a new graph, every refresh_interval
             # Signal and noise, every statistics.interval.
             graph.samples.take(step, gradients, scale, is_finite)
-        if self.stack.regularizer is not None and not self._pulls:
-            self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
-        if self._updates is not None and not self.stack.filter.is_idle(step):
-            self._updates.remember(self._filtered_weights())
-        else:  # neighbours are exchanged on the way
-            with self.monitor.around_filter(step, "gradient", gradients, scale):
-                self.stack.filter.apply(gradients, step, scale, is_finite)
-        if self._edits_gradients(step):
-            self.engine.gradients_changed()  # norms that were taken too early
+        return is_finite
 
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""

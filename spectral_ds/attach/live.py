@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from spectral_ds.engines.wrappers import parameters_of
+
 T = TypeVar("T")
 
 
@@ -18,11 +20,6 @@ def live(kind: type[T]) -> list[T]:
     """All live objects of a class and its subclasses."""
     # Not isinstance(), which runs code of proxies and of modules that load lazily.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """What it trains at present, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
