@@ -4,6 +4,7 @@ The only place that sees engine, stack, monitor and checkpoints together.
 """
 
 import logging
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,19 +50,34 @@ class SpectralPlugin:
         self._updates = Updates(self._filtered_weights()) if self._filters_updates else None
         self._step, self._is_handled = -1, False
         self._is_used = [True] * len(engine.fragments)
+        self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
         self.attached = True
         acts_after = self._filters_updates or self._pulls
-        engine.install(self.before_step, self.after_update if acts_after else None)
+        engine.install(
+            self.before_step,
+            self.after_update if acts_after else None,
+            self.begin_step if self._filters_updates else None,
+        )
         engine.watch_loss(self.observe_loss)
         self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
         if config.checkpoint.enabled:
             self._persistence.carry()
         engine.when_complete(self._catch_up)
-        self._warn_of_unstable_pull()
+        if self._pulls:
+            self.stack.warn_of_unstable_pull()
+
+    def begin_step(self) -> None:
+        """What the engine calls when a step has moved no weight yet."""
+        self._take_newcomers()
+        if self._updates is not None and not self.stack.filter.is_idle(self.engine.step):
+            self._updates.remember(self._filtered_weights())
 
     def before_step(self) -> None:
-        """What the engine calls before its optimizer step, unless it has been done by hand."""
+        """What the engine calls when a step's gradients are there; they may be filtered by hand.
+
+        With a closure, that is after each evaluation of it.
+        """
         if not self._is_handled:
             self.filter_gradients()
         self._is_handled = False
@@ -70,29 +86,38 @@ class SpectralPlugin:
         """One step: the gradients are averaged and not yet clipped.
 
         To be called by hand only where a training loop clips by itself: after the backward pass
-        and before `clip_grad_norm_`. The hook then leaves this step alone.
+        and before `clip_grad_norm_`, in the closure if the step has one. The hook then leaves these
+        gradients alone.
         """
-        self._warn_of_skipped_steps()
-        self._use(self._newcomers.join(self.stack))  # parameters that are trained from now on
+        is_first = self.engine.evaluations == 0  # others are of the closure of the same step
+        if is_first:
+            self._take_newcomers()
         step = self._step = self.engine.step
         self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
-        self._is_used = [gradient is not None for gradient in whole]
+        found = [gradient is not None for gradient in whole]
+        self._is_used = found if is_first else list(map(operator.or_, self._is_used, found))
         gradients, scale = self.stack.only_filtered(whole), self.engine.loss_scale
+        is_kept = self._look(step, whole, scale) if is_first else self._never
+        if self.stack.regularizer is not None and not self._pulls:
+            self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
+        if self._updates is None or self.stack.filter.is_idle(step):
+            # Neighbours are exchanged on the way.
+            with self.monitor.around_filter(step, "gradient", gradients, scale, is_first):
+                self.stack.filter.apply(gradients, step, scale, is_kept)
+        if self._edits_gradients(step):
+            self.engine.gradients_changed()  # norms that were taken too early
+
+    def _look(self, step: int, whole: Signal, scale: float) -> torch.Tensor | None:
+        """Measure, sample and rebuild, once a step; whether means may take the gradient in."""
+        self._warn_of_skipped_steps()
         self.monitor.begin_step(step, whole, scale)
         is_finite = self._others_are_finite(step, whole)
+        gradients = self.stack.only_filtered(whole)
         self.stack.refresh(step)  # new graphs, every refresh_interval
         for graph in self.stack.graphs:  # signal and noise, every statistics.interval
             graph.samples.take(step, gradients, scale, is_finite)
-        if self.stack.regularizer is not None and not self._pulls:
-            self.stack.regularizer.add_gradient(gradients, self.stack.weights(), scale)
-        if self._updates is not None and not self.stack.filter.is_idle(step):
-            self._updates.remember(self._filtered_weights())
-        else:  # neighbours are exchanged on the way
-            with self.monitor.around_filter(step, "gradient", gradients, scale):
-                self.stack.filter.apply(gradients, step, scale, is_finite)
-        if self._edits_gradients(step):
-            self.engine.gradients_changed()  # norms that were taken too early
+        return is_finite
 
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
@@ -105,14 +130,16 @@ class SpectralPlugin:
         if self.stack.regularizer is not None and self._pulls:
             self.stack.regularizer.pull(self.stack.weights(), self.engine.learning_rates())
 
-    def _use(self, stack: Stack) -> None:
-        """Filter by another stack of the same engine from now on."""
+    def _take_newcomers(self) -> None:
+        """Filter parameters that are trained from now on too, by another stack (collective)."""
+        stack = self._newcomers.join(self.stack)
         if stack is not self.stack:
             self.stack = stack
             self.monitor.use(stack)
             self._persistence.use(stack)
             if self._updates is not None:
                 self._updates = Updates(self._filtered_weights())
+                self._updates.remember(self._filtered_weights())
 
     def _catch_up(self) -> None:
         """What the engine calls when ranks are back that had left (collective)."""
@@ -151,23 +178,11 @@ class SpectralPlugin:
     def _warn_of_skipped_steps(self) -> None:
         skipped = self.engine.skipped_steps
         if skipped > self._skipped_steps:
-            self._warn(f"gradients were not finite; the engine has skipped {skipped} steps")
+            self.engine.log(
+                f"gradients were not finite; the engine has skipped {skipped} steps",
+                logging.WARNING,
+            )
         self._skipped_steps = skipped
-
-    def _warn_of_unstable_pull(self) -> None:
-        """θ ← θ − lr · α (r(L) + ρI) Δ overshoots where lr · α (r + ρ) > 1."""
-        if self._pulls:
-            penalties = [graph.penalty for graph in self.stack.graphs]
-            largest = max(penalty.largest() for penalty in penalties if penalty)
-            rate = max([0.0, *self.engine.learning_rates()])
-            if (step := rate * self.config.regularizer.strength * largest) > 1:
-                self._warn(
-                    f"learning rate {rate:g} x regularizer.strength x largest r + ridge = "
-                    f"{step:.3g} > 1: the decoupled regularizer overshoots; lower its strength"
-                )
-
-    def _warn(self, message: str) -> None:
-        self.engine.log(message, logging.WARNING)
 
     def observe_loss(self, loss: torch.Tensor) -> None:
         """Tell the task loss of a micro-batch, for the metric `joint_loss`.

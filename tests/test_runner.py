@@ -272,7 +272,7 @@ def test_an_optimizer_inside_another_is_not_attached_too(runner, capsys):
     for _ in range(2):
         wanted = expected(model)
         assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
-    assert capsys.readouterr().err == "spectral_ds: attached to Outer of Sequential\n"
+    assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
 
 
 def test_a_module_that_holds_the_model_is_attached_whole(runner, capsys):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -110,7 +109,7 @@ class SpectralCallback(TrainerCallback):
             raise SpectralConfigError(
                 f"SpectralCallback: no config was given, and {VARIABLE} is not set"
             )
-        optimizer = None if trainer.is_deepspeed_enabled else _innermost(trainer.optimizer)
+        optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
         self._runner = Runner(config)
         plugin = self._runner.attach(model, optimizer)
         self._runner.watch_clipping()
@@ -210,11 +209,3 @@ class SpectralCallback(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir), f"checkpoint-{step}")
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that steps, inside Accelerate's wrappers."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    found: torch.optim.Optimizer = optimizer
-    return found

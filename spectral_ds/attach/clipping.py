@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from spectral_ds.attach.live import parameters_of
 from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.engines.steps import version_of
+from spectral_ds.engines.wrappers import parameters_of
 from spectral_ds.plugin import SpectralPlugin
 
 CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
@@ -69,24 +70,18 @@ class Training:
         if self._seen is None or (gradient := self._gradient()) is None:
             return False
         reference, version = self._seen
-        return reference() is gradient and _version(gradient) == version
+        return reference() is gradient and version_of(gradient) == version
 
     def note(self) -> None:
         """Remember the gradients as filtered."""
         gradient = self._gradient()
         if gradient is not None:
-            self._seen = weakref.ref(gradient), _version(gradient)
+            self._seen = weakref.ref(gradient), version_of(gradient)
 
     def _gradient(self) -> torch.Tensor | None:
         optimizer = self.optimizer
         parameters = () if optimizer is None else parameters_of(optimizer)
         return next((p.grad for p in parameters if p.grad is not None), None)
-
-
-def _version(gradient: Any) -> int:
-    """Changes with every operation in place: a backward pass that adds to it, zeroing, clipping."""
-    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return int(local._version)
 
 
 class FilterBeforeClipping:

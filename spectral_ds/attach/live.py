@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_ds.engines.fsdp2 import sharded_modules
 from spectral_ds.engines.torch_engine import unwrapped
+from spectral_ds.engines.wrappers import parameters_of
 
 T = TypeVar("T")
 
@@ -22,11 +23,6 @@ def live(kind: type[T]) -> list[T]:
     """All live objects of a class and its subclasses."""
     # Not isinstance(), which runs code of proxies and of modules that load lazily.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """What it trains at present, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:

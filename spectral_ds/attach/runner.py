@@ -25,11 +25,18 @@ from spectral_ds.attach import check_section, plugin_of, plugins_of
 from spectral_ds.attach.after_import import AfterImport
 from spectral_ds.attach.clipping import FilterBeforeClipping, Training
 from spectral_ds.attach.initialize import attach_unwatched, has_been_told
-from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of, parameters_of
+from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of
 from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines import UnsupportedEngineError
 from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.replicas import Joining, replicas_of
+from spectral_ds.engines.steps import IN_BACKWARD, is_in_backward, running_steps
+from spectral_ds.engines.wrappers import (
+    layers_of,
+    parameters_of,
+    stepping_optimizer,
+    takes_half_steps,
+)
 from spectral_ds.plugin import SpectralPlugin
 
 # Names the file with the section, where no DeepSpeed config has it.
@@ -52,9 +59,8 @@ class Runner:
         self._settled: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         # They began to train inside a join(), which ranks may have left: the next one attaches.
         self._postponed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._stepping: list[int] = []  # ids of optimizers, inner ones last
         self._is_found = False  # whether anything has a plugin, by this runner or by the program
-        self._has_reported = False
+        self._has_reported = self._has_refused_backward = False
         self._refusals: list[str] = []
         self._handles: list[Any] = []
 
@@ -82,6 +88,7 @@ class Runner:
             self._is_found = True
             self._plugins.append(weakref.ref(plugin))
             if optimizer is not None:
+                optimizer = stepping_optimizer(optimizer)
                 self._trainings = [each for each in self._trainings if each.plugin is not None]
                 self._trainings.append(Training(optimizer, plugin, len(self._optimizers)))
         return plugin
@@ -159,16 +166,20 @@ class Runner:
         self._optimizers.append(weakref.ref(optimizer))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if id(optimizer) in self._stepping:  # an earlier step of it raised
-            del self._stepping[self._stepping.index(id(optimizer)) :]
-        self._stepping.append(id(optimizer))
-        if len(self._stepping) == 1 and optimizer not in self._settled:
-            self._settle(optimizer)
+        if optimizer in self._settled or _is_part(optimizer):
+            return
+        if is_in_backward():
+            self._settled.add(optimizer)
+            if not self._has_refused_backward:
+                self._has_refused_backward = True
+                self._refuse(f"{type(optimizer).__name__} and others like it", IN_BACKWARD)
+            return
+        innermost = layers_of(optimizer)[-1]
+        if innermost not in self._settled:
+            self._settle(innermost)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if id(optimizer) in self._stepping:
-            del self._stepping[self._stepping.index(id(optimizer)) :]
-        if not self._stepping:
+    def _after_step(self, *_: Any) -> None:
+        if len(running_steps()) <= 1:
             self.report()
 
     def _enter_join(
@@ -182,12 +193,19 @@ class Runner:
     def _clipped(self, tensors: set[int]) -> list[Training]:
         """The trainings of some of what is clipped, attached now if they were not yet."""
         self._settle_trainers_of(tensors)
-        return [training for training in self._trainings if training.trains(tensors)]
+        half_steps = [layers_of(o)[-1] for o in self._alive() if takes_half_steps(o)]
+        # What is clipped may be the gradient of the first half, which is not descended.
+        return [
+            training
+            for training in self._trainings
+            if training.trains(tensors)
+            and all(training.optimizer is not each for each in half_steps)
+        ]
 
     def _settle_trainers_of(self, tensors: set[int]) -> None:
         """Attach to the optimizers that train some parameters, given by their or gradients' ids."""
         for optimizer in self._alive():
-            if optimizer in self._settled:
+            if optimizer in self._settled or layers_of(optimizer)[-1] is not optimizer:
                 continue
             own = {id(p) for p in parameters_of(optimizer)}
             own |= {id(p.grad) for p in parameters_of(optimizer) if p.grad is not None}
@@ -281,6 +299,13 @@ def optimizers_attached_to(module: torch.nn.Module) -> list[torch.optim.Optimize
     """Those of the plugins of a module."""
     holders = [holder for plugin in plugins_of(module) for holder in plugin.engine.holders]
     return [holder for holder in holders if isinstance(holder, torch.optim.Optimizer)]
+
+
+def _is_part(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step, whose hook asks, is a part of a running one of the same parameters."""
+    around = running_steps()[1:]
+    own = set(map(id, parameters_of(optimizer))) if around else set()
+    return any(own & set(map(id, parameters_of(other))) for other in around)
 
 
 def config_of_environment() -> SpectralConfig | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from spectral_ds.engines.base import Engine, NothingToFilterError, UnsupportedEngineError
+from spectral_ds.engines.wrappers import layers_of
 
 __all__ = ["Engine", "NothingToFilterError", "UnsupportedEngineError", "engine_for"]
 
@@ -27,7 +28,8 @@ def engine_for(model_or_engine: Any, optimizer: torch.optim.Optimizer | None = N
     """
     deepspeed = sys.modules.get("deepspeed")  # who has not imported it has no engine of it
     if deepspeed is not None and isinstance(model_or_engine, deepspeed.DeepSpeedEngine):
-        if optimizer is not None and optimizer is not model_or_engine.optimizer:
+        own = set(map(id, layers_of(getattr(model_or_engine, "optimizer", None))))
+        if optimizer is not None and own.isdisjoint(map(id, layers_of(optimizer))):
             raise UnsupportedEngineError(
                 "optimizer: a DeepSpeed engine brings its own; leave the argument out"
             )

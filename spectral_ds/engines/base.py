@@ -69,6 +69,14 @@ class Engine(ABC):
         return 0
 
     @property
+    def evaluations(self) -> int:
+        """How often gradients were there before in the step that is running, which has a closure.
+
+        0 between steps, and where steps have none.
+        """
+        return 0
+
+    @property
     def loss_scale(self) -> float:
         """What the gradients are multiplied by in `before_step`."""
         return 1.0
@@ -100,16 +108,22 @@ class Engine(ABC):
 
     @abstractmethod
     def install(
-        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+        self,
+        before_step: Callable[[], None],
+        after_update: Callable[[], None] | None = None,
+        begin_step: Callable[[], None] | None = None,
     ) -> None:
         """Call the hooks at each optimizer step, on all ranks alike.
 
         Args:
             before_step: called after the gradients are averaged over ranks and accumulation, and
-                before the engine's own overflow check, norm and clipping.
+                before the engine's own overflow check, norm and clipping. Where a step evaluates a
+                closure, called after each evaluation; `evaluations` tells them apart.
             after_update: called when the base optimizer has updated all `weights`, before low
                 precision copies are made of them and before ranks gather each other's; not on a
                 step that the engine skips.
+            begin_step: called before `before_step`, once, when the step has moved no weight yet;
+                given if it is updates that are filtered.
 
         Raises:
             UnsupportedEngineError: the engine gives no place to call `after_update` from.

@@ -2,9 +2,11 @@
 
 `before_step` wraps `engine._take_model_step`: it runs only at the accumulation boundary, before
 overflow check, norm and clipping. (An optimizer pre-step hook would come after clipping, and
-once per parameter group.) `after_update` has its place in the step of each kind of optimizer.
+once per parameter group.) Programs that call `optimizer.step()` in its place are hooked there
+(`deepspeed_direct`). `after_update` has its place in the step of each kind of optimizer.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,8 @@ from spectral_ds.engines.base import (
     learning_rate_of,
 )
 from spectral_ds.engines.deepspeed_checkpoints import DeepSpeedCheckpoints
-from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor, board_step_of
+from spectral_ds.engines.deepspeed_direct import DirectSteps
+from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor
 from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.newcomers import Admission
 from spectral_ds.engines.used import UsedParameters
@@ -70,9 +73,10 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         self.holders = (engine, engine.module)
         self.everyone = Communicator(group, torch.device(engine.device))
         self.communicator = self.everyone
-        self.checkpoints: DeepSpeedCheckpoints = DeepSpeedCheckpoints(engine)
+        self._direct = DirectSteps(engine)
+        self.checkpoints: DeepSpeedCheckpoints = DeepSpeedCheckpoints(engine, self._direct)
         if engine.monitor.enabled:
-            self.monitor = DeepSpeedMonitor(engine)
+            self.monitor = DeepSpeedMonitor(engine, lambda: self.board_step)
         self._placed: list[Placed] = []
         # DeepSpeed keeps the float32 gradient on the CPU, and norms that it took during backward.
         self._is_offloaded = False
@@ -118,11 +122,15 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
 
     @property
     def step(self) -> int:
-        return int(self._engine.global_steps)
+        return int(self._engine.global_steps) + self._direct.taken
 
     @property
     def skipped_steps(self) -> int:
-        return int(self._engine.skipped_steps)
+        return int(self._engine.skipped_steps) + self._direct.skipped
+
+    @property
+    def evaluations(self) -> int:
+        return self._direct.evaluations
 
     @property
     def loss_scale(self) -> float:
@@ -151,13 +159,25 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
                     norms[self._optimizer.get_param_id(placed.parameter)] = norm
 
     def install(
-        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+        self,
+        before_step: Callable[[], None],
+        after_update: Callable[[], None] | None = None,
+        begin_step: Callable[[], None] | None = None,
     ) -> None:
-        def take_model_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def begin() -> None:
+            if begin_step is not None:
+                begin_step()
+
+        def ready() -> None:
             before_step()
             if self._used is not None:
                 self._used.clear()
-            return original(*args, **kwargs)
+
+        def take_model_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            begin()
+            ready()
+            with self._direct.within_engine_step():
+                return original(*args, **kwargs)
 
         self._handles = []
         if after_update is not None:
@@ -165,7 +185,10 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         if self._keeps_old_gradients:
             self._used = UsedParameters(placed.parameter for placed in self._placed)
             self._handles.append(self._used)
-        self._handles.append(WrappedMethod(self._engine, HOOKED, take_model_step))
+        self._handles += [
+            WrappedMethod(self._engine, HOOKED, take_model_step),
+            self._direct.install(begin, ready, lambda said: self.log(said, logging.WARNING)),
+        ]
 
     def watch_loss(self, observe: Callable[[torch.Tensor], None]) -> None:
         def backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,4 +247,6 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
 
     @property
     def board_step(self) -> int:
-        return board_step_of(self._engine)
+        # Where DeepSpeed files its own scalars of this step, after having counted its samples.
+        counted = int(self._engine.global_samples)
+        return counted + (1 + self._direct.taken) * int(self._engine.train_batch_size())

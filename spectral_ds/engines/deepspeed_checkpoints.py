@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from spectral_ds.engines.deepspeed_direct import DirectSteps
 from spectral_ds.engines.hooks import WrappedMethod
 
 # In a checkpoint: the folder of the plugin's state, and its mark in the client state.
 FOLDER = "spectral_ds"
+# In the mark: the steps that DeepSpeed has not counted.
+DIRECT = "direct_steps"
 
 
 class DeepSpeedCheckpoints:
@@ -23,8 +26,8 @@ class DeepSpeedCheckpoints:
     `load` refuses.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, direct: DirectSteps) -> None:
+        self._engine, self._direct = engine, direct
         self._handles: list[WrappedMethod] = []
 
     def carry(
@@ -57,7 +60,8 @@ class DeepSpeedCheckpoints:
         ) -> Any:
             tag = f"global_step{self._engine.global_steps}" if tag is None else tag
             save(Path(save_dir, str(tag), FOLDER))
-            marked = {**(client_state or {}), FOLDER: {"tag": str(tag)}}
+            mark = {"tag": str(tag), DIRECT: self._direct.taken}
+            marked = {**(client_state or {}), FOLDER: mark}
             return original(save_dir, tag, marked, *args, **kwargs)
 
         return save_checkpoint
@@ -83,7 +87,8 @@ class DeepSpeedCheckpoints:
             if mark and not folder.is_dir():
                 # A universal checkpoint lies beside the one that it was made from.
                 folder = Path(load_dir, mark["tag"], FOLDER)
-            load(folder, mark is not None, int(self._engine.global_steps))
+            self._direct.taken = (mark or {}).get(DIRECT, 0)
+            load(folder, mark is not None, int(self._engine.global_steps) + self._direct.taken)
             return path, client_state
 
         return load_checkpoint

@@ -1,6 +1,6 @@
 """How an engine is hooked: a method wrapped on one object, or a torch optimizer's own hook.
 
-Each gives a handle whose `remove()` undoes it.
+Each gives a handle whose `remove()` undoes it. The steps of torch optimizers are in `steps`.
 """
 
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spectral_ds.engines.base import UnsupportedEngineError
+from spectral_ds.engines.steps import is_nested
 
 
 class WrappedMethod:
@@ -51,11 +52,6 @@ def require_method(owner: Any, name: str) -> None:
         )
 
 
-def before_step_of(optimizer: Any, function: Callable[[], None]) -> Any:
-    """Call the function before each step of a torch optimizer."""
-    return optimizer.register_step_pre_hook(lambda *_: function())
-
-
 def after_step_of(optimizer: Any, function: Callable[[], None]) -> Any:
     """Call the function after each step of a torch optimizer, of all its groups.
 
@@ -67,4 +63,9 @@ def after_step_of(optimizer: Any, function: Callable[[], None]) -> Any:
             f"{type(optimizer).__name__} has no register_step_post_hook, by which spectral_ds "
             "acts on updates; use a torch.optim.Optimizer"
         )
-    return optimizer.register_step_post_hook(lambda *_: function())
+
+    def after_step(stepped: Any, *_: Any) -> None:
+        if not is_nested(stepped):
+            function()
+
+    return optimizer.register_step_post_hook(after_step)

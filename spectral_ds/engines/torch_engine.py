@@ -1,7 +1,7 @@
 """A plain torch module or DDP with a torch optimizer: every rank holds the full gradient.
 
-The hooks are the optimizer's own around its step, so the first runs once a step, after whatever the
-training loop does between backward and `step()`. A loop that clips calls
+Hooks run at the optimizer's step (`steps`), so the first runs after whatever the training loop does
+between backward and `step()`, or after an evaluation of its closure. A loop that clips calls
 `plugin.filter_gradients()` before. `FSDP2Engine` differs in who owns what only.
 """
 
@@ -19,10 +19,11 @@ from spectral_ds.engines.base import (
     learning_rate_of,
 )
 from spectral_ds.engines.capabilities import DistributedTensors
-from spectral_ds.engines.hooks import after_step_of, before_step_of
 from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
 from spectral_ds.engines.others import OtherOptimizers
 from spectral_ds.engines.replicas import Joining, group_of, replicas_of
+from spectral_ds.engines.steps import StepCalls
+from spectral_ds.engines.wrappers import layers_of, parameters_of, stepping_optimizer
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -35,11 +36,12 @@ class TorchEngine(Engine):
     Args:
         model: a module, or one in DistributedDataParallel; may be compiled, or hold several of
             these.
-        optimizer: the optimizer that trains it.
+        optimizer: the optimizer that trains it, or a wrapper around that.
 
     Raises:
-        UnsupportedEngineError: FSDP1 is in use, the optimizer trains none of the parameters, or
-            the model is in a `join()` that ranks may have left.
+        UnsupportedEngineError: FSDP1 is in use, the optimizer trains none of the parameters, it is
+            not known which optimizer a wrapper steps, or the model is in a `join()` that ranks may
+            have left.
     """
 
     _way_out = ""
@@ -47,15 +49,18 @@ class TorchEngine(Engine):
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module = unwrapped(model)
         _refuse_fsdp1(module)
-        self._module, self._optimizer = module, optimizer
+        self._module, self._optimizer = module, stepping_optimizer(optimizer)
+        wrappers = layers_of(optimizer)[:-1]
         self._step = 0
+        self._calls: StepCalls | None = None
+        self._has_warned = False
         self._handles: list[Any] = []
         self._parameters: dict[str, torch.nn.Parameter] = {}
         self._replicas = replicas_of(model)
         self._joining = Joining(self._replicas)
         if not self._joining.is_complete:
             raise UnsupportedEngineError("ranks may have left this join(): attach before it begins")
-        self.holders = (model, module, *parts_of(module), optimizer)
+        self.holders = (model, module, *parts_of(module), *wrappers, self._optimizer)
         found = self._trained()
         if not found:
             raise UnsupportedEngineError(
@@ -73,7 +78,7 @@ class TorchEngine(Engine):
 
         Frozen ones that have a fragment keep it: an adapter may be switched on again.
         """
-        trained = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        trained = set(map(id, parameters_of(self._optimizer)))
         kept = {id(parameter) for parameter in self._parameters.values()}
         return {
             canonical_name(name): parameter
@@ -169,6 +174,10 @@ class TorchEngine(Engine):
         return self._step
 
     @property
+    def evaluations(self) -> int:
+        return 0 if self._calls is None else self._calls.evaluations
+
+    @property
     def loss_scale(self) -> float:
         # Set inside a step that leaves it to a fused optimizer to divide by torch.amp's scale.
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -189,38 +198,55 @@ class TorchEngine(Engine):
         return [self._local(parameter.detach()) for parameter in self._parameters.values()]
 
     def install(
-        self, before_step: Callable[[], None], after_update: Callable[[], None] | None = None
+        self,
+        before_step: Callable[[], None],
+        after_update: Callable[[], None] | None = None,
+        begin_step: Callable[[], None] | None = None,
     ) -> None:
-        self._handles = []
-        if after_update is not None:
-            self._handles = self._call_unless_skipped(after_update)
-        self._handles += [
-            before_step_of(self._optimizer, before_step),
-            after_step_of(self._optimizer, self._count_step),
-        ]
+        is_skipped = False
 
-    def _call_unless_skipped(self, after_update: Callable[[], None]) -> list[Any]:
-        """Call it after each step, but those that torch.amp has a fused optimizer skip.
+        def begin() -> None:
+            nonlocal is_skipped
+            is_skipped = after_update is not None and self._is_skipped()
+            if begin_step is not None:
+                begin_step()
+
+        def end() -> None:
+            if after_update is not None and not is_skipped:
+                after_update()
+            self._step += 1
+
+        def ready() -> None:
+            before_step()
+            if begin_step is None and self.evaluations == 1:
+                self._warn_of_evaluations()
+
+        self._calls = StepCalls(self._optimizer, begin, ready, end, self._warn)
+        self._handles = [self._calls]
+
+    def _is_skipped(self) -> bool:
+        """Whether torch.amp has a fused optimizer skip this step.
 
         torch.amp calls the step of a fused optimizer in any case, and tells it on the device
         whether to skip. That is read before the step, where `loss_scale` waits for the same work of
         the device; without torch.amp there is nothing to read.
         """
-        is_skipped = False
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        return found_inf is not None and bool(found_inf)
 
-        def note() -> None:
-            nonlocal is_skipped
-            found_inf = getattr(self._optimizer, "found_inf", None)
-            is_skipped = found_inf is not None and bool(found_inf)
+    def _warn_of_evaluations(self) -> None:
+        """Every gradient is filtered, as is right for those that descend by all of them."""
+        if isinstance(self._optimizer, torch.optim.LBFGS) or self._has_warned:
+            return
+        self._has_warned = True
+        self._warn(
+            f"{type(self._optimizer).__name__} evaluates its closure several times in a step: each "
+            "gradient is filtered, also one that it only climbs by, if it is a sharpness-aware "
+            "optimizer; with filter.apply_to: update, what a step changes is filtered, once"
+        )
 
-        def call() -> None:
-            if not is_skipped:
-                after_update()
-
-        return [before_step_of(self._optimizer, note), after_step_of(self._optimizer, call)]
-
-    def _count_step(self) -> None:
-        self._step += 1
+    def _warn(self, message: str) -> None:
+        self.log(message, logging.WARNING)
 
     def remove(self) -> None:
         for handle in self._handles:

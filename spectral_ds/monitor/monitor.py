@@ -166,7 +166,7 @@ class Monitor:
 
     @contextmanager
     def around_filter(
-        self, step: int, what: Filtered, signal: Signal, scale: float
+        self, step: int, what: Filtered, signal: Signal, scale: float, is_first: bool = True
     ) -> Iterator[None]:
         """Measure a signal before and after the body has filtered it, in place, and show all.
 
@@ -176,8 +176,9 @@ class Monitor:
             what: what the signal is.
             signal: this rank's fragments, None for what is not filtered.
             scale: by which it is multiplied.
+            is_first: whether it is the first of this step; others are not measured.
         """
-        if not self.is_due(step):
+        if not (is_first and self.is_due(step)):
             yield
             return
         self.before = self._energies(signal, scale)

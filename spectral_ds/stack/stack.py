@@ -1,5 +1,6 @@
 """Stack: the graphs of a configuration, one after another, and what acts on signals by them."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -80,6 +81,19 @@ class Stack:
     def weights(self) -> Signal:
         """The engine's weights, None in place of those that are in no graph."""
         return self.only_filtered(self._engine.weights())
+
+    def warn_of_unstable_pull(self) -> None:
+        """Warn where θ ← θ − lr · α (r(L) + ρI) Δ overshoots: lr · α (r + ρ) > 1."""
+        if self.regularizer is None:
+            return
+        largest = max(graph.penalty.largest() for graph in self.graphs if graph.penalty)
+        rate = max([0.0, *self._engine.learning_rates()])
+        if (step := rate * self.regularizer.strength * largest) > 1:
+            self._engine.log(
+                f"learning rate {rate:g} x regularizer.strength x largest r + ridge = "
+                f"{step:.3g} > 1: the decoupled regularizer overshoots; lower its strength",
+                logging.WARNING,
+            )
 
     @property
     def memories(self) -> list[Part]:
