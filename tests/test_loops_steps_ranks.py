@@ -124,10 +124,9 @@ def test_every_way_to_step_gives_what_the_usual_one_gives(ranks):
 
 def accumulate_and_step_the_optimizer(declares_boundary):
     """Two steps of two micro-batches by optimizer.step(); steps counted, what is said."""
-    config = tiny.deepspeed_config(0, gradient_accumulation_steps=2)
     with Messages() as messages:
-        engine = tiny.make_engine({**config, "spectral_ds": SECTION}, SGD, (1.0, 0.5))
-        before = tiny.snapshot(engine)
+        training = cells.Training("zero0", SECTION, SGD, (1.0, 0.5), accumulation=2)
+        engine, before = training.engine, training.snapshot()
         for index in range(2):
             for position, tokens in enumerate(tiny.batches(2, index)):
                 if declares_boundary:
@@ -135,14 +134,14 @@ def accumulate_and_step_the_optimizer(declares_boundary):
                 engine.backward(engine(tokens))
             engine.optimizer.step()
             engine.optimizer.zero_grad()
-    after, counted = tiny.snapshot(engine), spectral_ds.plugin_of(engine).engine.step
+    after, counted = training.snapshot(), spectral_ds.plugin_of(engine).engine.step
     engine.destroy()
     return before, after, counted, messages.said
 
 
 def checkpointed(folder):
     """Steps counted after two of the optimizer and one of the engine, and after they are loaded."""
-    engine = tiny.make_engine({**tiny.deepspeed_config(2), "spectral_ds": SECTION}, SGD, (1.0, 0.5))
+    engine = cells.Training("zero2", SECTION, SGD, (1.0, 0.5)).engine
     for index in range(3):
         engine.backward(engine(tiny.batches(1, index)[0]))
         if index == 0:
