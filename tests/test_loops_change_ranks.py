@@ -71,7 +71,7 @@ def loss_of(model, inputs):
 def whole(module):
     """All parameters, whole."""
     return {
-        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().numpy().copy()
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone().numpy()
         for n, p in module.named_parameters()
     }
 
@@ -108,7 +108,7 @@ def steps_of_a_pair():
     """Two ranks train, by one engine after another; the others are not there."""
     from torch.distributed.device_mesh import DeviceMesh
 
-    rank, group = dist.get_rank(), dist.new_group(PAIR)
+    rank, group, other = dist.get_rank(), dist.new_group(PAIR), dist.new_group(PAIR)
     meshes = (
         DeviceMesh("cpu", PAIR),
         DeviceMesh("cpu", [[r] for r in PAIR], mesh_dim_names=("replicate", "shard")),
@@ -130,6 +130,10 @@ def steps_of_a_pair():
         model = DistributedDataParallel(Blocks(), process_group=group)
         optimizer = sgd(model.parameters())
         steps["runner"] = train_step(model, model.module, optimizer, rank)
+    both = [DistributedDataParallel(Blocks(), process_group=each) for each in (group, other)]
+    together = torch.nn.ModuleList(both)
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match="several process groups"):
+        spectral_ds.attach(together, sgd(together.parameters()), SECTION)
     return steps, spoke, said.getvalue()
 
 
