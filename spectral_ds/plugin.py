@@ -178,10 +178,8 @@ class SpectralPlugin:
     def _warn_of_skipped_steps(self) -> None:
         skipped = self.engine.skipped_steps
         if skipped > self._skipped_steps:
-            self.engine.log(
-                f"gradients were not finite; the engine has skipped {skipped} steps",
-                logging.WARNING,
-            )
+            message = f"gradients were not finite; the engine has skipped {skipped} steps"
+            self.engine.log(message, logging.WARNING)
         self._skipped_steps = skipped
 
     def observe_loss(self, loss: torch.Tensor) -> None:
