@@ -74,6 +74,7 @@ class SpectralPlugin:
         step = self._step = self.engine.step
         self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
+        self.stack.refuse_sparse(self.engine.sparse_gradients())
         self._is_used = [gradient is not None for gradient in whole]
         gradients, scale = self.stack.only_filtered(whole), self.engine.loss_scale
         self.monitor.begin_step(step, whole, scale)

@@ -22,6 +22,7 @@ from spectral_ds.engines.deepspeed_checkpoints import DeepSpeedCheckpoints
 from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor, board_step_of
 from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.used import UsedParameters
+from spectral_ds.engines.views import refuse_complex
 from spectral_ds.sharding import Communicator, Fragment
 
 HOOKED = "_take_model_step"
@@ -78,8 +79,10 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         # The gradient of a parameter that a step does not use is that of an earlier step, or zeros.
         self._keeps_old_gradients = False
         self._used: UsedParameters | None = None
-        self._named = {canonical_name(n): p for n, p in engine.module.named_parameters()}
-        self._name_of = {id(parameter): name for name, parameter in self._named.items()}
+        self.named = {canonical_name(n): p for n, p in engine.module.named_parameters()}
+        trained = ((name, p) for name, p in self.named.items() if p.requires_grad)
+        refuse_complex(trained, "DeepSpeed")
+        self._name_of = {id(parameter): name for name, parameter in self.named.items()}
 
     def _fragment(self, parameter: torch.nn.Parameter, start: int, length: int) -> Fragment:
         return Fragment(self._name_of[id(parameter)], start, length)
@@ -93,7 +96,7 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         """Full shapes of the parameters with these ids, in model order."""
         return {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self._named.items()
+            for name, parameter in self.named.items()
             if id(parameter) in trained and getattr(parameter, "ds_numel", parameter.numel()) > 0
         }
 

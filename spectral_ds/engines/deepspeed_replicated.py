@@ -13,6 +13,12 @@ import torch
 from spectral_ds.engines.base import UnsupportedEngineError
 from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import after_step_of
+from spectral_ds.engines.views import (
+    flat_view,
+    plain_gradient,
+    refuse_without_view,
+    sparse_among,
+)
 from spectral_ds.sharding import Communicator
 
 
@@ -35,9 +41,10 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
         self.communicator = Communicator.alone(self.everyone.device)
         placed = {id(each.parameter): each for each in self._parameters()}
         self.shapes = self._shapes_of(
-            {id(p) for p in self._named.values() if p.requires_grad and id(p) in placed}
+            {id(p) for p in self.named.values() if p.requires_grad and id(p) in placed}
         )
-        self._own(placed[id(self._named[name])] for name in self.shapes)
+        self._own(placed[id(self.named[name])] for name in self.shapes)
+        refuse_without_view({name: self.named[name] for name in self.shapes})
 
     def _parameters(self) -> Iterator[ReplicatedFragment]:
         """All parameters of the model that the optimizer has, in its order."""
@@ -54,8 +61,13 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
                 offset += parameter.numel()
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [placed.parameter.grad for placed in self._placed]
-        return [None if gradient is None else gradient.view(-1) for gradient in gradients]
+        gradients = [plain_gradient(placed.parameter) for placed in self._placed]
+        return [None if gradient is None else flat_view(gradient) for gradient in gradients]
+
+    def sparse_gradients(self) -> frozenset[str]:
+        return sparse_among(
+            {placed.fragment.parameter: placed.parameter for placed in self._placed}
+        )
 
     def weights(self) -> list[torch.Tensor]:
         optimizer = self._optimizer

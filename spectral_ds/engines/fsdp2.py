@@ -7,6 +7,7 @@ import torch
 
 from spectral_ds.engines.base import UnsupportedEngineError
 from spectral_ds.engines.torch_engine import TorchEngine
+from spectral_ds.engines.views import refuse_complex
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -25,6 +26,7 @@ class FSDP2Engine(TorchEngine):
     def _find_shards(self) -> None:
         from torch.distributed.tensor import DTensor
 
+        refuse_complex(self._parameters.items(), "FSDP2")
         mesh, axis = None, 0
         for name, parameter in self._parameters.items():
             if not isinstance(parameter, DTensor):

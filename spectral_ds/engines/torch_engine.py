@@ -5,6 +5,7 @@ training loop does between backward and `step()`. A loop that clips calls
 `plugin.filter_gradients()` before. `FSDP2Engine` differs in who owns what only.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,13 @@ from spectral_ds.engines.base import (
     learning_rate_of,
 )
 from spectral_ds.engines.hooks import after_step_of, before_step_of
+from spectral_ds.engines.views import (
+    flat_view,
+    plain_gradient,
+    real_shape,
+    refuse_without_view,
+    sparse_among,
+)
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -47,15 +55,10 @@ class TorchEngine(Engine):
         }
         if not named:
             raise UnsupportedEngineError("optimizer: it trains no parameter of the model")
-        for name, parameter in named.items():
-            if not parameter.is_contiguous():
-                raise UnsupportedEngineError(
-                    f"parameter {name!r} is not contiguous in memory (strides "
-                    f"{parameter.stride()}), so it has no flat view; make it contiguous"
-                )
+        refuse_without_view(named)
         # One fragment each, in this order.
-        self._parameters = named
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self._parameters = self.named = named
+        self.shapes = {name: real_shape(parameter) for name, parameter in named.items()}
         self._find_shards()
 
     def _find_shards(self) -> None:
@@ -63,12 +66,12 @@ class TorchEngine(Engine):
         device = next(iter(self._parameters.values())).device
         self.everyone = Communicator(None, device)
         self.communicator = Communicator.alone(device)
-        self.fragments = [Fragment(name, 0, p.numel()) for name, p in self._parameters.items()]
+        self.fragments = [Fragment(name, 0, math.prod(s)) for name, s in self.shapes.items()]
         self.tensors = WholeTensors(self.shapes)
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter or gradient, flat."""
-        return tensor.view(-1)
+        return flat_view(tensor)
 
     @property
     def config_section(self) -> Any:
@@ -90,8 +93,11 @@ class TorchEngine(Engine):
         return [learning_rate_of(group_of[id(p)]) for p in self._parameters.values()]
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [parameter.grad for parameter in self._parameters.values()]
+        gradients = [plain_gradient(parameter) for parameter in self._parameters.values()]
         return [None if gradient is None else self._local(gradient) for gradient in gradients]
+
+    def sparse_gradients(self) -> frozenset[str]:
+        return sparse_among(self._parameters)
 
     def weights(self) -> list[torch.Tensor]:
         return [self._local(parameter.detach()) for parameter in self._parameters.values()]
