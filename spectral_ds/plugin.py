@@ -95,6 +95,7 @@ class SpectralPlugin:
         step = self._step = self.engine.step
         self._is_handled = True
         whole = self.engine.gradients()  # fragments of this rank, writable views
+        self.stack.refuse_sparse(self.engine.sparse_gradients())
         found = [gradient is not None for gradient in whole]
         self._is_used = found if is_first else list(map(operator.or_, self._is_used, found))
         gradients, scale = self.stack.only_filtered(whole), self.engine.loss_scale

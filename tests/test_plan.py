@@ -20,7 +20,7 @@ from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
 from spectral_ds.sketches import WeightFeatures
-from spectral_ds.stack import head_width_of
+from spectral_ds.stack import modules
 
 ROWS = {"graph": {"edges": [{"family": "ring"}, {"family": "pair"}]}}
 SECTIONS = {
@@ -125,7 +125,9 @@ def tiny_model():
     groups = [[name_of[id(p)] for p in g["params"]] for g in tiny.parameter_groups(model)]
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     elements = sum(p.numel() for p in model.parameters())
-    return planning.Model("tiny", shapes, elements, head_width_of([model.llama])), groups
+    return planning.Model(
+        "tiny", shapes, elements, modules.facts_of([model.llama], trainable)
+    ), groups
 
 
 def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monitored=False):

@@ -36,6 +36,7 @@ class Engine(ABC):
         everyone: all ranks that train together, replicas included.
         shapes: full shape of each trainable parameter by canonical name, in model order; equal on
             all ranks.
+        named: the model's parameters by canonical name; those of `shapes` are among them.
         fragments: what this rank owns; fixed until `admit`. `gradients`, `weights` and
             `learning_rates` follow this order.
         holders: the user's objects by which the plugin can be found again.
@@ -47,6 +48,7 @@ class Engine(ABC):
     communicator: Communicator
     everyone: Communicator
     shapes: Mapping[str, tuple[int, ...]]
+    named: Mapping[str, torch.nn.Parameter]
     fragments: Sequence[Fragment]
     holders: Sequence[object]
     monitor: EngineMonitor | None = None
@@ -95,6 +97,10 @@ class Engine(ABC):
 
         None for a parameter that got no gradient in this step.
         """
+
+    def sparse_gradients(self) -> frozenset[str]:
+        """Names of the parameters whose gradients are sparse in this step; `gradients` has None."""
+        return frozenset()
 
     @abstractmethod
     def weights(self) -> list[torch.Tensor]:

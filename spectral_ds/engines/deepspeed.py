@@ -26,6 +26,7 @@ from spectral_ds.engines.deepspeed_monitor import DeepSpeedMonitor
 from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.newcomers import Admission
 from spectral_ds.engines.used import UsedParameters
+from spectral_ds.engines.views import refuse_complex
 from spectral_ds.sharding import Communicator, Fragment
 
 HOOKED = "_take_model_step"
@@ -85,11 +86,13 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         self._used: UsedParameters | None = None
         self._frozen = [p for p in engine.module.parameters() if not p.requires_grad]
         self._name_all(engine.module)
+        trained = {name: p for name, p in self.named.items() if p.requires_grad}
+        refuse_complex(trained, "DeepSpeed")
 
     def _name_all(self, module: torch.nn.Module) -> None:
         """Note the parameters of the model, and their names."""
-        self._named = {canonical_name(n): p for n, p in module.named_parameters()}
-        self._name_of = {id(parameter): name for name, parameter in self._named.items()}
+        self.named = {canonical_name(n): p for n, p in module.named_parameters()}
+        self._name_of = {id(parameter): name for name, parameter in self.named.items()}
 
     def _fragment(self, parameter: torch.nn.Parameter, start: int, length: int) -> Fragment:
         return Fragment(self._name_of[id(parameter)], start, length)
@@ -103,7 +106,7 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         """Full shapes of the parameters with these ids, in model order."""
         return {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self._named.items()
+            for name, parameter in self.named.items()
             if id(parameter) in trained and getattr(parameter, "ds_numel", parameter.numel()) > 0
         }
 

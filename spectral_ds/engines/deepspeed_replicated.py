@@ -14,6 +14,14 @@ from spectral_ds.engines.base import UnsupportedEngineError
 from spectral_ds.engines.deepspeed import DeepSpeedEngine, PlacedFragment
 from spectral_ds.engines.hooks import after_step_of
 from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
+from spectral_ds.engines.views import (
+    flat_view,
+    plain_gradient,
+    reason_against_complex,
+    reason_without_view,
+    refuse,
+    sparse_among,
+)
 from spectral_ds.sharding import Communicator
 
 
@@ -34,17 +42,28 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.data_parallel_group)
         self.communicator = Communicator.alone(self.everyone.device)
+        everything = (each.parameter for each in self._parameters())
+        trained = {self._name_of[id(p)]: p for p in everything if p.requires_grad}
+        refuse(trained, _reason_against)
         self._have_all()
         self._known = Known(placed.parameter for placed in self._placed)
 
     def _have_all(self) -> None:
-        """Set `shapes` and `fragments` to what the optimizer trains, and what they had before."""
+        """Set `shapes` and `fragments` to what the optimizer trains, and what they had before.
+
+        Without what cannot be filtered.
+        """
         kept = {id(placed.parameter) for placed in self._placed}
         self._name_all(self._engine.module)
         placed = {id(each.parameter): each for each in self._parameters()}
-        trained = {p for p in placed if p in kept or placed[p].parameter.requires_grad}
+        trained = {
+            key
+            for key, each in placed.items()
+            if key in kept
+            or (each.parameter.requires_grad and _reason_against(each.parameter) is None)
+        }
         self.shapes = self._shapes_of(trained)
-        self._own(placed[id(self._named[name])] for name in self.shapes)
+        self._own(placed[id(self.named[name])] for name in self.shapes)
 
     def _groups(self) -> Sequence[Sequence[torch.nn.Parameter]]:
         """The parameters of each of the optimizer's groups."""
@@ -75,14 +94,23 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
             self._own(before)
 
         module = self._engine.module
-        labels = [label_of(parameter, self._name_of, module) for parameter in newcomers]
-        left_out = {label: reason_to_leave_out(label in self._named) for label in labels}
-        joined = [name for name in self.shapes if name in labels]
-        return Admission(joined, {n: r for n, r in left_out.items() if n not in joined}, undo)
+        labelled = {label_of(p, self._name_of, module): p for p in newcomers}
+        joined = [name for name in self.shapes if name in labelled]
+        left_out = {
+            label: _reason_against(parameter) or reason_to_leave_out(label in self.named)
+            for label, parameter in labelled.items()
+            if label not in self.shapes
+        }
+        return Admission(joined, left_out, undo)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [placed.parameter.grad for placed in self._placed]
-        return [None if gradient is None else gradient.view(-1) for gradient in gradients]
+        gradients = [plain_gradient(placed.parameter) for placed in self._placed]
+        return [None if gradient is None else flat_view(gradient) for gradient in gradients]
+
+    def sparse_gradients(self) -> frozenset[str]:
+        return sparse_among(
+            {placed.fragment.parameter: placed.parameter for placed in self._placed}
+        )
 
     def weights(self) -> list[torch.Tensor]:
         optimizer = self._optimizer
@@ -101,3 +129,8 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
                 "where the optimizer itself makes the low precision copies; set it to false"
             )
         return after_step_of(self._engine.basic_optimizer, after_update)
+
+
+def _reason_against(parameter: torch.Tensor) -> str | None:
+    """Why a parameter cannot be filtered; None: it can."""
+    return reason_against_complex(parameter, "DeepSpeed") or reason_without_view(parameter)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from spectral_ds.engines.capabilities import DistributedTensors
 from spectral_ds.engines.torch_engine import TorchEngine
+from spectral_ds.engines.views import reason_against_complex
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -42,6 +43,8 @@ class FSDP2Engine(TorchEngine):
     def _reason_against(self, parameter: torch.Tensor) -> str | None:
         from torch.distributed.tensor import DTensor
 
+        if (reason := reason_against_complex(parameter, "FSDP2")) is not None:
+            return reason
         if not isinstance(parameter, DTensor):
             return (
                 "is not sharded by fully_shard, others are; apply fully_shard to the root module "

@@ -6,6 +6,7 @@ between backward and `step()`, or after an evaluation of its closure. A loop tha
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,14 @@ from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_
 from spectral_ds.engines.others import OtherOptimizers
 from spectral_ds.engines.replicas import Joining, group_of, replicas_of
 from spectral_ds.engines.steps import StepCalls
+from spectral_ds.engines.views import (
+    flat_view,
+    plain_gradient,
+    real_shape,
+    reason_without_view,
+    refuse,
+    sparse_among,
+)
 from spectral_ds.engines.wrappers import layers_of, parameters_of, stepping_optimizer
 from spectral_ds.sharding import Communicator, Fragment
 
@@ -66,9 +75,7 @@ class TorchEngine(Engine):
             raise UnsupportedEngineError(
                 f"optimizer: it trains no parameter of the model{self._way_out}"
             )
-        for name, parameter in found.items():
-            if (reason := self._reason_against(parameter)) is not None:
-                raise UnsupportedEngineError(f"parameter {name!r} {reason}")
+        refuse(found, self._reason_against)
         self._find_ranks(found)
         self._have(found)
         self._known = Known(found.values())
@@ -90,12 +97,7 @@ class TorchEngine(Engine):
 
     def _reason_against(self, parameter: torch.Tensor) -> str | None:
         """Why a parameter cannot be filtered; None: it can."""
-        if not parameter.is_contiguous():
-            return (
-                f"is not contiguous in memory (strides {parameter.stride()}), so it has no flat "
-                "view; make it contiguous"
-            )
-        return None
+        return reason_without_view(parameter)
 
     def _find_ranks(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Set `communicator` and `everyone`."""
@@ -104,15 +106,16 @@ class TorchEngine(Engine):
         self.communicator = Communicator.alone(device)
 
     def _have(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Set `shapes`, `fragments` and `tensors`: one fragment each, in this order."""
+        """Set `shapes`, `named`, `fragments`, `tensors`: one fragment each, in this order."""
         self._parameters = parameters
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.named = {canonical_name(n): p for n, p in self._module.named_parameters()}
+        self.shapes = {name: real_shape(parameter) for name, parameter in parameters.items()}
         self.fragments = [self._fragment(name, p) for name, p in parameters.items()]
         self.tensors = self._tensors()
 
     def _fragment(self, name: str, parameter: torch.nn.Parameter) -> Fragment:
         """What this rank owns of a parameter."""
-        return Fragment(name, 0, parameter.numel())
+        return Fragment(name, 0, math.prod(real_shape(parameter)))
 
     def _tensors(self) -> DistributedTensors:
         return WholeTensors(self.shapes)
@@ -127,13 +130,13 @@ class TorchEngine(Engine):
         left_out = {}
         for parameter in newcomers:
             name = label_of(parameter, names, self._module)
-            reason = self._reason_against(parameter)
             if name not in found:
                 left_out[name] = reason_to_leave_out(id(parameter) in names)
-            elif reason is not None:
+            elif (reason := self._reason_against(parameter)) is not None:
                 left_out[name] = reason
-                del found[name]
         kept = {id(parameter) for parameter in before.values()}
+        # Also without those that were left out earlier.
+        found = {n: p for n, p in found.items() if id(p) in kept or not self._reason_against(p)}
         joined = [name for name, parameter in found.items() if id(parameter) not in kept]
         if joined:
             self._have(found)
@@ -163,7 +166,7 @@ class TorchEngine(Engine):
 
     def _local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of a parameter or gradient, flat."""
-        return tensor.view(-1)
+        return flat_view(tensor)
 
     @property
     def config_section(self) -> Any:
@@ -191,8 +194,11 @@ class TorchEngine(Engine):
         return [0.0 if group is None else learning_rate_of(group) for group in found]
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [parameter.grad for parameter in self._parameters.values()]
+        gradients = [plain_gradient(parameter) for parameter in self._parameters.values()]
         return [None if gradient is None else self._local(gradient) for gradient in gradients]
+
+    def sparse_gradients(self) -> frozenset[str]:
+        return sparse_among(self._parameters)
 
     def weights(self) -> list[torch.Tensor]:
         return [self._local(parameter.detach()) for parameter in self._parameters.values()]

@@ -91,7 +91,7 @@ class Bucket:
             held = layout.holdings.get(p.name, ())
             runs = [(rank, part.start, part.end) for rank, _, part in held if part.length]
             rank, start, end = np.array(runs, np.int64).reshape(-1, 3).T
-            touched = nodes_touched(start, end, p.nodes, p.width, p.is_transposed)
+            touched = nodes_touched(start, end, p.nodes_of_matrix, p.width, p.is_transposed)
             np.add.at(found, rank, touched)
         return found
 
@@ -163,6 +163,6 @@ def parameters_with_edges(
     alone = {
         group[0].name
         for group in linked_parameters(parameters, families)
-        if len(group) == 1 and not (is_inside and group[0].nodes > 1)
+        if len(group) == 1 and not (is_inside and group[0].nodes_of_matrix > 1)
     }
     return [parameter for parameter in parameters if parameter.name not in alone]

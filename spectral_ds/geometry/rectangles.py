@@ -1,7 +1,8 @@
 """Rectangles: parts of fragments in the coordinates of a graph, (node, column of its signal).
 
 In: a run of a flattened parameter. Out: at most three rectangles, whatever a node is; a shard edge
-may cut the run's first and last matrix row.
+may cut the run's first and last matrix row. (Of stacked matrices whose columns are nodes, so many
+for each.)
 """
 
 from collections.abc import Iterable
@@ -74,9 +75,12 @@ def rectangles_of(
         return [Rectangle(index, 0, first_node, start, 1, length, parameter.numel, 1)]
     if parameter.kind == "element":
         return [Rectangle(index, 0, first_node + start, 0, length, 1, 1, 1)]
-    width = parameter.columns
-    cuts = {start, -(-start // width) * width, (start + length) // width * width, start + length}
-    ends = sorted(cut for cut in cuts if start <= cut <= start + length)
+    width, end = parameter.columns, start + length
+    cuts = {start, -(-start // width) * width, end // width * width, end}
+    if parameter.is_transposed:  # nodes of each matrix are others
+        matrix = parameter.numel // parameter.matrices
+        cuts |= set(range(-(-start // matrix) * matrix, end, matrix))
+    ends = sorted(cut for cut in cuts if start <= cut <= end)
     found = []
     for first, last in pairwise(ends):
         row, column = divmod(first, width)
@@ -84,9 +88,9 @@ def rectangles_of(
         columns = min(width, last - first)
         offset = first - start
         if parameter.is_transposed:
-            found.append(
-                Rectangle(index, offset, first_node + column, row, columns, rows, 1, width)
-            )
+            number, row = divmod(row, parameter.width)
+            node = first_node + number * width + column
+            found.append(Rectangle(index, offset, node, row, columns, rows, 1, width))
         else:
             found.append(
                 Rectangle(index, offset, first_node + row, column, rows, columns, width, 1)

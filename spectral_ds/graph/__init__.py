@@ -2,7 +2,14 @@
 
 from spectral_ds.graph.depth import Depth
 from spectral_ds.graph.edges import Edges
-from spectral_ds.graph.nodes import NodeKind, ParameterNodes, match_parameters, nodes_touched
+from spectral_ds.graph.nodes import (
+    NodeKind,
+    ParameterNodes,
+    Storage,
+    match_parameters,
+    nodes_touched,
+    parameter_nodes,
+)
 from spectral_ds.graph.pair import Pair, UnknownHeadWidthError
 from spectral_ds.graph.ring import Ring
 from spectral_ds.graph.similarity import Similarity
@@ -18,7 +25,9 @@ __all__ = [
     "ParameterNodes",
     "Ring",
     "Similarity",
+    "Storage",
     "UnknownHeadWidthError",
     "match_parameters",
     "nodes_touched",
+    "parameter_nodes",
 ]

@@ -23,10 +23,11 @@ class Depth(NodeByNode):
 
     def links(self, parameters: Sequence[ParameterNodes]) -> list[tuple[int, int]]:
         """Pairs of parameters (by position) that this family joins."""
-        paths: dict[tuple[str, tuple[int, ...]], list[tuple[int, int]]] = defaultdict(list)
+        paths: dict[object, list[tuple[int, int]]] = defaultdict(list)
         for position, parameter in enumerate(parameters):
             if parameter.block is not None:
-                paths[parameter.role, parameter.shape].append((parameter.block, position))
+                key = parameter.role, parameter.shape, parameter.storage
+                paths[key].append((parameter.block, position))
         pairs = []
         for path in paths.values():
             path.sort()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from spectral_ds.graph.family import NodeByNode, Partner
-from spectral_ds.graph.nodes import Ints, ParameterNodes
+from spectral_ds.graph.nodes import USUAL_STORAGE, Ints, ParameterNodes
+from spectral_ds.graph.roles import is_numbered
 
 # Names that the two weights have in the model families of Hugging Face and in Llama's own code.
 QUERY_AND_KEY = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("wq", "wk"))
@@ -41,7 +42,7 @@ class Pair(NodeByNode):
         for position, parameter in enumerate(parameters):
             path = parameter.name.split(".")
             for mine, other in (*QUERY_AND_KEY, *GATE_AND_UP):
-                if mine in path and parameter.block is not None:
+                if mine in path and is_numbered(parameter.name):
                     name = ".".join(other if part == mine else part for part in path)
                     partner = position_of.get(name)
                     if partner is not None and self._match(parameter, parameters[partner]):
@@ -55,8 +56,9 @@ class Pair(NodeByNode):
             UnknownHeadWidthError: they are grouped, by heads of unknown width.
         """
         if a.shape == b.shape:
-            return True
-        if a.kind == "column" or len(a.shape) < 2 or a.shape[1:] != b.shape[1:]:
+            return a.storage == b.storage
+        usual = a.storage == b.storage == USUAL_STORAGE
+        if not usual or a.kind == "column" or len(a.shape) < 2 or a.shape[1:] != b.shape[1:]:
             return False
         if self.head_width is None:
             raise UnknownHeadWidthError(

@@ -12,7 +12,7 @@ from spectral_ds.graph.nodes import Ints, ParameterNodes
 
 @dataclass(frozen=True)
 class Ring(NodeByNode):
-    """Node r ~ node (r + 1) mod n of the same parameter; two nodes have one edge, one has none."""
+    """Node r ~ node (r + 1) mod n of the same matrix; two nodes have one edge, one has none."""
 
     weight: float = 1.0
 
@@ -21,16 +21,16 @@ class Ring(NodeByNode):
         return []
 
     def partners(self, parameters: Sequence[ParameterNodes]) -> Iterable[tuple[int, int, Partner]]:
-        """Each node and the next of its parameter, see `NodeByNode.partners`."""
+        """Each node and the next of its matrix, see `NodeByNode.partners`."""
         return [
-            (position, position, _next_of(parameter.nodes))
+            (position, position, _next_of(parameter.nodes_of_matrix))
             for position, parameter in enumerate(parameters)
-            if parameter.nodes > 1
+            if parameter.nodes_of_matrix > 1
         ]
 
 
 def _next_of(nodes: int) -> Partner:
     def following(node: Ints) -> Ints:
-        return (node + 1) % nodes
+        return node - node % nodes + (node + 1) % nodes
 
     return following

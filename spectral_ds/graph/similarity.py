@@ -33,7 +33,8 @@ class Similarity:
 
     Attributes:
         neighbours: k; a node of a smaller scope takes all others.
-        scope: nodes are compared within their `parameter`, or with all nodes of their `role`.
+        scope: nodes are compared within their `parameter` (within their matrix, where it is a
+            stack of some), or with all nodes of their `role`.
         features: what is compared: the `weights`, or the running mean of the `gradient`.
         sketch_width: longer features are replaced by their Gaussian random projection to this
             width; 0: never.
@@ -54,6 +55,10 @@ class Similarity:
         for position, parameter in enumerate(parameters):
             roles[parameter.role, parameter.width].append(position)
         return list(roles.values())
+
+    def parts(self, parameters: Sequence[ParameterNodes]) -> int:
+        """How many equal parts the nodes of a scope fall into, each compared within itself."""
+        return parameters[0].matrices if self.scope == "parameter" else 1
 
     def links(self, parameters: Sequence[ParameterNodes]) -> list[tuple[int, int]]:
         """Pairs of parameters (by position) that this family may join."""
@@ -97,6 +102,24 @@ def nearest(
         empty = rows.new_zeros(0)
         return empty, empty, features.new_zeros(0)
     source, target, distance = (torch.cat(part) for part in zip(*parts, strict=True))
+    return source, target, distance
+
+
+def nearest_in_parts(
+    features: torch.Tensor, rows: torch.Tensor, neighbours: int, cosine_steps: int, parts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`nearest` within each of so many equal parts of the nodes."""
+    if parts == 1:
+        return nearest(features, rows, neighbours, cosine_steps)
+    size = len(features) // parts
+    found = []
+    for first in range(0, len(features), size):
+        own = rows[(rows >= first) & (rows < first + size)] - first
+        source, target, distance = nearest(
+            features[first : first + size], own, neighbours, cosine_steps
+        )
+        found.append((source + first, target + first, distance))
+    source, target, distance = (torch.cat(part) for part in zip(*found, strict=True))
     return source, target, distance
 
 

@@ -13,7 +13,7 @@ import torch
 from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import EdgeFamily, Edges, Similarity
-from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
+from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest_in_parts
 from spectral_ds.sharding import Communicator
 from spectral_ds.sketches import FeatureSource
 
@@ -63,12 +63,15 @@ def _similarity_edges(
         nodes = np.concatenate(
             [np.arange(*bucket.first_node[position : position + 2]) for position in scope]
         )
-        features = source(parameters, family.sketch_width) if len(nodes) > 1 else None
+        compared = family.parts(parameters)
+        features = source(parameters, family.sketch_width) if len(nodes) > compared else None
         if features is None:
             continue
         own = torch.from_numpy(np.flatnonzero(np.isin(nodes, primary))).to(features.device)
         steps = COSINE_STEPS[family.features]
-        origin, target, distance = nearest(features, own, family.neighbours, steps)
+        origin, target, distance = nearest_in_parts(
+            features, own, family.neighbours, steps, compared
+        )
         total = torch.stack((distance.sum(), distance.new_tensor(float(distance.numel()))))
         distance_sum, pairs = communicator.sum_(total).tolist()
         weight = gaussian_weight(distance, distance_sum / max(pairs, 1.0))

@@ -203,7 +203,10 @@ class ParameterGraph:
         for group in self.groups:
             kind: NodeKind = "parameter" if group.is_path else "row"
             bucket = Bucket.of(
-                [ParameterNodes(p.name, (p.nodes, columns[p.name]), kind) for p in group.parameters]
+                [
+                    ParameterNodes(p.name, (p.nodes, columns[p.name]), kind, p.role, p.block)
+                    for p in group.parameters
+                ]
             )
             owners = RowOwners.of(bucket, layout)
             edges = group.edges if group.is_path else group.primary_edges(layout.rank)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spectral_ds.graph import ParameterNodes
+from spectral_ds.graph import ParameterNodes, parameter_nodes
 from spectral_ds.sharding import Communicator, Fragment, Signal, squared_norm_of
 
 Values = npt.NDArray[np.float64]
@@ -37,7 +37,7 @@ class ParameterNorms:
         fragments: Sequence[Fragment],
         communicator: Communicator,
     ) -> None:
-        nodes = [ParameterNodes(name, shape) for name, shape in shapes.items()]
+        nodes = list(parameter_nodes(shapes).values())
         position = {node.name: index for index, node in enumerate(nodes)}
         owners = [position[fragment.parameter] for fragment in fragments]
         self._owners = torch.tensor(owners, dtype=torch.int64, device=communicator.device)

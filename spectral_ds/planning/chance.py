@@ -85,7 +85,7 @@ def expected(parts: Parts, family: Similarity, cluster: Cluster) -> Chance:
     away = parts.numel - parts.elements(cluster)
     touched = cluster.by_rank(parts.rank, parts.touched).clip(max=nodes)
     rows = reached(touched.astype(np.int64), nodes, k) * (nodes - touched)
-    if parts.by_column:
+    if parts.by_column.any():
         rows = np.minimum(rows, hop.received)
     return Chance(Boundary(hop, rows), hop.received / np.maximum(away, 1), edges, degree)
 
@@ -93,11 +93,11 @@ def expected(parts: Parts, family: Similarity, cluster: Cluster) -> Chance:
 def _hop(parts: Parts, neighbours: int, cluster: Cluster) -> Flow:
     """What travels before one product: column by column, of which columns many are alike."""
     parts, times = _distinct(parts)
-    if parts.by_column:
-        turns = [parts.start // parts.nodes, -(-parts.start // parts.nodes)]
-        turns += [parts.end // parts.nodes, -(-parts.end // parts.nodes)]
-    else:
-        turns = [parts.start % parts.width, parts.end % parts.width]
+    turns = [
+        np.where(parts.by_column, by_column, at % parts.width)
+        for at in (parts.start, parts.end)
+        for by_column in (at // parts.nodes, -(-at // parts.nodes))
+    ]
     bounds = np.unique(np.concatenate([*turns, [0, parts.width]]))
     first = np.flatnonzero(np.diff(parts.rank, prepend=-1))
     ranks = parts.rank[first]
@@ -113,10 +113,12 @@ def _hop(parts: Parts, neighbours: int, cluster: Cluster) -> Flow:
     for low in range(0, len(bounds) - 1, piece):
         column = bounds[low : low + piece + 1]
         length = np.diff(column)
-        start, end, per = parts.start[:, None], parts.end[:, None], parts.nodes[:, None]
+        start, end = parts.start[:, None], parts.end[:, None]
+        nodes, by_column = parts.nodes[:, None], parts.by_column[:, None]
         column = column[:-1]
-        own = parts.before(end, per, column, column + 1)
-        own = (own - parts.before(start, per, column, column + 1)) * times[:, None]
+        own = parts.before(end, nodes, by_column, column, column + 1)
+        own = own - parts.before(start, nodes, by_column, column, column + 1)
+        own = own * times[:, None]
         own = np.add.reduceat(own, first, axis=0)
         needs = np.interp(own, grid, chance)
         near = np.add.reduceat(own, of_machine)[mine] - own
@@ -134,18 +136,20 @@ def _hop(parts: Parts, neighbours: int, cluster: Cluster) -> Flow:
 
 def _distinct(parts: Parts) -> tuple[Parts, Ints]:
     """Runs of one rank that cover the same columns, once, by rank; how often each is there."""
-    first = parts.start if parts.by_column else parts.start % parts.width
-    keys = np.stack((parts.rank, first, first + parts.length, parts.nodes), axis=1)
+    first = np.where(parts.by_column, parts.start, parts.start % parts.width)
+    ends = first, first + parts.length
+    keys = np.stack((parts.rank, *ends, parts.nodes, parts.by_column), axis=1)
     keys, times = np.unique(keys, axis=0, return_counts=True)
-    rank, start, end, nodes = keys.T
+    rank, start, end, nodes, by_column = keys.T
     parts = Parts(
         start,
         end,
         rank,
         np.zeros_like(rank),
+        np.zeros_like(rank),
         nodes,
+        by_column.astype(bool),
         parts.width,
-        parts.by_column,
         parts.all_nodes,
     )
     return parts, times

@@ -211,8 +211,11 @@ def _boundary_nodes(
 ) -> Floats:
     """Nodes of others that a rank needs when each node has one rank."""
     similar = [family for family in families if isinstance(family, Similarity)]
-    if similar and group.parts.by_column:
-        scopes = len(similar[0].scopes(group.parameters))
+    if similar and group.parts.by_column.any():
+        scopes = sum(
+            similar[0].parts([group.parameters[position] for position in scope])
+            for scope in similar[0].scopes(group.parameters)
+        )
         mine = (nodes / scopes).round().astype(np.int64)
         others = all_nodes // scopes - mine
         return scopes * others * reached(mine, all_nodes // scopes, similar[0].neighbours)

@@ -69,7 +69,7 @@ def plan_groups(
     found = []
     for joined in linked_parameters(parameters, families):
         links = tuple(tuple(family.links(joined)) for family in families)
-        key = tuple((each.shape, each.kind, cuts[each.name]) for each in joined), links
+        key = tuple((p.shape, p.storage, p.kind, cuts[p.name]) for p in joined), links
         if key not in known:
             known[key] = _planned(joined, families, [cuts[p.name] for p in joined], cluster)
         found.append(replace(known[key], parameters=joined))
@@ -94,19 +94,24 @@ def _planned(
     edges = np.full(3, float(count @ nodes) / 2)
     for family in families:
         if isinstance(family, Similarity):
+            # A scope of one parameter may be a stack of matrices.
+            apart = [family.parts([parameter]) for parameter in parameters]
             max_degree += (
                 family.weight
                 * USUAL_WEIGHT
                 * max(
-                    most_neighbours(sum(nodes[scope]), family.neighbours)
+                    most_neighbours(sum(nodes[scope]) // apart[scope[0]], family.neighbours)
                     for scope in family.scopes(parameters)
                 )
             )
             for scope in family.scopes(parameters):
-                chance = expected(parts.only(scope), family, cluster)
-                boundary += chance.boundary
-                share = np.maximum(share, chance.share)
-                edges += chance.edges
+                inside = parts.only(scope)
+                compared = inside.each_matrix() if apart[scope[0]] > 1 else [inside]
+                for each in compared:
+                    chance = expected(each, family, cluster)
+                    boundary += chance.boundary
+                    share = np.maximum(share, chance.share)
+                    edges += chance.edges
                 count[scope] += chance.degree
     boundary += known_boundary(members, cuts, shifts(members, families, cuts), cluster, 1 - share)
     elements = parts.elements(cluster)

@@ -4,7 +4,7 @@ In: a model's shapes, a configuration, an engine and the ranks. Out: a `Plan`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,7 @@ from spectral_ds.planning.costs import FLOAT, Cost, Machine
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph, plan_graph
 from spectral_ds.planning.layouts import EngineName, cut_parameters
-from spectral_ds.stack import choose_graphs
+from spectral_ds.stack import ModelFacts, choose_graphs
 
 # What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
 # statistics are taken, a span of nodes with its rectangles.
@@ -30,13 +30,13 @@ class Model:
         name: as the user wrote it.
         shapes: of its trainable parameters, in model order.
         elements: of all parameters.
-        head_width: rows of an attention head; None if the model does not say.
+        facts: what its modules tell of them.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     elements: int
-    head_width: int | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def plan_configuration(
         SpectralConfigError: it cannot be used with the model.
     """
     cuts = cut_parameters(engine, model.shapes, cluster.world_size, groups)
-    choices = choose_graphs(model.shapes, config, model.head_width)
+    choices = choose_graphs(model.shapes, config, model.facts)
     graphs = [
         plan_graph(choice, config, cuts, cluster, bucket_elements, is_first=index == 0)
         for index, choice in enumerate(choices)

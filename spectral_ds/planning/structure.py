@@ -72,7 +72,7 @@ def shifts(
 
 
 def _ring(position: int, parameter: ParameterNodes, cuts: Cuts) -> list[Shift]:
-    nodes, size = parameter.nodes, parameter.numel
+    nodes = parameter.nodes_of_matrix
     if nodes == 1:
         return []
     if parameter.is_transposed:
@@ -82,8 +82,9 @@ def _ring(position: int, parameter: ParameterNodes, cuts: Cuts) -> list[Shift]:
             return []
         last, step, around = first + nodes, 1, nodes - 1
     else:
-        first, last = np.array([0]), np.array([size])
-        step, around = parameter.width, size - parameter.width
+        size = parameter.numel // parameter.matrices
+        first = np.arange(parameter.matrices) * size
+        last, step, around = first + size, parameter.width, size - parameter.width
     step_on = np.tile([step, -around], len(first))
     step_back = np.tile([around, -step], len(first))
     forward = np.stack((first, last - step, last - step, last), axis=1).reshape(-1, 2)
@@ -130,7 +131,7 @@ def node_degrees(
     for family in families:
         here: dict[int, float] = defaultdict(float)
         if isinstance(family, Ring):
-            here |= {i: min(2.0, p.nodes - 1) for i, p in enumerate(parameters)}
+            here |= {i: min(2.0, p.nodes_of_matrix - 1) for i, p in enumerate(parameters)}
         elif isinstance(family, Depth | Pair):
             for a, b in family.links(parameters):
                 here[a] += 1

@@ -5,19 +5,20 @@ from spectral_ds.stack.choices import (
     choose_graphs,
     choose_parameters,
     edge_families,
-    head_width_of,
 )
+from spectral_ds.stack.modules import ModelFacts, facts_of
 from spectral_ds.stack.newcomers import Newcomers
 from spectral_ds.stack.stack import Stack
 from spectral_ds.stack.stacked_graph import StackedGraph
 
 __all__ = [
     "GraphChoice",
+    "ModelFacts",
     "Newcomers",
     "Stack",
     "StackedGraph",
     "choose_graphs",
     "choose_parameters",
     "edge_families",
-    "head_width_of",
+    "facts_of",
 ]

@@ -4,9 +4,8 @@ In: settings and plain values: names, shapes, the width of an attention head. Ou
 and the planner make graphs of. Knows no engine.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from spectral_ds.config import ADAPTIVE, GraphConfig, SpectralConfig, SpectralConfigError
 from spectral_ds.graph import (
@@ -16,9 +15,12 @@ from spectral_ds.graph import (
     ParameterNodes,
     Ring,
     Similarity,
+    Storage,
     UnknownHeadWidthError,
     match_parameters,
+    parameter_nodes,
 )
+from spectral_ds.stack.modules import ModelFacts
 
 # Of adaptive responses, whose gains follow the powers of each band.
 SKETCH_WIDTH = 64
@@ -36,38 +38,49 @@ class GraphChoice:
         settings: what stands there.
         parameters: whose nodes it joins, in model order.
         families: by which rules.
+        left_out: parameters that patterns choose and their modules leave out.
     """
 
     key: str
     settings: GraphConfig
     parameters: tuple[ParameterNodes, ...]
     families: tuple[EdgeFamily, ...]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def by_module(self) -> list[str]:
+        """What nodes there are because of modules, and not of names and shapes; often nothing."""
+        stored = [f"{p.name}: {p.storage}" for p in self.parameters if p.storage != Storage()]
+        return [*(f"without {name}" for name in self.left_out), *stored]
 
 
 def choose_graphs(
-    shapes: Mapping[str, tuple[int, ...]], config: SpectralConfig, head_width: int | None
+    shapes: Mapping[str, tuple[int, ...]], config: SpectralConfig, facts: ModelFacts
 ) -> list[GraphChoice]:
     """What each graph of a configuration is made of, in the order in which they filter.
 
     Args:
         shapes: of the model's trainable parameters, in model order.
-        head_width: rows of an attention head, where the configuration does not say; None: unknown.
+        facts: what else is known of the model.
 
     Raises:
-        SpectralConfigError: a pattern that the user wrote matches no parameter, none is left, or
-            family pair meets grouped queries and does not know their heads.
+        SpectralConfigError: a pattern that the user wrote matches no parameter, none is left, one
+            has sparse gradients, or family pair meets grouped queries and does not know their
+            heads.
     """
     found = []
     for index, settings in enumerate(config.stack):
         key = f"graphs[{index}]" if config.graphs else "graph"
-        parameters = choose_parameters(shapes, settings, key)
-        families = edge_families(settings, head_width)
+        parameters, left_out = choose_parameters(shapes, settings, key, facts)
+        families = edge_families(settings, facts.head_width)
         try:
             for family in families:
                 family.links(parameters)
         except UnknownHeadWidthError as error:
             raise SpectralConfigError(f"spectral_ds.{key}.edges: {error}") from error
-        found.append(GraphChoice(key, settings, tuple(parameters), tuple(families)))
+        found.append(
+            GraphChoice(key, settings, tuple(parameters), tuple(families), tuple(left_out))
+        )
     return found
 
 
@@ -97,15 +110,23 @@ def sketch_shape(graph: GraphConfig, config: SpectralConfig) -> tuple[int, int] 
 
 
 def choose_parameters(
-    shapes: Mapping[str, tuple[int, ...]], config: GraphConfig, key: str
-) -> list[ParameterNodes]:
-    """The parameters that the patterns of a graph choose.
+    shapes: Mapping[str, tuple[int, ...]], config: GraphConfig, key: str, facts: ModelFacts
+) -> tuple[list[ParameterNodes], list[str]]:
+    """The parameters that a graph covers: what its patterns choose, by default without embeddings.
+
+    While all default patterns stand in `exclude`, embeddings and heads are also left out by the
+    type of their module, whatever their names.
 
     Args:
         key: where the graph stands in the configuration.
+        facts: what is known of the model besides its shapes.
+
+    Returns:
+        The nodes of these parameters, and the names of those left out by type.
 
     Raises:
-        SpectralConfigError: a pattern that the user wrote matches no parameter, or none is left.
+        SpectralConfigError: a pattern that the user wrote matches no parameter, none is left, or
+            one has sparse gradients.
     """
     chosen, unmatched = match_parameters(shapes, config.include, config.exclude)
     defaults = GraphConfig()
@@ -116,13 +137,34 @@ def choose_parameters(
                     f"spectral_ds.{key}.{name}: pattern {pattern!r} matches no trainable "
                     f"parameter; there are {len(shapes)}, for example {_some(shapes)}"
                 )
+    left_out: list[str] = []
+    if set(defaults.exclude) <= set(config.exclude):
+        left_out = [name for name in chosen if name in facts.embeddings_and_heads]
+        chosen = [name for name in chosen if name not in facts.embeddings_and_heads]
+    by_type = " and embeddings and heads (exclude: [] takes them in)" if left_out else ""
     if not chosen:
         raise SpectralConfigError(
             f"spectral_ds.{key}: no parameter is left to filter; include {list(config.include)} "
-            f"without exclude {list(config.exclude)} leaves none of {len(shapes)} trainable "
-            f"parameters, for example {_some(shapes)}"
+            f"without exclude {list(config.exclude)}{by_type} leaves none of {len(shapes)} "
+            f"trainable parameters, for example {_some(shapes)}"
         )
-    return [ParameterNodes(name, shapes[name], config.node) for name in chosen]
+    refuse_sparse(chosen, facts.sparse, key)
+    nodes = parameter_nodes(shapes, config.node, facts.storage)
+    return [nodes[name] for name in chosen], left_out
+
+
+def refuse_sparse(chosen: Iterable[str], sparse: Collection[str], key: str) -> None:
+    """Refuse to filter a parameter whose gradient is sparse.
+
+    Raises:
+        SpectralConfigError: there is one.
+    """
+    for name in chosen:
+        if name in sparse:
+            raise SpectralConfigError(
+                f"spectral_ds.{key}: the gradient of parameter {name!r} is sparse, and a filter "
+                "would make it dense; exclude the parameter, or make its module with sparse=False"
+            )
 
 
 def _some(names: Mapping[str, object]) -> str:
@@ -154,18 +196,3 @@ def edge_families(config: GraphConfig, head_width: int | None) -> list[EdgeFamil
                 )
             )
     return families
-
-
-def head_width_of(holders: Iterable[object]) -> int | None:
-    """Rows of an attention head, as the model's own config has it; None if it does not say.
-
-    Args:
-        holders: modules, and whatever else may hold some.
-    """
-    modules = (m for holder in holders for m in getattr(holder, "modules", list)())
-    for module in modules:
-        config: Any = getattr(module, "config", None)
-        heads = getattr(config, "num_attention_heads", None)
-        if heads:
-            return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return None

@@ -18,7 +18,8 @@ from spectral_ds.filters import (
 )
 from spectral_ds.laplacian import KernelUnavailableError, require_kernel
 from spectral_ds.sharding import Fragment, ShardLayout, Signal
-from spectral_ds.stack.choices import GraphChoice, choose_graphs, head_width_of
+from spectral_ds.stack.choices import GraphChoice, choose_graphs, refuse_sparse
+from spectral_ds.stack.modules import facts_of
 from spectral_ds.stack.stacked_graph import StackedGraph
 
 
@@ -42,7 +43,7 @@ class Stack:
 
     def __init__(self, engine: Engine, config: SpectralConfig) -> None:
         self._engine = engine
-        choices = agree_on_graphs(engine, config)
+        choices = self._choices = agree_on_graphs(engine, config)
         layout = ShardLayout.gather(engine.fragments, engine.communicator)
         nodes = {node.name: node for choice in choices for node in choice.parameters}
         layout.check({name: node.numel for name, node in nodes.items()})
@@ -77,6 +78,18 @@ class Stack:
         """The values of the fragments that are in no graph, alone."""
         pairs = zip(fragments, self.is_filtered, strict=True)
         return [fragment for fragment, chosen in pairs if not chosen]
+
+    def refuse_sparse(self, names: Collection[str]) -> None:
+        """Refuse a step in which the gradient of a parameter in some graph is sparse.
+
+        Args:
+            names: of the parameters whose gradients are.
+
+        Raises:
+            SpectralConfigError: there is one.
+        """
+        for choice in self._choices if names else ():
+            refuse_sparse([node.name for node in choice.parameters], names, choice.key)
 
     def weights(self) -> Signal:
         """The engine's weights, None in place of those that are in no graph."""
@@ -192,12 +205,13 @@ def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]
         SpectralConfigError: the configuration cannot be used with the model, or not here.
         ValueError: ranks train different models.
     """
+    facts = facts_of(engine.holders, engine.named)
     models = engine.everyone.gather_objects(list(engine.shapes.items()))
     with engine.everyone.all_or_none():
         for rank, shapes in enumerate(models):
             if shapes != models[0]:
                 raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
-        choices = choose_graphs(engine.shapes, config, head_width_of(engine.holders))
+        choices = choose_graphs(engine.shapes, config, facts)
         try:
             require_kernel(config.operator.kernel, engine.everyone.rank == 0)
         except KernelUnavailableError as error:

@@ -27,6 +27,7 @@ from spectral_ds.spectrum import (
     lowest_eigenpairs,
 )
 from spectral_ds.stack.choices import GraphChoice
+from spectral_ds.stack.edgeless import edgeless
 from spectral_ds.stack.responses import check_exchanges, choose_transfers, works_of
 from spectral_ds.stack.samples import GradientSamples
 
@@ -71,6 +72,7 @@ class StackedGraph:
         # Of several graphs, the first has the ridge.
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._families = choice.families
+        self._choice, self._is_told = choice, False
         self.samples = GradientSamples(index, choice, whole, engine, layout)
         self._is_in_use = False
         self.build()
@@ -107,11 +109,23 @@ class StackedGraph:
                 progress=update,
             )
         self._use_graph(self.samples.features is None or gradient is not no_features)
+        self._warn_if_edgeless()
+
+    def _warn_if_edgeless(self) -> None:
+        """Say once that a graph on which something acts joins nothing."""
+        acts = self.penalty is not None or not self.filter.is_identity(1.0)
+        if acts and self.filter.is_ready and not self._is_told:
+            reason = edgeless(self.graph, self._families)
+            self._is_told = bool(reason)
+            if reason:
+                self._warn(f"spectral_ds.{self._choice.key}: {reason}")
 
     @property
     def digest(self) -> str:
         """SHA-256 of the graph's configuration, hexadecimal."""
         settings = {**asdict(self._config), "seed": self._whole.seed}
+        if self._choice.by_module:
+            settings["by_module"] = self._choice.by_module
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def state(self) -> PartState:

@@ -24,7 +24,7 @@ from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.cli.inspect.report import GraphReport
 from spectral_ds.config import EdgeConfig, GraphConfig, SpectralConfig
 from spectral_ds.console.progress import progress
-from spectral_ds.graph import UnknownHeadWidthError
+from spectral_ds.graph import Storage, UnknownHeadWidthError
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Signal
 from spectral_ds.sketches import no_features
@@ -89,7 +89,10 @@ class Inspection:
             roles: dict[str, GraphProperties] = {
                 role: inspected.of_role(role) for role in sorted(inspected.roles)
             }
-            reports.append(GraphReport(key, graph.node, graph.laplacian, whole, families, roles))
+            nodes = self._model.nodes(graph)
+            stored = {p.role: p.dimensions for p in nodes if p.storage != Storage()}
+            words = key, graph.node, graph.laplacian
+            reports.append(GraphReport(*words, whole, families, roles, stored))
         return reports
 
     def candidate_results(self) -> list[CandidateResult]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -11,7 +12,7 @@ from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches import FeatureSource, WeightFeatures, no_features
-from spectral_ds.stack import choose_graphs, choose_parameters, edge_families, head_width_of
+from spectral_ds.stack import ModelFacts, choose_graphs, choose_parameters, edge_families, facts_of
 
 # Edges are kept as 24 bytes each: beyond so many nodes a graph does not fit into usual memory.
 MAX_NODES = 2**24
@@ -56,6 +57,11 @@ class ModelUnderTest:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(p.shape) for name, p in self.trainable.items()}
 
+    @cached_property
+    def facts(self) -> ModelFacts:
+        """What the model's modules tell of its parameters."""
+        return facts_of([self.module], self.trainable)
+
     def graphs(self, config: SpectralConfig) -> dict[str, GraphConfig]:
         """The graphs of a configuration by their keys, once it is clear that they can be built.
 
@@ -63,7 +69,7 @@ class ModelUnderTest:
             SpectralConfigError: one cannot; see `choose_graphs`.
             UserError: one has too many nodes to look at.
         """
-        choices = choose_graphs(self._shapes, config, head_width_of([self.module]))
+        choices = choose_graphs(self._shapes, config, self.facts)
         for choice in choices:
             _refuse_too_many(choice.parameters, choice.key)
         return {choice.key: choice.settings for choice in choices}
@@ -75,7 +81,7 @@ class ModelUnderTest:
             SpectralConfigError: its patterns choose none, or one matches nothing.
             UserError: they are too many to look at.
         """
-        chosen = choose_parameters(self._shapes, config, "graph")
+        chosen, _ = choose_parameters(self._shapes, config, "graph", self.facts)
         _refuse_too_many(chosen, "graph")
         return chosen
 
@@ -98,7 +104,7 @@ class ModelUnderTest:
         weights = WeightFeatures(layout.own, self.weights(), self.seed, communicator)
         return ParameterGraph.build(
             parameters,
-            edge_families(config, head_width_of([self.module])),
+            edge_families(config, self.facts.head_width),
             layout,
             {"weights": weights, "gradient": gradient},
             communicator,

@@ -1,7 +1,7 @@
 """What `spectral-ds inspect` has found, as it is shown, drawn and written."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spectral_ds.cli.inspect.candidates import CandidateResult, Recommendation
@@ -18,6 +18,7 @@ class GraphReport:
         whole: what all of it is like.
         families: what the graph is like that each edge family makes alone.
         roles: what the nodes of each role are like.
+        dimensions: what those of a tensor are, by role, where they are not (outputs, inputs).
     """
 
     name: str
@@ -26,6 +27,7 @@ class GraphReport:
     whole: GraphProperties
     families: dict[str, GraphProperties]
     roles: dict[str, GraphProperties]
+    dimensions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ def show(report: InspectReport, written: Sequence[Path]) -> None:
     )
     for graph in report.graphs:
         console.print(_graph_table(graph))
+        for dimensions in sorted(set(graph.dimensions.values())):
+            roles = [role for role, theirs in graph.dimensions.items() if theirs == dimensions]
+            print_(f"stored as {dimensions}; a row is one output: {', '.join(roles)}")
     print_(
         "degree: least, median, mean, most. λ₁: the lowest eigenvalues above 0. density: of "
         "eigenvalues over [0, bound].\nroughness: xᵀLx/xᵀx of the weights over that of random "
