@@ -138,6 +138,13 @@ def test_after_a_step_that_raised_the_next_is_filtered_once(section):
     assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()), steps=2)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, Twice])
+def test_a_compiled_step_is_filtered_once(optimizer):
+    model, optimizer, plugin = attached(optimizer)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    assert_filtered_once(model, plugin, lambda: (backward(model), compiled()), steps=2)
+
+
 def test_the_runner_attaches_after_a_step_that_raised(runner, capsys):
     SGD([torch.nn.Parameter(torch.ones(1))])
     model = make_model()
