@@ -47,7 +47,7 @@ class SpectralPlugin:
             config.regularizer.coupling == "decoupled"
         )
         self._updates = Updates(self._filtered_weights()) if self._filters_updates else None
-        self._step, self._is_handled = -1, False
+        self._step, self._is_handled, self._climbs = -1, False, 0
         self._is_used = [True] * len(engine.fragments)
         self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
@@ -74,7 +74,7 @@ class SpectralPlugin:
 
         With a closure, that is after each evaluation of it.
         """
-        if not self._is_handled:
+        if not self._is_handled or self.engine.climbs > self._climbs:
             self.filter_gradients()
         self._is_handled = False
 
@@ -87,7 +87,7 @@ class SpectralPlugin:
         """
         is_first = self.engine.evaluations == 0  # others are of the closure of the same step
         step = self._step = self.engine.step
-        self._is_handled = True
+        self._is_handled, self._climbs = True, self.engine.climbs
         whole = self.engine.gradients()  # fragments of this rank, writable views
         found = [gradient is not None for gradient in whole]
         self._is_used = found if is_first else list(map(operator.or_, self._is_used, found))

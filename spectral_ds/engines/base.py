@@ -72,6 +72,11 @@ class Engine(ABC):
         return 0
 
     @property
+    def climbs(self) -> int:
+        """Gradients so far by which an optimizer of two half-steps has only climbed."""
+        return 0
+
+    @property
     def loss_scale(self) -> float:
         """What the gradients are multiplied by in `before_step`."""
         return 1.0

@@ -18,8 +18,15 @@ from spectral_ds.engines.base import (
     canonical_name,
     learning_rate_of,
 )
+from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.steps import StepCalls, StepsInside
-from spectral_ds.engines.wrappers import has_hooks, layers_of, parameters_of, stepping_optimizer
+from spectral_ds.engines.wrappers import (
+    has_hooks,
+    layers_of,
+    parameters_of,
+    stepping_optimizer,
+    takes_half_steps,
+)
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -40,7 +47,7 @@ class TorchEngine(Engine):
         _refuse_fsdp1(module)
         self._optimizer = stepping_optimizer(optimizer)
         self._wrappers = layers_of(optimizer)[:-1]
-        self._step = 0
+        self._step = self._climbs = 0
         self._calls: StepCalls | None = None
         self._has_warned = False
         self._handles: list[Any] = []
@@ -89,6 +96,10 @@ class TorchEngine(Engine):
         return 0 if self._calls is None else self._calls.evaluations
 
     @property
+    def climbs(self) -> int:
+        return self._climbs
+
+    @property
     def loss_scale(self) -> float:
         # Set inside a step that leaves it to a fused optimizer to divide by torch.amp's scale.
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -132,10 +143,18 @@ class TorchEngine(Engine):
 
         self._calls = StepCalls(self._optimizer, begin, ready, end, self._warn)
         self._handles = [self._calls]
+        self._handles += [
+            WrappedMethod(wrapper, "first_step", self._climb)
+            for wrapper in filter(takes_half_steps, self._wrappers)
+        ]
         for wrapper in filter(has_hooks, self._wrappers):
             self._handles.append(
                 StepsInside(wrapper, self._optimizer, lambda: self._step, self._warn)
             )
+
+    def _climb(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._climbs += 1
+        return original(*args, **kwargs)
 
     def _is_skipped(self) -> bool:
         """Whether torch.amp has a fused optimizer skip this step.
