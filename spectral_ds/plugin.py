@@ -48,7 +48,7 @@ class SpectralPlugin:
             config.regularizer.coupling == "decoupled"
         )
         self._updates = Updates(self._filtered_weights()) if self._filters_updates else None
-        self._step, self._is_handled = -1, False
+        self._step, self._is_handled, self._climbs = -1, False, 0
         self._is_used = [True] * len(engine.fragments)
         self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
@@ -78,7 +78,7 @@ class SpectralPlugin:
 
         With a closure, that is after each evaluation of it.
         """
-        if not self._is_handled:
+        if not self._is_handled or self.engine.climbs > self._climbs:
             self.filter_gradients()
         self._is_handled = False
 
@@ -93,7 +93,7 @@ class SpectralPlugin:
         if is_first:
             self._take_newcomers()
         step = self._step = self.engine.step
-        self._is_handled = True
+        self._is_handled, self._climbs = True, self.engine.climbs
         whole = self.engine.gradients()  # fragments of this rank, writable views
         self.stack.refuse_sparse(self.engine.sparse_gradients())
         found = [gradient is not None for gradient in whole]

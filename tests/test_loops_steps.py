@@ -138,6 +138,13 @@ def test_after_a_step_that_raised_the_next_is_filtered_once(section):
     assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()), steps=2)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, Twice])
+def test_a_compiled_step_is_filtered_once(optimizer):
+    model, optimizer, plugin = attached(optimizer)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    assert_filtered_once(model, plugin, lambda: (backward(model), compiled()), steps=2)
+
+
 def test_the_runner_attaches_after_a_step_that_raised(runner, capsys):
     SGD([torch.nn.Parameter(torch.ones(1))])
     model = make_model()
@@ -151,6 +158,20 @@ def test_the_runner_attaches_after_a_step_that_raised(runner, capsys):
     wanted = expected(model)
     assert_is(step_of(model, lambda: (backward(model), optimizer.step())), wanted)
     assert "attached to SGD of Sequential" in capsys.readouterr().err
+
+
+def test_the_runner_attaches_to_a_step_in_the_closure_of_another(runner, capsys):
+    models = make_model(), make_model()
+    outer, inner = (SGD(model.parameters(), lr=1.0) for model in models)
+    wanted = expected(models[1])
+
+    def closure():
+        backward(models[1])
+        inner.step()
+        return backward(models[0])
+
+    assert_is(step_of(models[1], lambda: outer.step(closure)), wanted)
+    assert capsys.readouterr().err.count("attached to SGD of Sequential") == 2
 
 
 # Closures.
@@ -430,6 +451,24 @@ def test_the_runner_filters_the_descent_of_two_half_steps(runner, capsys, loop):
         wanted = descended(model)
         assert_is(step_of(model, lambda: loop(model, optimizer)), wanted)
     assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
+
+
+def test_a_gradient_filtered_by_hand_and_climbed_by_is_not_the_one_descended():
+    model, optimizer, plugin = attached(SharpnessAware, {**SECTION, "filter": {"strength": 1.0}})
+
+    def loop(is_by_hand):
+        for half in (optimizer.first_step, optimizer.second_step):
+            loss_of(model).backward()
+            if half == optimizer.first_step or is_by_hand:
+                plugin.filter_gradients()
+            half(zero_grad=True)
+
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
+    for is_by_hand in (False, True):
+        model.load_state_dict(start)
+        steps.append(step_of(model, lambda by=is_by_hand: loop(by)))
+    assert_is(*steps)
 
 
 class HalvesAlone(SGD):

@@ -102,7 +102,7 @@ def attach(
         model_or_engine: a DeepSpeed engine, or a torch module: plain, in DistributedDataParallel,
             or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled. Several models
             with one optimizer: in a `torch.nn.ModuleDict` or `ModuleList`.
-        optimizer: the optimizer that trains the module; not for DeepSpeed.
+        optimizer: the optimizer that trains the module, or a wrapper around it; not for DeepSpeed.
         config: see `load_config`; by default the section of the engine's own config.
         writer: a `torch.utils.tensorboard.SummaryWriter` for the metrics and figures, on rank 0;
             by default the engine's own monitor, or `monitor.folder`.

@@ -30,7 +30,7 @@ from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, loa
 from spectral_ds.engines import UnsupportedEngineError
 from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.replicas import Joining, replicas_of
-from spectral_ds.engines.steps import IN_BACKWARD, is_in_backward, running_steps
+from spectral_ds.engines.steps import IN_BACKWARD, is_in_backward, not_compiled, running_steps
 from spectral_ds.engines.wrappers import (
     layers_of,
     parameters_of,
@@ -68,8 +68,8 @@ class Runner:
         """Attach to all that is trained from now on."""
         self._handles += [
             WrappedMethod(torch.optim.Optimizer, "__init__", self._build),
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
+            register_optimizer_step_pre_hook(not_compiled(self._before_step)),
+            register_optimizer_step_post_hook(not_compiled(self._after_step)),
             WrappedMethod(DistributedDataParallel, "join_hook", self._enter_join),
             AfterImport("deepspeed", self._watch_deepspeed),
         ]

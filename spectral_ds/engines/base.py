@@ -79,6 +79,11 @@ class Engine(ABC):
         return 0
 
     @property
+    def climbs(self) -> int:
+        """Gradients so far by which an optimizer of two half-steps has only climbed."""
+        return 0
+
+    @property
     def loss_scale(self) -> float:
         """What the gradients are multiplied by in `before_step`."""
         return 1.0
@@ -148,19 +153,19 @@ class Engine(ABC):
     def remove(self) -> None:
         """Take back every hook: `install`, `watch_loss` and `checkpoints.carry`."""
 
+    @abstractmethod
     def newcomers(self) -> Sequence[torch.Tensor]:
         """Parameters that the next step may change, and that were never looked at.
 
         To be asked at each step: it reads no tensor and does not communicate.
         """
-        return ()
 
+    @abstractmethod
     def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
         """Look at what `newcomers` gave: take it into `shapes` and `fragments`, or leave it out.
 
         No communication: the same parameters come on all ranks.
         """
-        raise NotImplementedError
 
     @property
     def is_complete(self) -> bool:

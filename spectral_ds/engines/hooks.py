@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spectral_ds.engines.base import UnsupportedEngineError
-from spectral_ds.engines.steps import is_nested
+from spectral_ds.engines.steps import is_nested, not_compiled
 
 
 class WrappedMethod:
@@ -68,4 +68,4 @@ def after_step_of(optimizer: Any, function: Callable[[], None]) -> Any:
         if not is_nested(stepped):
             function()
 
-    return optimizer.register_step_post_hook(after_step)
+    return optimizer.register_step_post_hook(not_compiled(after_step))

@@ -10,6 +10,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from spectral_ds.engines.steps import not_compiled
+
 
 class OtherOptimizers:
     """Watches the steps of all optimizers, until `remove`.
@@ -47,8 +49,8 @@ class OtherOptimizers:
                 watch._after(optimizer)
 
         self._handles = [
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
+            register_optimizer_step_pre_hook(not_compiled(before)),
+            register_optimizer_step_post_hook(not_compiled(after)),
         ]
         for handle in self._handles:
             weakref.finalize(self, handle.remove)

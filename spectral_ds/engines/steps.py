@@ -48,6 +48,12 @@ def is_in_backward() -> bool:
     return current is not None and current() != -1
 
 
+def not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which torch.compile of a step leaves as it is."""
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)
+    return untraced
+
+
 def version_of(tensor: Any) -> int:
     """Changes with every operation in place: a backward pass that adds to it, zeroing, clipping."""
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -100,8 +106,8 @@ class StepCalls:
         self._evaluations = 0
         self._has_begun = self._has_warned = False
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(not_compiled(self._before)),
+            optimizer.register_step_post_hook(not_compiled(self._after)),
         ]
 
     @property

@@ -20,6 +20,7 @@ from spectral_ds.engines.base import (
     learning_rate_of,
 )
 from spectral_ds.engines.capabilities import DistributedTensors
+from spectral_ds.engines.hooks import WrappedMethod
 from spectral_ds.engines.newcomers import Admission, Known, label_of, reason_to_leave_out
 from spectral_ds.engines.others import OtherOptimizers
 from spectral_ds.engines.replicas import Joining, group_of, replicas_of
@@ -32,7 +33,12 @@ from spectral_ds.engines.views import (
     refuse,
     sparse_among,
 )
-from spectral_ds.engines.wrappers import layers_of, parameters_of, stepping_optimizer
+from spectral_ds.engines.wrappers import (
+    layers_of,
+    parameters_of,
+    stepping_optimizer,
+    takes_half_steps,
+)
 from spectral_ds.sharding import Communicator, Fragment
 
 
@@ -59,8 +65,8 @@ class TorchEngine(Engine):
         module = unwrapped(model)
         _refuse_fsdp1(module)
         self._module, self._optimizer = module, stepping_optimizer(optimizer)
-        wrappers = layers_of(optimizer)[:-1]
-        self._step = 0
+        self._wrappers = layers_of(optimizer)[:-1]
+        self._step = self._climbs = 0
         self._calls: StepCalls | None = None
         self._has_warned = False
         self._handles: list[Any] = []
@@ -69,7 +75,7 @@ class TorchEngine(Engine):
         self._joining = Joining(self._replicas)
         if not self._joining.is_complete:
             raise UnsupportedEngineError("ranks may have left this join(): attach before it begins")
-        self.holders = (model, module, *parts_of(module), *wrappers, self._optimizer)
+        self.holders = (model, module, *parts_of(module), *self._wrappers, self._optimizer)
         found = self._trained()
         if not found:
             raise UnsupportedEngineError(
@@ -181,6 +187,10 @@ class TorchEngine(Engine):
         return 0 if self._calls is None else self._calls.evaluations
 
     @property
+    def climbs(self) -> int:
+        return self._climbs
+
+    @property
     def loss_scale(self) -> float:
         # Set inside a step that leaves it to a fused optimizer to divide by torch.amp's scale.
         scale = getattr(self._optimizer, "grad_scale", None)
@@ -229,6 +239,14 @@ class TorchEngine(Engine):
 
         self._calls = StepCalls(self._optimizer, begin, ready, end, self._warn)
         self._handles = [self._calls]
+        self._handles += [
+            WrappedMethod(wrapper, "first_step", self._climb)
+            for wrapper in filter(takes_half_steps, self._wrappers)
+        ]
+
+    def _climb(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._climbs += 1
+        return original(*args, **kwargs)
 
     def _is_skipped(self) -> bool:
         """Whether torch.amp has a fused optimizer skip this step.
