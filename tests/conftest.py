@@ -16,6 +16,10 @@ import pytest
 from filelock import FileLock
 from quickstart_run import run_quickstart
 from ranks import RankPool
+from ring_steps import SECTION as RING
+
+import spectral_ds
+from spectral_ds.attach.runner import Runner
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
@@ -91,3 +95,12 @@ def quickstart(processes: None, tmp_path_factory: pytest.TempPathFactory) -> tup
             corpus.write(folder)
             printed.write_text(run_quickstart(folder))
     return folder / "runs", printed.read_text()
+
+
+@pytest.fixture
+def runner() -> Iterator[Runner]:
+    """A runner that watches, with the section of `ring_steps`."""
+    watching = Runner(spectral_ds.load_config(RING))
+    watching.watch()
+    yield watching
+    watching.stop()

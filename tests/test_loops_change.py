@@ -3,37 +3,26 @@ filtered by the right graph from the next step on, or named once. In one process
 
 import logging
 
+import changing
 import numpy as np
 import oracle
 import pytest
 import torch
+from changing import (
+    Blocks,
+    as_arrays,
+    assert_is,
+    filtered,
+    filtered_on,
+    frozen,
+    sgd,
+    step_of,
+)
 
 import spectral_ds
 
-SECTION = {
-    "graph": {"edges": [{"family": "depth"}, {"family": "similarity", "neighbours": 3}]},
-    "filter": {"response": "polynomial", "coefficients": [1.0, -0.4, 0.05], "strength": 0.8},
-    "monitor": {"enabled": False},
-}
+SECTION = {**changing.SECTION, "monitor": {"enabled": False}, "operator": {"kernel": "best"}}
 INPUTS = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
-
-
-class Blocks(torch.nn.Module):
-    """Layers of equal shapes, in whose depth path and similarity all rows take part."""
-
-    def __init__(self, blocks=3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(blocks))
-
-    def forward(self, inputs):
-        for layer in self.layers:
-            inputs = torch.tanh(layer(inputs))
-        return inputs
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=1.0)
 
 
 def gradients_of(model):
@@ -43,34 +32,6 @@ def gradients_of(model):
     return {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def as_arrays(model, names):
-    return {n: p.detach().numpy().copy() for n, p in model.named_parameters() if n in names}
-
-
-def filtered(model, gradients, section=SECTION):
-    """What the oracle makes of the gradients, on the graph of the present weights."""
-    weights = as_arrays(model, gradients)
-    ordered = {name: gradients[name] for name in weights}
-    adjacency = oracle.adjacency_of(weights, section["graph"]["edges"])
-    response = oracle.response_of(section["filter"], oracle.bound_of(adjacency))
-    return oracle.apply_function(oracle.laplacian_of(adjacency), response, ordered)
-
-
-def step_of(model, optimizer):
-    """What a step of learning rate 1 subtracts, by name."""
-    before = as_arrays(model, dict(model.named_parameters()))
-    optimizer.step()
-    after = as_arrays(model, before)
-    return {name: before[name] - after[name] for name in before}
-
-
-def assert_is(step, wanted):
-    largest = max(np.abs(value).max() for value in wanted.values())
-    for name, value in step.items():
-        expected = wanted.get(name, np.zeros_like(value))
-        np.testing.assert_allclose(value, expected, atol=1e-5 * largest, rtol=0, err_msg=name)
-
-
 @pytest.fixture
 def said(caplog):
     """What the package logged so far, one string a message."""
@@ -78,12 +39,6 @@ def said(caplog):
     return lambda level=logging.WARNING: [
         record.getMessage() for record in caplog.records if record.levelno >= level
     ]
-
-
-def frozen(model, *layers):
-    for index in layers:
-        model.layers[index].requires_grad_(False)
-    return model
 
 
 # Parameters that come to be trained
@@ -122,20 +77,12 @@ def test_what_comes_to_be_trained_joins_at_the_next_step(change, said):
         assert len(gradients) == 6
         if plugin.graph.num_nodes == nodes:  # built anew in this step, of these weights
             built = as_arrays(model, gradients)
-        wanted = filtered_on(built, model, gradients)
+        wanted = filtered_on(built, gradients)
         assert_is(step_of(model, optimizer), wanted)
     assert plugin.graph.num_nodes == nodes + 7
     [message] = said(logging.INFO)[count:]
     assert "trained from step 1 on: layers.2.weight, layers.2.bias" in message
     assert said() == []
-
-
-def filtered_on(weights, model, gradients, section=SECTION):
-    """As `filtered`, on the graph of weights that there were before."""
-    ordered = {name: gradients[name] for name in weights}
-    adjacency = oracle.adjacency_of(weights, section["graph"]["edges"])
-    response = oracle.response_of(section["filter"], oracle.bound_of(adjacency))
-    return oracle.apply_function(oracle.laplacian_of(adjacency), response, ordered)
 
 
 def test_what_is_kept_when_parameters_join():
@@ -159,7 +106,7 @@ def test_what_is_kept_when_parameters_join():
         gradients = gradients_of(model)
         if number < 2:
             built = as_arrays(model, gradients)  # the graph is of the weights at its making
-        smooth = filtered_on(built, model, gradients)
+        smooth = filtered_on(built, gradients)
         for name, value in smooth.items():
             means[name] = 0.9 * means[name] + 0.1 * value if name in means else value
         before = as_arrays(model, gradients)
@@ -186,7 +133,7 @@ def test_filtered_updates_and_metrics_go_on_when_parameters_join(tmp_path):
         gradients = gradients_of(model)
         if number < 2:
             built = as_arrays(model, gradients)
-        assert_is(step_of(model, optimizer), filtered_on(built, model, gradients))
+        assert_is(step_of(model, optimizer), filtered_on(built, gradients))
         norm = np.sqrt(sum((value**2).sum() for value in gradients.values()))
         np.testing.assert_allclose(plugin.metrics()["gradient_norm/all"], norm, rtol=1e-5)
         assert plugin.metrics()["nodes"] == len(gradients) // 2 * 7
@@ -248,7 +195,7 @@ def test_an_adapter_that_is_switched_on_is_filtered_and_the_other_waits(said):
         if number < 2:  # a graph of both, that stays
             built = as_arrays(model, names)
         both = {n: gradients.get(n, np.zeros_like(built[n])) for n in built}
-        wanted = filtered_on(built, model, both)
+        wanted = filtered_on(built, both)
         wanted |= {n: np.zeros_like(v) for n, v in wanted.items() if n not in gradients}
         assert_is(step_of(model, optimizer), wanted)
         assert len(plugin.engine.shapes) == (6 if number == 0 else 12)

@@ -1,38 +1,13 @@
 """Ways to call a step where ranks train together: each gradient is filtered once on all of them."""
 
-import logging
-
 import cells
 import numpy as np
 import tiny
 import torch
+from ring_steps import SECTION, SGD, UPDATE, smoothed
+from said import messages
 
 import spectral_ds
-
-SECTION = {
-    "graph": {"edges": [{"family": "ring"}]},
-    "filter": {"response": "tikhonov", "tau": 2.0, "strength": 1.0, "tolerance": 1e-7},
-    "monitor": {"enabled": False},
-}
-UPDATE = {**SECTION, "filter": {**SECTION["filter"], "apply_to": "update"}}
-
-
-class Messages(logging.Handler):
-    """What the package's logger says in this process."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.said = []
-
-    def emit(self, record):
-        self.said.append(record.getMessage())
-
-    def __enter__(self):
-        logging.getLogger("spectral_ds").addHandler(self)
-        return self
-
-    def __exit__(self, *_):
-        logging.getLogger("spectral_ds").removeHandler(self)
 
 
 class Twice(torch.optim.SGD):
@@ -75,15 +50,6 @@ def two_steps(name, section, how, optimizer=torch.optim.SGD):
     return found, counted
 
 
-def filtered(gradient):
-    """(I + 2 L)⁻¹ G on the ring of the rows, normalized; a vector is one node and stays."""
-    if gradient.ndim < 2:
-        return gradient
-    ahead = np.roll(np.eye(len(gradient)), 1, axis=0)
-    laplacian = np.eye(len(gradient)) - (ahead + ahead.T) / 2
-    return np.linalg.solve(np.eye(len(gradient)) + 2 * laplacian, gradient.astype(np.float64))
-
-
 def ways(cases):
     """Weights of two plain steps, of two filtered ones as usual, and of each case."""
     plain = two_steps("ddp", None, "usual")
@@ -91,7 +57,6 @@ def ways(cases):
     return plain, usual, [two_steps(*case) for case in cases]
 
 
-SGD = torch.optim.SGD
 CASES = [
     *((f"zero{stage}", SECTION, "optimizer") for stage in range(4)),
     *((f"zero{stage}", UPDATE, "optimizer") for stage in (0, 3)),
@@ -111,7 +76,7 @@ def test_every_way_to_step_gives_what_the_usual_one_gives(ranks):
         largest = max(np.abs(each).max() for each in moved.values())
         for name in filter(tiny.is_filtered, moved):
             step = usual[0][name] - usual[1][name]
-            np.testing.assert_allclose(step, filtered(moved[name]), atol=1e-5 * largest)
+            np.testing.assert_allclose(step, smoothed(moved[name]), atol=1e-5 * largest)
         for case, (weights, counted) in zip(CASES, found, strict=True):
             assert counted == [1, 2], case
             is_rounded = "bf16" in case[0]
@@ -124,7 +89,7 @@ def test_every_way_to_step_gives_what_the_usual_one_gives(ranks):
 
 def accumulate_and_step_the_optimizer(declares_boundary):
     """Two steps of two micro-batches by optimizer.step(); steps counted, what is said."""
-    with Messages() as messages:
+    with messages() as said:
         training = cells.Training("zero0", SECTION, SGD, (1.0, 0.5), accumulation=2)
         engine, before = training.engine, training.snapshot()
         for index in range(2):
@@ -136,7 +101,7 @@ def accumulate_and_step_the_optimizer(declares_boundary):
             engine.optimizer.zero_grad()
     after, counted = training.snapshot(), spectral_ds.plugin_of(engine).engine.step
     engine.destroy()
-    return before, after, counted, messages.said
+    return before, after, counted, said
 
 
 def checkpointed(folder):

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from brute_force import moved_by_brute_force, needed_by_brute_force, same_flow
 
 import spectral_ds
 from spectral_ds import planning
 from spectral_ds.config import load_config
-from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.buckets import Bucket, bucket_elements, linked_parameters
-from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Depth, Edges, Pair, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
-from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.planning.groups import plan_groups
-from spectral_ds.sharding import Communicator, ShardLayout, intervals
+from spectral_ds.sharding import Communicator, ShardLayout
 from spectral_ds.sketches import WeightFeatures
 from spectral_ds.stack import modules
 
@@ -314,45 +312,6 @@ def test_every_rank_sends_and_receives_what_is_planned(engine, world_size):
                 needed = needed_by_brute_force(bucket, families, layout)
                 same_flow(group.boundary.hop, needed, cluster)
                 same_flow(group.transpose, moved_by_brute_force(bucket, layout), cluster)
-
-
-def needed_by_brute_force(bucket, families, layout):
-    """(target, source): elements that one rank needs of another, by the operators' own blocks."""
-    nodes = np.arange(bucket.nodes)
-    one_way = [f.edges(bucket.parameters, bucket.first_node, nodes) for f in families]
-    edges = Edges.concatenate(one_way + [each.reversed() for each in one_way]).combined(np.add)
-    owners = RowOwners.of(bucket, layout)
-    needed = np.zeros((layout.world_size, layout.world_size))
-    for rank, fragments in enumerate(layout.fragments):
-        block = LocalBlock.of(bucket.width, bucket.rectangles(fragments), edges)
-        pieces = intervals.cut(block.needed, owners.start)
-        source = owners.of_address(pieces[:, 0])
-        np.add.at(needed[rank], source, pieces[:, 1] - pieces[:, 0])
-    return needed
-
-
-def moved_by_brute_force(bucket, layout):
-    """(target, source): elements that one rank gets of another when the bucket is transposed."""
-    size = layout.world_size
-    elements = RowOwners.of(bucket, layout).elements(size)
-    slices = column_slices(elements, bucket.width)
-    rectangles = [bucket.rectangles(own) for own in layout.fragments]
-    moved = np.zeros((size, size))
-    for rank in range(size):
-        communicator = Communicator.alone(torch.device("cpu"))
-        communicator.rank, communicator.world_size = rank, size
-        plan = Transposition.plan(bucket.nodes, rectangles, slices, communicator)
-        moved[rank] = plan.buffers.receive_splits
-    return moved
-
-
-def same_flow(flow, pairs, cluster):
-    machine = np.arange(cluster.world_size) // cluster.ranks_per_machine
-    near = pairs * (machine[:, None] == machine)
-    np.testing.assert_array_equal(flow.received, pairs.sum(axis=1))
-    np.testing.assert_array_equal(flow.sent, pairs.sum(axis=0))
-    np.testing.assert_array_equal(flow.received_near, near.sum(axis=1))
-    np.testing.assert_array_equal(flow.sent_near, near.sum(axis=0))
 
 
 @pytest.mark.parametrize("others", [[], [{"family": "ring"}]], ids=["alone", "and ring"])

@@ -8,70 +8,20 @@ import pytest
 import tiny
 import torch
 from cells import Training
+from ring_steps import (
+    LIMIT,
+    SECTION,
+    assert_is,
+    backward,
+    expected,
+    loss_of,
+    make_model,
+    smoothed,
+    step_of,
+)
 
 import spectral_ds
 from spectral_ds.attach.runner import Runner
-
-SECTION = {
-    "graph": {"edges": [{"family": "ring"}]},
-    "filter": {"response": "tikhonov", "tau": 2.0, "strength": 1.0, "tolerance": 1e-7},
-    "monitor": {"enabled": False},
-}
-LIMIT = 0.5
-INPUTS = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-
-
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4))
-
-
-def loss_of(model):
-    return model(INPUTS).square().sum()
-
-
-def smoothed(gradient):
-    """(I + 2 L)⁻¹ G, L of the ring of the rows, normalized; a vector is one node and stays."""
-    matrix = gradient.double().numpy()
-    if matrix.ndim == 1:
-        return matrix
-    ahead = np.roll(np.eye(len(matrix)), 1, axis=0)
-    laplacian = np.eye(len(matrix)) - (ahead + ahead.T) / 2
-    return np.linalg.solve(np.eye(len(matrix)) + 2 * laplacian, matrix)
-
-
-def expected(model, limit=LIMIT):
-    """The next step of SGD with learning rate 1: filtered, then clipped."""
-    steps = [smoothed(g) for g in torch.autograd.grad(loss_of(model), list(model.parameters()))]
-    norm = np.sqrt(sum((step**2).sum() for step in steps))
-    factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-    return [factor * step for step in steps]
-
-
-def step_of(model, take):
-    """What a step subtracted from the weights."""
-    before = [p.detach().clone() for p in model.parameters()]
-    take()
-    return [(b - p.detach()).numpy() for b, p in zip(before, model.parameters(), strict=True)]
-
-
-def assert_is(step, wanted):
-    for got, value in zip(step, wanted, strict=True):
-        np.testing.assert_allclose(got, value, atol=1e-5 * max(np.abs(v).max() for v in wanted))
-
-
-def backward(model):
-    model.zero_grad()
-    loss_of(model).backward()
-
-
-@pytest.fixture
-def runner():
-    """A runner that watches."""
-    watching = Runner(spectral_ds.load_config(SECTION))
-    watching.watch()
-    yield watching
-    watching.stop()
 
 
 def sgd(parameters):
@@ -138,7 +88,7 @@ def test_every_step_is_filtered_once_and_then_clipped(runner, loop):
     model = make_model()
     optimizer = sgd(model.parameters())
     for _ in range(3):
-        wanted = expected(model)
+        wanted = expected(model, LIMIT)
         assert_is(step_of(model, lambda: loop(model, optimizer)), wanted)
 
 
@@ -147,7 +97,7 @@ def test_a_loop_that_does_not_clip_is_filtered_in_the_step(runner, capsys):
     optimizer = sgd(model.parameters())
     for _ in range(2):
         backward(model)
-        wanted = expected(model, limit=None)
+        wanted = expected(model)
         assert_is(step_of(model, optimizer.step), wanted)
     assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
 
@@ -168,7 +118,7 @@ def test_a_loss_scale_is_gone_before_the_filter(runner, overflows):
     for _ in range(overflows):
         step = step_of(model, lambda: take(float("inf")))
         assert not any(part.any() for part in step)
-    wanted = expected(model)
+    wanted = expected(model, LIMIT)
     assert_is(step_of(model, take), wanted)
 
 
@@ -183,7 +133,7 @@ def test_accelerate_that_accumulates_is_not_filtered_yet(runner, monkeypatch):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
     torch.testing.assert_close(model[0].weight.grad, gradient)
     monkeypatch.setitem(GradientState._shared_state, "sync_gradients", True)
-    wanted = expected(model)
+    wanted = expected(model, LIMIT)
     assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
 
 
@@ -208,7 +158,7 @@ def test_several_models_are_attached_each_once(runner, capsys):
     optimizers = [sgd(model.parameters()) for model in models]
     for _ in range(2):
         for model, optimizer in zip(models, optimizers, strict=True):
-            wanted = expected(model, limit=None)
+            wanted = expected(model)
             assert_is(step_of(model, lambda m=model, o=optimizer: step(m, o)), wanted)
     assert capsys.readouterr().err.count("attached to SGD of Sequential") == 2
 
@@ -223,7 +173,7 @@ def test_two_optimizers_of_a_module_are_attached_each(runner, capsys):
         larger.step()
 
     for _ in range(2):
-        wanted = expected(model, limit=None)
+        wanted = expected(model)
         assert_is(step_of(model, take), wanted)
     assert capsys.readouterr().err.count("attached to SGD of Sequential") == 2
 
@@ -236,7 +186,7 @@ def test_the_optimizer_of_a_second_phase_takes_over(runner, capsys):
     head.step()
     everything = sgd(model.parameters())
     for _ in range(2):
-        wanted = expected(model)
+        wanted = expected(model, LIMIT)
         assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
     assert spectral_ds.plugin_of(head) is None
     assert "SGD is detached" in capsys.readouterr().err
@@ -254,7 +204,7 @@ def test_optimizers_of_phases_may_all_be_built_before(runner):
     norm = np.sqrt(sum((part**2).sum() for part in wanted))
     wanted = [part * LIMIT / norm for part in wanted]
     assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
-    wanted = expected(model)
+    wanted = expected(model, LIMIT)
     assert_is(step_of(model, lambda: clips_twice(model, everything)), wanted)
 
 
@@ -270,7 +220,7 @@ def test_an_optimizer_inside_another_is_not_attached_too(runner, capsys):
     model = make_model()
     optimizer = Outer(model.parameters())
     for _ in range(2):
-        wanted = expected(model)
+        wanted = expected(model, LIMIT)
         assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
     assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
 
@@ -303,7 +253,7 @@ def test_what_the_program_attaches_itself_is_left_to_it(runner, capsys):
     model = make_model()
     optimizer = sgd(model.parameters())
     plugin = spectral_ds.attach(model, optimizer, SECTION)
-    wanted = expected(model)
+    wanted = expected(model, LIMIT)
 
     def take():
         backward(model)

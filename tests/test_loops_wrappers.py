@@ -1,0 +1,272 @@
+"""Optimizers of two half-steps, and those that wrap others: filtered once, refused or told."""
+
+import pytest
+import torch
+from ring_steps import (
+    SECTION,
+    SGD,
+    UPDATE,
+    assert_filtered_once,
+    assert_is,
+    attached,
+    backward,
+    expected,
+    loss_of,
+    make_model,
+    step_of,
+    warnings_of,
+)
+
+import spectral_ds
+
+# Two half-steps.
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """As the widely used one: climbs by the first gradient, descends by the second."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"rho": 0.05})
+        self.base_optimizer = SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=False):
+        parameters = self.param_groups[0]["params"]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["old"] = p.clone()
+            p.add_(0.05 * p.grad / norm)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        closure = torch.enable_grad()(closure)
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+
+
+def descended(model):
+    """The gradient at the weights after the climb, filtered."""
+    climbed = make_model()
+    climbed.load_state_dict(model.state_dict())
+    backward(climbed)
+    norm = torch.stack([p.grad.norm() for p in climbed.parameters()]).norm()
+    with torch.no_grad():
+        for parameter in climbed.parameters():
+            parameter.add_(0.05 * parameter.grad / norm)
+    return expected(climbed)
+
+
+def by_halves(model, optimizer):
+    backward(model)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+    optimizer.first_step(zero_grad=True)
+    loss_of(model).backward()
+    optimizer.second_step(zero_grad=True)
+
+
+def by_a_closure(model, optimizer):
+    backward(model)
+    optimizer.step(lambda: backward(model))
+
+
+@pytest.mark.parametrize("loop", [by_halves, by_a_closure], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("section", [SECTION, UPDATE], ids=["gradient", "update"])
+def test_of_two_half_steps_the_descent_is_filtered(loop, section):
+    model, optimizer, plugin = attached(SharpnessAware, section)
+    for number in range(2):
+        wanted = descended(model)
+        assert_is(step_of(model, lambda: loop(model, optimizer)), wanted)
+        assert plugin.engine.step == number + 1
+
+
+@pytest.mark.parametrize("loop", [by_halves, by_a_closure], ids=lambda loop: loop.__name__)
+def test_the_runner_filters_the_descent_of_two_half_steps(runner, capsys, loop):
+    model = make_model()
+    optimizer = SharpnessAware(model.parameters(), lr=1.0)
+    for _ in range(2):
+        wanted = descended(model)
+        assert_is(step_of(model, lambda: loop(model, optimizer)), wanted)
+    assert capsys.readouterr().err == "spectral_ds: attached to SGD of Sequential\n"
+
+
+def test_a_gradient_filtered_by_hand_and_climbed_by_is_not_the_one_descended():
+    model, optimizer, plugin = attached(SharpnessAware, {**SECTION, "filter": {"strength": 1.0}})
+
+    def loop(is_by_hand):
+        for half in (optimizer.first_step, optimizer.second_step):
+            loss_of(model).backward()
+            if half == optimizer.first_step or is_by_hand:
+                plugin.filter_gradients()
+            half(zero_grad=True)
+
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = []
+    for is_by_hand in (False, True):
+        model.load_state_dict(start)
+        steps.append(step_of(model, lambda by=is_by_hand: loop(by)))
+    assert_is(*steps)
+
+
+class HalvesAlone(SGD):
+    def first_step(self):
+        pass
+
+    def second_step(self):
+        pass
+
+
+def test_half_steps_of_its_own_are_refused():
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match="HalvesAlone takes two half-step"):
+        attached(HalvesAlone)
+
+
+class Climbs(SGD):
+    """Both halves in one step, without an optimizer inside; nothing tells that it is such."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        closure = torch.enable_grad()(closure)
+        parameters = self.param_groups[0]["params"]
+        closure()
+        old = [p.clone() for p in parameters]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+        for p in parameters:
+            p.add_(0.05 * p.grad / norm)
+        loss = closure()
+        for p, value in zip(parameters, old, strict=True):
+            p.copy_(value - p.grad)
+        return loss
+
+
+def test_an_unknown_optimizer_of_several_evaluations_is_told_once(caplog):
+    model, optimizer, _ = attached(Climbs)
+    for _ in range(2):
+        optimizer.step(lambda: backward(model))
+    (warning,) = warnings_of(caplog)
+    assert "Climbs evaluates its closure several times in a step" in warning
+    assert "filter.apply_to: update" in warning
+
+
+def test_updates_of_an_unknown_optimizer_of_several_evaluations_are_filtered_once(caplog):
+    model, optimizer, plugin = attached(Climbs, UPDATE)
+    for number in range(2):
+        wanted = descended(model)
+        assert_is(step_of(model, lambda: optimizer.step(lambda: backward(model))), wanted)
+        assert plugin.engine.step == number + 1
+    assert warnings_of(caplog) == []
+
+
+# Wrappers.
+
+
+class LookAhead:
+    """Takes fast steps by the optimizer inside; no torch optimizer, and no hooks."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class WrapperWithoutInit(torch.optim.Optimizer):
+    def __init__(self, base_optimizer):
+        self.base_optimizer = base_optimizer
+
+    @property
+    def param_groups(self):
+        return self.base_optimizer.param_groups
+
+    def step(self, closure=None):
+        return self.base_optimizer.step(closure)
+
+
+def accelerated(optimizer):
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare_optimizer(optimizer)
+
+
+@pytest.fixture
+def accelerate_forgotten():
+    """Accelerate keeps its state in the process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize("wrap", [LookAhead, WrapperWithoutInit, accelerated])
+@pytest.mark.usefixtures("accelerate_forgotten")
+def test_wrappers_are_taken_off(wrap):
+    model = make_model()
+    optimizer = wrap(LookAhead(SGD(model.parameters(), lr=1.0)))
+    plugin = spectral_ds.attach(model, optimizer, SECTION)
+    assert spectral_ds.plugin_of(optimizer) is plugin
+    assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()))
+    plugin.detach()
+    assert spectral_ds.plugin_of(optimizer) is None
+
+
+class Composite(torch.optim.Optimizer):
+    def __init__(self, matrices, others):
+        self.matrices, self.others = SGD(matrices), SGD(others)
+        self.param_groups = self.matrices.param_groups + self.others.param_groups
+
+    def step(self, closure=None):
+        self.matrices.step()
+        self.others.step()
+
+
+class Custom:
+    def __init__(self, parameters, lr):
+        self.param_groups = [{"params": list(parameters), "lr": lr}]
+
+    def step(self):
+        pass
+
+
+def test_what_has_no_hooks_and_wraps_nothing_known_is_refused_by_name():
+    model = make_model()
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match=r"one of \.matrices, \.others"):
+        spectral_ds.attach(model, Composite(model[0].parameters(), model[2].parameters()), SECTION)
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match=r"Custom .*pass the torch optim"):
+        attached(Custom)
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match="got a list of 4"):
+        spectral_ds.attach(model, [SGD([p]) for p in model.parameters()], SECTION)
+
+
+class Idle(SGD):
+    """Holds an optimizer of the same parameters, and steps without it."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr)
+        self.kept = SGD(self.param_groups[0]["params"], lr=lr)
+
+
+def test_a_wrapper_that_steps_by_itself_is_told(caplog):
+    model, optimizer, _ = attached(Idle)
+    for _ in range(2):
+        backward(model)
+        optimizer.step()
+    (warning,) = warnings_of(caplog)
+    assert "not filtered: a step of Idle" in warning
+    assert "attached to SGD" in warning
