@@ -80,10 +80,17 @@ def filtered_on(weights, gradients, section=SECTION):
     return oracle.apply_function(oracle.laplacian_of(adjacency), response, ordered)
 
 
+class Said(io.StringIO):
+    """What a runner prints."""
+
+    runner: Runner
+
+
 @contextlib.contextmanager
 def watching(section=SECTION):
-    """A runner, and what it prints."""
-    said, runner = io.StringIO(), Runner(spectral_ds.load_config(section))
+    """What a runner prints, and itself."""
+    said, runner = Said(), Runner(spectral_ds.load_config(section))
+    said.runner = runner
     runner.watch()
     try:
         with contextlib.redirect_stderr(said):

@@ -3,7 +3,6 @@
 import zlib
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import astuple
 from math import prod
 
 import numpy as np
@@ -237,9 +236,9 @@ def owners_of(results):
 def neighbours_of(result):
     """{(parameter, flat index): the same of its neighbours in the graph}, by brute force."""
     nodes = [
-        [(name, int(index)) for index in node]
-        for name, shape, kind in map(astuple, result["parameters"])
-        for node in places(shape, kind)
+        [(p.name, int(index)) for index in node]
+        for p in result["parameters"]
+        for node in places(p.shape, p.kind)
     ]
     neighbours = {element: [] for node in nodes for element in node}
     laplacian = result["laplacian"].tocoo()
