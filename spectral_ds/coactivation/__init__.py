@@ -1,0 +1,35 @@
+"""Co-activation graphs: which inputs of a layer are active together, and functions of that.
+
+Nodes are the inputs of a layer, the columns of its weight. The operator is A = n · C / tr C with
+C = E[xxᵀ] of its activations,
+known by its most active directions.
+"""
+
+from spectral_ds.coactivation.graph import Coactivation, summed
+from spectral_ds.coactivation.moments import Moments, Projections, is_exact, sketch_columns
+from spectral_ds.coactivation.observer import Observer
+from spectral_ds.coactivation.operator import Factors, Piece, SubspaceOperator
+from spectral_ds.coactivation.sites import Site, sites_of
+from spectral_ds.coactivation.spectrum import Spectrum, largest, most_active, spectrum_of
+from spectral_ds.coactivation.subspace import SubspaceFunction, function_of
+
+__all__ = [
+    "Coactivation",
+    "Factors",
+    "Moments",
+    "Observer",
+    "Piece",
+    "Projections",
+    "Site",
+    "Spectrum",
+    "SubspaceFunction",
+    "SubspaceOperator",
+    "function_of",
+    "is_exact",
+    "largest",
+    "most_active",
+    "sites_of",
+    "sketch_columns",
+    "spectrum_of",
+    "summed",
+]

@@ -1,0 +1,76 @@
+"""What enters the matrices of stacked experts: seen inside of their module, product by product.
+
+Which tokens an expert gets, and what its second matrix gets, no hook of the module can tell.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from spectral_ds.coactivation.sites import Site
+
+# What multiplies activations by a matrix.
+PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+    (
+        functional.linear,
+        torch.matmul,
+        torch.mm,
+        torch.Tensor.matmul,
+        torch.Tensor.mm,
+        torch.Tensor.__matmul__,
+    )
+)
+
+# Adds vectors that enter a matrix of a site.
+Add = Callable[[Site, torch.Tensor, None, int], None]
+
+
+class ExpertsInside(TorchFunctionMode):
+    """On while a module of stacked experts computes, one expert after another.
+
+    Transformers computes all at once where `_experts_implementation` says so; not while this is on.
+
+    Args:
+        sites: of the module.
+        add: takes what enters them.
+    """
+
+    def __init__(self, sites: Sequence[Site], add: Add) -> None:
+        super().__init__()
+        self._sites, self._add = sites, add
+        self._matrices: dict[int, tuple[torch.Tensor, Site, int]] = {}
+        self._usual: Any = None
+
+    @torch.compiler.disable
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        """A forward pre-hook."""
+        config: Any = getattr(module, "config", None)
+        self._usual = getattr(config, "_experts_implementation", None)
+        if self._usual is not None:
+            config._experts_implementation = "eager"
+        self.__enter__()
+
+    @torch.compiler.disable
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        """A forward hook."""
+        self.__exit__(None, None, None)
+        self._matrices.clear()
+        if self._usual is not None:
+            config: Any = module.config
+            config._experts_implementation = self._usual
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__:
+            for site in self._sites:
+                if args[0] is getattr(site.module, site.attribute):
+                    self._matrices[id(result)] = result, site, int(args[1])
+        elif func in PRODUCTS and len(args) > 1 and (found := self._matrices.get(id(args[1]))):
+            _, site, matrix = found
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                self._add(site, args[0].reshape(-1, site.inputs), None, matrix)
+        return result

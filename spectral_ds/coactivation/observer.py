@@ -1,0 +1,139 @@
+"""Observer: hooks that sum up the second moments of what enters a model's sites.
+
+Sites that get the same tensor (query, key and value; gate and up) share one graph: the first of
+them leads, the others follow. Where the model is called with an `attention_mask` of (batch,
+tokens), padding does not count in layers that keep these two dimensions.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectral_ds.coactivation.experts import ExpertsInside
+from spectral_ds.coactivation.moments import Moments, Projections
+from spectral_ds.coactivation.sites import Site, tokens
+
+
+class Observer:
+    """Sums up moments from `start` to `stop`.
+
+    Args:
+        model: that is called.
+        sites: to observe.
+        projections: Ω of each length.
+        device: where sums are kept.
+        leaders: who leads each site, where that is known: others are not observed.
+
+    Attributes:
+        moments: of the sites that lead and were called, by parameter.
+        leaders: by parameter, the site whose graph it has.
+        is_counting: whether what enters is summed; who shares is found in any case.
+        only_training: whether what enters modules in evaluation is left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        projections: Projections,
+        device: torch.device,
+        leaders: Mapping[str, str] | None = None,
+    ) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.leaders: dict[str, str] = dict(leaders or {})
+        self.is_counting, self.only_training = True, False
+        self._model, self._projections, self._device = model, projections, device
+        known = self.leaders
+        self._sites = {
+            s.parameter: s for s in sites if known.get(s.parameter, s.parameter) == s.parameter
+        }
+        self._finds_leaders = leaders is None
+        self._handles: dict[str, Any] = {}
+        self._mask: torch.Tensor | None = None
+        # What has entered in this forward pass and is still alive, and whom first.
+        self._entered: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+
+    def start(self) -> None:
+        """Hook the model."""
+        self._handles[""] = self._model.register_forward_pre_hook(
+            self._begin_forward, prepend=True, with_kwargs=True
+        )
+        experts: dict[nn.Module, list[Site]] = {}
+        for name, site in self._sites.items():
+            if site.unfold is None:
+                experts.setdefault(site.module, []).append(site)
+                self.leaders[name] = name
+            else:
+                self._handles[name] = site.module.register_forward_pre_hook(
+                    self._hook(site), prepend=True, with_kwargs=True
+                )
+        for module, held in experts.items():
+            inside, name = ExpertsInside(held, self.add), held[0].parameter
+            self._handles[f"{name} in"] = module.register_forward_pre_hook(inside.enter)
+            self._handles[f"{name} out"] = module.register_forward_hook(
+                inside.leave, always_call=True
+            )
+
+    def stop(self) -> None:
+        """Take the hooks back."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._entered.clear()
+        self._mask = None
+
+    def add(
+        self, site: Site, vectors: torch.Tensor, weight: torch.Tensor | None, matrix: int = 0
+    ) -> None:
+        """Count vectors that enter a matrix of a site; see `Moments.add`."""
+        if not self.is_counting or (self.only_training and not site.module.training):
+            return
+        if site.parameter not in self.moments:
+            omega = self._projections.of(site.inputs)
+            moments = Moments(site.matrices, site.inputs, omega, self._device)
+            self.moments[site.parameter] = moments
+        self.moments[site.parameter].add(vectors, weight, matrix)
+
+    @torch.compiler.disable
+    def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        self._mask = mask if is_plain else None
+        self._entered.clear()
+
+    def _hook(self, site: Site) -> Callable[..., None]:
+        @torch.compiler.disable
+        @torch.no_grad()
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, torch.Tensor) or x.numel() == 0:
+                return
+            if self._finds_leaders and self._follows(site, x):
+                self._handles.pop(site.parameter).remove()
+                return
+            assert site.unfold is not None, "hooked"
+            vectors = site.unfold(site.module, x)
+            self.add(site, vectors, self._weight(site, x, len(vectors)))
+
+        return see
+
+    def _follows(self, site: Site, x: torch.Tensor) -> bool:
+        """Whether another site has got the same tensor first; decided at a site's first call."""
+        name = site.parameter
+        if name not in self.leaders:
+            first, leader = self._entered.get(id(x), (None, name))
+            is_shared = first is not None and first() is x and site.unfold is tokens
+            self.leaders[name] = self.leaders[leader] if is_shared else name
+            if site.unfold is tokens and not is_shared:
+                self._entered[id(x)] = weakref.ref(x), name
+        return self.leaders[name] != name
+
+    def _weight(self, site: Site, x: torch.Tensor, count: int) -> torch.Tensor | None:
+        """Which vectors of x are no padding; None: all count."""
+        mask = self._mask
+        if mask is None or site.unfold is not tokens or x.shape[:2] != mask.shape or x.dim() < 3:
+            return None
+        return mask.reshape(-1).repeat_interleave(count // mask.numel())

@@ -1,0 +1,278 @@
+"""SubspaceOperator: Y = X·G on shards, X the (outputs × inputs) matrices of parameters.
+
+G = c I + P M Pᵀ is thin: a row takes (X P) M Pᵀ, 4·k operations an element. A row that one rank
+holds whole needs nothing of others. Of a row that a shard edge cuts, the parts of X P add up, k
+numbers each: they come to one of its ranks in one all-to-all, and return in another.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from spectral_ds.coactivation.cut_rows import CutRows, Key
+from spectral_ds.geometry.buckets import bucket_elements
+from spectral_ds.geometry.rectangles import Rectangle, rectangles_of
+from spectral_ds.graph import ParameterNodes
+from spectral_ds.sharding import Communicator, Fragment, ShardLayout, Signal
+
+
+class Factors(NamedTuple):
+    """G of one matrix, float32, on the device; Q = M Pᵀ.
+
+    Attributes:
+        constant: c.
+        basis: (inputs, k): P.
+        product: (k, inputs): Q.
+    """
+
+    constant: float
+    basis: torch.Tensor
+    product: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a fragment that lies in one matrix.
+
+    Attributes:
+        fragment: which of a rank's fragments.
+        key: of the matrix.
+        rectangle: its inputs (nodes) and outputs (columns).
+        low, high: its inputs, counted in the matrix.
+        is_whole: whether these are all inputs of its outputs.
+    """
+
+    key: Key
+    rectangle: Rectangle
+    low: int
+    high: int
+    is_whole: bool
+
+    @property
+    def fragment(self) -> int:
+        return self.rectangle.fragment
+
+    @property
+    def outputs(self) -> range:
+        return range(self.rectangle.column, self.rectangle.column + self.rectangle.columns)
+
+    def rows(self, fragment: torch.Tensor) -> torch.Tensor:
+        """(outputs, inputs) as a view of the flat fragment."""
+        return self.rectangle.view(fragment).T
+
+
+# Gives G for a piece; None leaves the piece out, on all ranks alike.
+FactorsOf = Callable[[Piece], Factors | None]
+# Gives rows [first, last) of a piece, (rows, inputs) float32, which may be overwritten.
+Read = Callable[[Piece, slice], torch.Tensor]
+# Takes G of them.
+Write = Callable[[Piece, slice, torch.Tensor], None]
+
+
+class SubspaceOperator:
+    """Evaluates functions on what one rank holds. Made on all ranks, without communication.
+
+    Args:
+        parameters: whose nodes are columns.
+        layout: the fragments of all ranks.
+        communicator: the ranks that share the parameters.
+        columns: the most columns that any P has.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[ParameterNodes],
+        layout: ShardLayout,
+        communicator: Communicator,
+        columns: int,
+    ) -> None:
+        device = self._device = communicator.device
+        pieces = [list(_pieces(parameters, fragments)) for fragments in layout.fragments]
+        outputs = {p.name: p.width for p in parameters}
+        self.pieces = pieces[layout.rank]
+        held = [[(p.key, p.outputs) for p in each if not p.is_whole] for each in pieces]
+        self._cut = CutRows(held, outputs, columns, communicator)
+        # Rows at once: in the cache on a CPU, few launches on an accelerator.
+        inputs = max((p.nodes_of_matrix for p in parameters), default=1)
+        at_once = max(1, bucket_elements(device) // inputs)
+        widest = max((len(p.outputs) for p in self.pieces if p.is_whole), default=1)
+        self._rows = min(at_once, widest)
+        self._products = torch.empty(self._rows, columns, device=device)
+        self._staging = torch.empty(0, device=device)
+        self._inputs = inputs
+
+    @property
+    def bytes_sent(self) -> int:
+        """By this rank, each time that a function is evaluated."""
+        return self._cut.bytes_sent
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of what it has allocated."""
+        tensors = (self._cut.values, self._products, self._staging)
+        return sum(each.numel() * each.element_size() for each in tensors)
+
+    def filter(self, signal: Signal, factors_of: FactorsOf) -> None:
+        """X ← X·G in place (collective if rows are cut).
+
+        Args:
+            signal: this rank's fragments, flat, any floating dtype; None stays as it is.
+        """
+
+        def write(piece: Piece, rows: slice, result: torch.Tensor) -> None:
+            view = self._view(piece, rows, signal)
+            if result.data_ptr() != view.data_ptr():
+                view.copy_(result)
+
+        self._run(signal, factors_of, lambda piece, rows: self._loaded(piece, rows, signal), write)
+
+    def add(
+        self,
+        signal: Signal,
+        reference: Signal | None,
+        target: Signal,
+        factors_of: FactorsOf,
+        scales: Sequence[float],
+    ) -> None:
+        """Target ← target + scale · (X − X_ref)·G, a scale a fragment (collective if rows are cut).
+
+        Args:
+            reference: X_ref; None: 0.
+        """
+
+        def write(piece: Piece, rows: slice, result: torch.Tensor) -> None:
+            view = self._view(piece, rows, target)
+            view.add_(result.to(view.device), alpha=scales[piece.fragment])
+
+        self._run(target, factors_of, self._difference(signal, reference), write)
+
+    def contract(self, signal: Signal, reference: Signal | None, factors_of: FactorsOf) -> None:
+        """X ← X_ref + (X − X_ref)·G in place (collective if rows are cut)."""
+
+        def write(piece: Piece, rows: slice, result: torch.Tensor) -> None:
+            view = self._view(piece, rows, signal)
+            if reference is None:
+                view.copy_(result)
+            else:
+                view.copy_(self._view(piece, rows, reference)).add_(result.to(view.device))
+
+        self._run(signal, factors_of, self._difference(signal, reference), write)
+
+    def energies(
+        self, signal: Signal, reference: Signal | None, factors_of: FactorsOf
+    ) -> torch.Tensor:
+        """Σ over rows of (X − X_ref) P, squared; (columns of P,), float64 (collective).
+
+        Args:
+            factors_of: gives what the basis is of.
+
+        Returns:
+            Of what this rank answers for: over ranks, each row counts once.
+        """
+        total = torch.zeros(self._products.shape[1], dtype=torch.float64, device=self._device)
+
+        def take(products: torch.Tensor) -> None:
+            total[: products.shape[1]] += products.square().sum(0, dtype=torch.float64)
+
+        self._run(signal, factors_of, self._difference(signal, reference), None, take)
+        return total
+
+    def _run(
+        self,
+        signal: Signal,
+        factors_of: FactorsOf,
+        read: Read,
+        write: Write | None,
+        take: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        """Evaluate G piece by piece, but without `write` X P alone, of which `take` is told."""
+        found = [(piece, factors_of(piece)) for piece in self.pieces]
+        acting = [
+            (piece, factors)
+            for piece, factors in found
+            if factors is not None and signal[piece.fragment] is not None
+        ]
+        whole = [each for each in acting if each[0].is_whole]
+        parts = [each for each in acting if not each[0].is_whole]
+        self._cut.clear()
+        for piece, factors in parts:
+            products = self._cut.rows(piece.key, piece.outputs)[:, : factors.basis.shape[1]]
+            products.addmm_(read(piece, ALL), factors.basis[piece.low : piece.high])
+        self._cut.sum_over_ranks()
+        if take is not None:
+            take(self._cut.answered())
+        for piece, factors in parts if write is not None else ():
+            products = self._cut.rows(piece.key, piece.outputs)[:, : factors.basis.shape[1]]
+            x = read(piece, ALL)
+            x.addmm_(products, factors.product[:, piece.low : piece.high], beta=factors.constant)
+            write(piece, ALL, x)
+        for piece, factors in whole:
+            for first in range(0, len(piece.outputs), self._rows):
+                rows = slice(first, min(first + self._rows, len(piece.outputs)))
+                x = read(piece, rows)
+                products = self._products[: len(x), : factors.basis.shape[1]]
+                torch.mm(x, factors.basis, out=products)
+                if take is not None:
+                    take(products)
+                if write is not None:
+                    x.addmm_(products, factors.product, beta=factors.constant)
+                    write(piece, rows, x)
+
+    def _view(self, piece: Piece, rows: slice, signal: Signal) -> torch.Tensor:
+        fragment = signal[piece.fragment]
+        assert fragment is not None, "acting"
+        return piece.rows(fragment)[rows]
+
+    def _loaded(self, piece: Piece, rows: slice, signal: Signal) -> torch.Tensor:
+        """The rows in float32 on the device: themselves, or a copy."""
+        view = self._view(piece, rows, signal)
+        if view.dtype == torch.float32 and view.device == self._device:
+            return view
+        return self._stage(view.shape).copy_(view)
+
+    def _difference(self, signal: Signal, reference: Signal | None) -> Read:
+        def read(piece: Piece, rows: slice) -> torch.Tensor:
+            view = self._view(piece, rows, signal)
+            moved = self._stage(view.shape).copy_(view)
+            if reference is not None:
+                moved.sub_(self._view(piece, rows, reference).to(self._device))
+            return moved
+
+        return read
+
+    def _stage(self, shape: torch.Size) -> torch.Tensor:
+        """Memory of this shape, used again for the next rows."""
+        size = shape.numel()
+        if len(self._staging) < size:
+            self._staging = torch.empty(max(size, self._rows * self._inputs), device=self._device)
+        return self._staging[:size].view(shape)
+
+
+ALL = slice(None)
+
+
+def _pieces(parameters: Sequence[ParameterNodes], fragments: Sequence[Fragment]) -> Iterator[Piece]:
+    """The parts of a rank's fragments, matrix by matrix, in order."""
+    by_name = {parameter.name: parameter for parameter in parameters}
+    for index, fragment in enumerate(fragments):
+        parameter = by_name.get(fragment.parameter)
+        if parameter is None:
+            continue
+        inputs = parameter.nodes_of_matrix
+        for whole in rectangles_of(parameter, 0, fragment, index):
+            for part in _by_matrix(whole, inputs):
+                matrix, low = divmod(part.node, inputs)
+                is_whole = part.nodes == inputs
+                yield Piece((parameter.name, matrix), part, low, low + part.nodes, is_whole)
+
+
+def _by_matrix(rectangle: Rectangle, inputs: int) -> Iterator[Rectangle]:
+    """A rectangle cut between the matrices that lie one after another."""
+    first, end = rectangle.node, rectangle.node + rectangle.nodes
+    while first < end:
+        last = min(end, (first // inputs + 1) * inputs)
+        offset = rectangle.offset + (first - rectangle.node) * rectangle.node_step
+        yield replace(rectangle, node=first, nodes=last - first, offset=offset)
+        first = last

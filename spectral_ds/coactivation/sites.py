@@ -1,0 +1,92 @@
+"""Sites: where a model multiplies its activations by which parameter.
+
+In: a model's modules, and its parameters by name. Out: a `Site` for each matrix whose input can be
+seen. A row of the parameter's (outputs × inputs) matrix is multiplied by each vector of `inputs`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+# Gives (vectors, inputs) of what enters a module.
+Unfold = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A parameter that multiplies what enters its module.
+
+    Attributes:
+        parameter: its name.
+        module: that holds it.
+        inputs: length of the vectors that it multiplies.
+        unfold: makes these vectors of the module's input; None for experts, whose inputs are seen
+            inside of the module alone.
+        attribute: the module's name of the parameter.
+        matrices: how many matrices it holds; 1, or the number of stacked experts.
+    """
+
+    parameter: str
+    module: nn.Module
+    inputs: int
+    unfold: Unfold | None
+    attribute: str = "weight"
+    matrices: int = 1
+
+
+def sites_of(
+    modules: Iterable[nn.Module],
+    named: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, int, int]],
+) -> list[Site]:
+    """The sites of a model's parameters, in the order of its modules.
+
+    Linear layers, GPT-2's `Conv1D`, convolutions of one group (a vector is a patch) and stacked
+    experts have one. Embeddings, norms, biases and what multiplies in ways of its own do not.
+
+    Args:
+        modules: each once.
+        named: the parameters that are asked for, by name.
+        shapes: of them: (matrices, outputs, inputs).
+    """
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    found: dict[str, Site] = {}
+    for module in modules:
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = name_of.get(id(parameter))
+            if name is None or name not in shapes or name in found:
+                continue
+            matrices, _, inputs = shapes[name]
+            unfold = _unfold_of(module) if attribute == "weight" else None
+            if unfold is not None or (matrices > 1 and parameter.dim() == 3):
+                found[name] = Site(name, module, inputs, unfold, attribute, matrices)
+    return list(found.values())
+
+
+def _unfold_of(module: nn.Module) -> Unfold | None:
+    """How vectors are made of what enters a module; None where that is not known."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return tokens
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1 and not module.transposed:
+        return _patches
+    return None
+
+
+def tokens(_: Any, x: torch.Tensor) -> torch.Tensor:
+    """(vectors, inputs) of (..., inputs)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _patches(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """(patches, channels × kernel) of (batch, channels, ...), as the kernel is laid out."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    if x.dim() == 3:  # a line is an image of height 1
+        x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
+    patches = functional.unfold(x, kernel, dilation=dilation, stride=stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])

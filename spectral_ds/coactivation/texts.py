@@ -1,0 +1,176 @@
+"""What a model is called with while its activations are watched.
+
+Random token ids, what the model writes by itself, or texts; in batches of a few sequences, equal
+whatever the number of ranks.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# Calls a model with one batch.
+Batch = Callable[[nn.Module], None]
+
+# Of one call: few enough for any memory, enough for a CPU to be busy.
+BATCH_TOKENS = 512
+
+
+class InputsError(ValueError):
+    """A model cannot be called with what was asked for."""
+
+
+def random_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
+    """Token ids drawn from the vocabulary, each as likely.
+
+    Raises:
+        InputsError: the model has no vocabulary.
+    """
+    vocabulary = _number(model, "vocab_size")
+    if vocabulary is None:
+        raise InputsError(
+            f"random draws token ids, and {type(model).__name__} has no config.vocab_size"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (samples, _at_most(model, length)), generator=generator)
+    return [_called_with(each, None) for each in ids.split(_sequences(ids.shape[1]))]
+
+
+def generated_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
+    """Text that the model writes, sampled at temperature 1 from its begin token.
+
+    Raises:
+        InputsError: the model cannot generate, or has no begin token.
+    """
+    can: Any = getattr(model, "can_generate", None)
+    if can is None or not can():
+        raise InputsError(
+            f"generated is text that the model writes, and {type(model).__name__} cannot generate; "
+            "use random or a file of texts"
+        )
+    settings: Any = getattr(model, "generation_config", None)
+    begin = next(
+        (
+            number
+            for name in ("decoder_start_token_id", "bos_token_id")
+            if (number := getattr(settings, name, None)) is not None
+            or (number := _number(model, name)) is not None
+        ),
+        None,
+    )
+    if begin is None:
+        raise InputsError(f"generated begins with bos_token_id, which {type(model).__name__} lacks")
+    length = _at_most(model, length)
+    at_once = _sequences(length)
+
+    def batch(first: int) -> Batch:
+        def call(called: Any) -> None:
+            torch.manual_seed(seed + first)
+            count = min(at_once, samples - first)
+            device = next(called.parameters()).device
+            called.generate(
+                torch.full((count, 1), begin, device=device),
+                attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length,
+                max_new_tokens=length,
+                pad_token_id=begin,
+            )
+
+        return call
+
+    return [batch(first) for first in range(0, samples, at_once)]
+
+
+def text_batches(
+    model: nn.Module, texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
+) -> list[Batch]:
+    """Pieces of texts, at most `samples`, evenly from all of them.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Raises:
+        InputsError: no text has a token.
+    """
+    length = _at_most(model, length)
+    pieces: list[list[int]] = []
+    for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]:
+        pieces += [ids[at : at + length] for at in range(0, len(ids), length)]
+    pieces = [piece for piece in pieces if piece]
+    if not pieces:
+        raise InputsError("the texts hold no token")
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    # Those of about equal length together: less padding.
+    chosen = sorted((pieces[at] for at in order[:samples].tolist()), key=len)
+    batches = []
+    at_once = _sequences(length)
+    for first in range(0, len(chosen), at_once):
+        held = chosen[first : first + at_once]
+        ids = torch.zeros(len(held), len(held[-1]), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, piece in enumerate(held):
+            ids[row, : len(piece)] = torch.tensor(piece)
+            mask[row, : len(piece)] = 1
+        batches.append(_called_with(ids, mask))
+    return batches
+
+
+def user_batches(batches: Sequence[Any]) -> list[Batch]:
+    """Batches of the user's, each the keyword arguments of the model, or its one argument."""
+
+    def batch(given: Any) -> Batch:
+        def call(model: nn.Module) -> None:
+            device = next(model.parameters()).device
+            if hasattr(given, "items"):
+                model(**{name: _moved(value, device) for name, value in given.items()})
+            elif isinstance(given, tuple | list):
+                model(*(_moved(value, device) for value in given))
+            else:
+                model(_moved(given, device))
+
+        return call
+
+    return [batch(given) for given in batches]
+
+
+def _called_with(ids: torch.Tensor, mask: torch.Tensor | None) -> Batch:
+    def call(model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        taken = inspect.signature(model.forward).parameters
+        inputs: dict[str, Any] = {"input_ids": ids.to(device)}
+        if mask is not None:
+            inputs["attention_mask"] = mask.to(device)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        if "logits_to_keep" in taken:  # the head is large and tells nothing
+            inputs["logits_to_keep"] = 1
+        model(**inputs)
+
+    return call
+
+
+def _sequences(length: int) -> int:
+    return max(1, BATCH_TOKENS // length)
+
+
+def _at_most(model: nn.Module, length: int) -> int:
+    """The length, or the longest that the model takes."""
+    longest = _number(model, "max_position_embeddings")
+    return length if longest is None else min(length, longest)
+
+
+def _number(model: nn.Module, name: str) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text: Any = getattr(config, "get_text_config", lambda: config)()
+    value = getattr(text, name, None)
+    return value if isinstance(value, int) else None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
