@@ -1,6 +1,6 @@
 """Local text as training and held-out examples, and batches of them for each rank.
 
-In:  text in one of the formats of `spectral_ds.cli.text`; to classify, with labels.
+In:  text in one of the formats of `spectral_ds.text`; to classify, with labels.
 Out: examples, and batches of them in an order that depends on the seed and the step only: every
      rank finds its part of any step without having read the ones before.
 """
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_ds.cli.errors import DataError
-from spectral_ds.cli.text import read_labelled_texts, read_texts
+from spectral_ds.text import DataError, read_labelled_texts, read_texts
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[Any]], Batch]

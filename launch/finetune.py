@@ -42,9 +42,10 @@ from tqdm import tqdm
 import spectral_ds
 from spectral_ds.checkpoint import CheckpointError
 from spectral_ds.cli.arguments import at_least
-from spectral_ds.cli.errors import DataError, UserError
+from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.models import Source, load_tokenizer, refuse_longer
 from spectral_ds.config import read_json
+from spectral_ds.text import DataError
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,10 +13,9 @@ from commands import run, write_model
 
 import spectral_ds
 from spectral_ds.cli import env, main
-from spectral_ds.cli.errors import DataError
 from spectral_ds.cli.inspect.batches import token_batches
-from spectral_ds.cli.text import read_texts
 from spectral_ds.laplacian import kernels
+from spectral_ds.text import DataError, read_texts
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "spectral_ds"
 # From low to high: a folder, or a module of the root.
 LAYERS = (
+    "text",
     "console",
     "sharding",
     "engines",
@@ -22,9 +23,11 @@ LAYERS = (
     "laplacian",
     "spectrum",
     "filters",
+    "coactivation",
     "config",
     "stack",
     "monitor",
+    "study",
     "plugin",
     "attach",
     "planning",

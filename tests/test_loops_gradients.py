@@ -337,7 +337,7 @@ def test_what_has_no_flat_view_is_named_and_stays_out_when_others_join(engine_of
     assert list(engine.shapes) == ["0.weight", "0.bias"]
     if engine_of is by_deepspeed:
         model[0].extra = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-        engine._optimizer.add_param_group({"params": [model[0].extra]})
+        engine.optimizer.add_param_group({"params": [model[0].extra]})
         assert "is complex" in engine.admit(engine.newcomers()).left_out["0.extra"]
 
 

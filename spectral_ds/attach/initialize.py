@@ -16,7 +16,7 @@ from spectral_ds.console.messages import logger
 from spectral_ds.engines import Engine, NothingToFilterError, engine_for
 from spectral_ds.plugin import SpectralPlugin
 from spectral_ds.sharding import Communicator
-from spectral_ds.stack.newcomers import listed
+from spectral_ds.stack.names import listed
 
 SECONDS_OF_PATIENCE = 20.0
 # By what they are attached to, oldest first. The engine's hook keeps its plugin alive; these

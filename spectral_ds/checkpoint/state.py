@@ -106,15 +106,23 @@ class SavedState(NamedTuple):
     edges: Sequence[Edges]
     pieces: PieceReader
 
-    def number(self, name: str) -> float:
-        """A number of the state.
+    def tensor(self, name: str) -> torch.Tensor:
+        """A small tensor of the state.
 
         Raises:
             CheckpointError: it has none.
         """
         if name not in self.numbers:
             raise CheckpointError(f"{self.where} lacks {name!r}")
-        return float(self.numbers[name].item())
+        return self.numbers[name]
+
+    def number(self, name: str) -> float:
+        """A number of the state.
+
+        Raises:
+            CheckpointError: it has none.
+        """
+        return float(self.tensor(name).item())
 
 
 # Puts in place what has been read of a state (collective).

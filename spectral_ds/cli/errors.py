@@ -3,7 +3,3 @@
 
 class UserError(Exception):
     """Wrong input; the message, one line, names it."""
-
-
-class DataError(Exception):
-    """Text that cannot be used; the message says why, and who gave its path says which."""

@@ -5,17 +5,40 @@ C = E[xxᵀ] of its activations,
 known by its most active directions.
 """
 
+from spectral_ds.coactivation.acting import (
+    CoactivationFilter,
+    CoactivationPenalty,
+    Held,
+    responses_within,
+)
+from spectral_ds.coactivation.calibrate import calibrate
+from spectral_ds.coactivation.cut_rows import Key
 from spectral_ds.coactivation.graph import Coactivation, summed
+from spectral_ds.coactivation.inputs import (
+    Batch,
+    InputsError,
+    generated_batches,
+    random_batches,
+    text_batches,
+    user_batches,
+)
 from spectral_ds.coactivation.moments import Moments, Projections, is_exact, sketch_columns
 from spectral_ds.coactivation.observer import Observer
-from spectral_ds.coactivation.operator import Factors, Piece, SubspaceOperator
+from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOperator
 from spectral_ds.coactivation.sites import Site, sites_of
 from spectral_ds.coactivation.spectrum import Spectrum, largest, most_active, spectrum_of
 from spectral_ds.coactivation.subspace import SubspaceFunction, function_of
 
 __all__ = [
+    "Batch",
     "Coactivation",
+    "CoactivationFilter",
+    "CoactivationPenalty",
+    "Energy",
     "Factors",
+    "Held",
+    "InputsError",
+    "Key",
     "Moments",
     "Observer",
     "Piece",
@@ -24,12 +47,18 @@ __all__ = [
     "Spectrum",
     "SubspaceFunction",
     "SubspaceOperator",
+    "calibrate",
     "function_of",
+    "generated_batches",
     "is_exact",
     "largest",
     "most_active",
+    "random_batches",
+    "responses_within",
     "sites_of",
     "sketch_columns",
     "spectrum_of",
     "summed",
+    "text_batches",
+    "user_batches",
 ]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from spectral_ds.coactivation.graph import Coactivation, summed
+from spectral_ds.coactivation.inputs import Batch
 from spectral_ds.coactivation.moments import Projections
 from spectral_ds.coactivation.observer import Observer
 from spectral_ds.coactivation.sites import Site
-from spectral_ds.coactivation.texts import Batch
 from spectral_ds.sharding import Communicator
 
 

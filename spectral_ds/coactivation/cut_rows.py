@@ -1,6 +1,6 @@
 """Rows whose parts lie in several fragments: their products X P, summed over parts and ranks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -60,7 +60,11 @@ class CutRows:
         sends = sends[np.lexsort((number[sends], answering[sends]))]
         receives = receives[np.lexsort((number[receives], holder[receives]))]
         answered = ~np.isin(held[rank], number[sends])
-        self._answered = torch.from_numpy(np.flatnonzero(answered)).to(device)
+        self._answered = torch.from_numpy(answered).to(device).float()[:, None]
+        self._rows_of = {
+            key: slice(*np.searchsorted(held[rank], (start, start + outputs[key[0]])).tolist())
+            for key, start in self._start.items()
+        }
         self._buffers: SplitBuffers | None = None
         if shared.any():
             peers = communicator.world_size
@@ -100,9 +104,13 @@ class CutRows:
         self._buffers.give_back()
         self.values.index_copy_(0, self._sends, send)
 
-    def answered(self) -> torch.Tensor:
-        """The rows that this rank answers for; over ranks, each once (it allocates)."""
-        return self.values[self._answered]
+    def answered(self) -> Iterator[tuple[Key, torch.Tensor]]:
+        """By matrix, its rows, zeros in place of those that other ranks answer for (it allocates).
+
+        Over ranks, each cut row is there once.
+        """
+        for key, rows in self._rows_of.items():
+            yield key, self.values[rows] * self._answered[rows]
 
     def _numbers(self, parts: Parts) -> Indices:
         """The cut rows of a rank, by a number equal on all ranks, ascending."""

@@ -32,6 +32,10 @@ class Coactivation:
         """The spectra of a parameter's matrices; empty if it has none."""
         return self.spectra.get(self.leaders.get(parameter, parameter), ())
 
+    def __or__(self, other: "Coactivation") -> "Coactivation":
+        """The graphs of both; of what is in both, the other's."""
+        return Coactivation({**self.leaders, **other.leaders}, {**self.spectra, **other.spectra})
+
     def of_rank(self, rank: int) -> "Coactivation":
         """The same with the most active directions only."""
         return Coactivation(

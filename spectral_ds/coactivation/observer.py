@@ -15,6 +15,7 @@ from torch import nn
 from spectral_ds.coactivation.experts import ExpertsInside
 from spectral_ds.coactivation.moments import Moments, Projections
 from spectral_ds.coactivation.sites import Site, tokens
+from spectral_ds.engines.steps import not_compiled
 
 
 class Observer:
@@ -59,7 +60,7 @@ class Observer:
     def start(self) -> None:
         """Hook the model."""
         self._handles[""] = self._model.register_forward_pre_hook(
-            self._begin_forward, prepend=True, with_kwargs=True
+            not_compiled(self._begin_forward), prepend=True, with_kwargs=True
         )
         experts: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
@@ -72,9 +73,11 @@ class Observer:
                 )
         for module, held in experts.items():
             inside, name = ExpertsInside(held, self.add), held[0].parameter
-            self._handles[f"{name} in"] = module.register_forward_pre_hook(inside.enter)
+            self._handles[f"{name} in"] = module.register_forward_pre_hook(
+                not_compiled(inside.enter)
+            )
             self._handles[f"{name} out"] = module.register_forward_hook(
-                inside.leave, always_call=True
+                not_compiled(inside.leave), always_call=True
             )
 
     def stop(self) -> None:
@@ -97,7 +100,6 @@ class Observer:
             self.moments[site.parameter] = moments
         self.moments[site.parameter].add(vectors, weight, matrix)
 
-    @torch.compiler.disable
     def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
@@ -105,7 +107,6 @@ class Observer:
         self._entered.clear()
 
     def _hook(self, site: Site) -> Callable[..., None]:
-        @torch.compiler.disable
         @torch.no_grad()
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
@@ -118,7 +119,7 @@ class Observer:
             vectors = site.unfold(site.module, x)
             self.add(site, vectors, self._weight(site, x, len(vectors)))
 
-        return see
+        return not_compiled(see)
 
     def _follows(self, site: Site, x: torch.Tensor) -> bool:
         """Whether another site has got the same tensor first; decided at a site's first call."""

@@ -63,6 +63,20 @@ class Piece:
         return self.rectangle.view(fragment).T
 
 
+class Energy(NamedTuple):
+    """The energy of the rows of one matrix, float64.
+
+    Attributes:
+        directions: (k,): along each column of P.
+        total: ().
+    """
+
+    directions: torch.Tensor
+    total: torch.Tensor
+
+
+# Pieces, each with what acts on it.
+Acting = list[tuple[Piece, Factors]]
 # Gives G for a piece; None leaves the piece out, on all ranks alike.
 FactorsOf = Callable[[Piece], Factors | None]
 # Gives rows [first, last) of a piece, (rows, inputs) float32, which may be overwritten.
@@ -160,65 +174,83 @@ class SubspaceOperator:
 
         self._run(signal, factors_of, self._difference(signal, reference), write)
 
-    def energies(
+    def measure(
         self, signal: Signal, reference: Signal | None, factors_of: FactorsOf
-    ) -> torch.Tensor:
-        """Σ over rows of (X − X_ref) P, squared; (columns of P,), float64 (collective).
+    ) -> dict[Key, Energy]:
+        """The energy of X − X_ref by direction (collective if rows are cut; it allocates).
 
         Args:
-            factors_of: gives what the basis is of.
+            factors_of: gives what the directions are: the columns of the basis.
 
         Returns:
-            Of what this rank answers for: over ranks, each row counts once.
+            By matrix, of what this rank answers for: over ranks, each element counts once.
         """
-        total = torch.zeros(self._products.shape[1], dtype=torch.float64, device=self._device)
+        read = self._difference(signal, reference)
+        found: dict[Key, Energy] = {}
 
-        def take(products: torch.Tensor) -> None:
-            total[: products.shape[1]] += products.square().sum(0, dtype=torch.float64)
+        def add(key: Key, x: torch.Tensor | None, products: torch.Tensor | None, k: int) -> None:
+            if key not in found:
+                zeros = torch.zeros(k + 1, dtype=torch.float64, device=self._device)
+                found[key] = Energy(zeros[:k], zeros[k])
+            if x is not None:
+                found[key].total.add_(x.square().sum(dtype=torch.float64))
+            if products is not None:
+                found[key].directions.add_(products.square().sum(0, dtype=torch.float64))
 
-        self._run(signal, factors_of, self._difference(signal, reference), None, take)
-        return total
-
-    def _run(
-        self,
-        signal: Signal,
-        factors_of: FactorsOf,
-        read: Read,
-        write: Write | None,
-        take: Callable[[torch.Tensor], None] | None = None,
-    ) -> None:
-        """Evaluate G piece by piece, but without `write` X P alone, of which `take` is told."""
-        found = [(piece, factors_of(piece)) for piece in self.pieces]
-        acting = [
-            (piece, factors)
-            for piece, factors in found
-            if factors is not None and signal[piece.fragment] is not None
-        ]
-        whole = [each for each in acting if each[0].is_whole]
-        parts = [each for each in acting if not each[0].is_whole]
-        self._cut.clear()
+        whole, parts = self._acting(signal, factors_of)
+        self._sum_products(parts, read)
         for piece, factors in parts:
-            products = self._cut.rows(piece.key, piece.outputs)[:, : factors.basis.shape[1]]
-            products.addmm_(read(piece, ALL), factors.basis[piece.low : piece.high])
-        self._cut.sum_over_ranks()
-        if take is not None:
-            take(self._cut.answered())
-        for piece, factors in parts if write is not None else ():
-            products = self._cut.rows(piece.key, piece.outputs)[:, : factors.basis.shape[1]]
+            add(piece.key, read(piece, ALL), None, factors.basis.shape[1])
+        for key, products in self._cut.answered():
+            if key in found:
+                k = len(found[key].directions)
+                add(key, None, products[:, :k], k)
+        for piece, rows, factors in self._at_once(whole):
+            x = read(piece, rows)
+            add(piece.key, x, x @ factors.basis, factors.basis.shape[1])
+        return found
+
+    def _run(self, signal: Signal, factors_of: FactorsOf, read: Read, write: Write) -> None:
+        """Evaluate G piece by piece."""
+        whole, parts = self._acting(signal, factors_of)
+        self._sum_products(parts, read)
+        for piece, factors in parts:
+            products = self._products_of(piece, factors)
             x = read(piece, ALL)
             x.addmm_(products, factors.product[:, piece.low : piece.high], beta=factors.constant)
             write(piece, ALL, x)
+        for piece, rows, factors in self._at_once(whole):
+            x = read(piece, rows)
+            products = self._products[: len(x), : factors.basis.shape[1]]
+            torch.mm(x, factors.basis, out=products)
+            x.addmm_(products, factors.product, beta=factors.constant)
+            write(piece, rows, x)
+
+    def _acting(self, signal: Signal, factors_of: FactorsOf) -> tuple[Acting, Acting]:
+        """Pieces that have a function: those of whole rows, and parts of cut ones."""
+        found: tuple[Acting, Acting] = [], []
+        for piece in self.pieces:
+            factors = None if signal[piece.fragment] is None else factors_of(piece)
+            if factors is not None:
+                found[not piece.is_whole].append((piece, factors))
+        return found
+
+    def _sum_products(self, parts: Acting, read: Read) -> None:
+        """X P of cut rows (collective if ranks share any)."""
+        self._cut.clear()
+        for piece, factors in parts:
+            products = self._products_of(piece, factors)
+            products.addmm_(read(piece, ALL), factors.basis[piece.low : piece.high])
+        self._cut.sum_over_ranks()
+
+    def _products_of(self, piece: Piece, factors: Factors) -> torch.Tensor:
+        return self._cut.rows(piece.key, piece.outputs)[:, : factors.basis.shape[1]]
+
+    def _at_once(self, whole: Acting) -> Iterator[tuple[Piece, slice, Factors]]:
+        """Some rows after others."""
         for piece, factors in whole:
             for first in range(0, len(piece.outputs), self._rows):
-                rows = slice(first, min(first + self._rows, len(piece.outputs)))
-                x = read(piece, rows)
-                products = self._products[: len(x), : factors.basis.shape[1]]
-                torch.mm(x, factors.basis, out=products)
-                if take is not None:
-                    take(products)
-                if write is not None:
-                    x.addmm_(products, factors.product, beta=factors.constant)
-                    write(piece, rows, x)
+                yield piece, slice(first, min(first + self._rows, len(piece.outputs))), factors
 
     def _view(self, piece: Piece, rows: slice, signal: Signal) -> torch.Tensor:
         fragment = signal[piece.fragment]

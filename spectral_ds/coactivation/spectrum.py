@@ -77,7 +77,7 @@ def most_active(moments: Moments, matrix: int, rank: int) -> Spectrum | None:
         values, vectors = _nystrom(sums, moments.omega.double().cpu().numpy())
     values = np.maximum(values, 0) * (len(sums) / total)
     kept = max(1, min(rank, int((values > DEPENDENT * values[0]).sum())))
-    return spectrum_of(values[:kept].copy(), np.float32(vectors[:, :kept]))
+    return spectrum_of(values[:kept].copy(), vectors[:, :kept].astype(np.float32))
 
 
 def _nystrom(sums: Values, omega: Values) -> tuple[Values, Values]:

@@ -17,10 +17,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 
 from spectral_ds.config.schema import (
+    ADAPTIVE,
+    BOUNDED,
     FAMILIES_USING,
     RESPONSES_USING,
     EdgeConfig,
     FilterConfig,
+    GraphConfig,
     SpectralConfig,
 )
 from spectral_ds.config.sources import SECTION, SpectralConfigError, plain, read_section, show
@@ -86,8 +89,11 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
     responses = config.filter.response, penalty
     if "bandpass" in responses and low >= high:
         yield f"{SECTION}.filter.low = {low:g}: must be below {SECTION}.filter.high = {high:g}"
+    if config.filter.rest != 1 and not config.has_activations:
+        yield f"{SECTION}.filter.rest = {config.filter.rest:g}: belongs to family activations"
     for index, graph in enumerate(config.stack):
         key = f"{SECTION}.graphs[{index}]" if config.graphs else f"{SECTION}.graph"
+        yield from _contradictions_of_activations(key, graph, responses)
         by_gradient = [edge for edge in graph.edges if edge.features == "gradient"]
         if by_gradient and graph.refresh_interval == 0:
             yield (
@@ -109,6 +115,29 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
             )
         if graph.node == "element" and any(edge.family == "similarity" for edge in graph.edges):
             yield f'{key}.node = "element": family similarity has nothing to compare in one number'
+
+
+def _contradictions_of_activations(
+    key: str, graph: GraphConfig, responses: tuple[str, str | None]
+) -> Iterator[str]:
+    """Problems of a graph with family activations."""
+    edges = [edge for edge in graph.edges if edge.family == "activations"]
+    if not edges:
+        return
+    if len(graph.edges) > 1:
+        yield (
+            f"{key}.edges = {show([edge.family for edge in graph.edges])}: family activations is a "
+            f"graph by itself; stack it with others in {SECTION}.graphs"
+        )
+    if graph.node != "column":
+        yield f'{key}.node = "{graph.node}": must be column for family activations'
+    for response in set(responses) & set(ADAPTIVE):
+        yield f"{key}.edges[0].family = activations: not with response {response}"
+    if edges[0].learn != "none" and responses[0] not in BOUNDED:
+        yield (
+            f'{key}.edges[0].learn = "{edges[0].learn}": needs {SECTION}.filter.response to be one '
+            f"of {', '.join(BOUNDED)}, not {responses[0]}"
+        )
 
 
 def _read_preset(name: str) -> dict[str, Any]:

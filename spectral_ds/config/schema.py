@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-Family = Literal["depth", "similarity", "pair", "ring"]
+Family = Literal["depth", "similarity", "pair", "ring", "activations"]
 Features = Literal["weights", "gradient"]
 Scope = Literal["parameter", "role"]
 Node = Literal["row", "column", "element"]
@@ -40,6 +40,12 @@ FAMILIES_USING = {
     "scope": ("similarity",),
     "sketch_width": ("similarity",),
     "head_width": ("pair",),
+    "rank": ("activations",),
+    "keep": ("activations",),
+    "learn": ("activations",),
+    "samples": ("activations",),
+    "length": ("activations",),
+    "tokenizer": ("activations",),
 }
 RESPONSES_USING = {
     "tau": ("heat", "tikhonov"),
@@ -53,6 +59,13 @@ RESPONSES_USING = {
     "power": ("whiten",),
 }
 ADAPTIVE = ("wiener", "whiten")
+# Those that have a limit where what is learned has no activity, so that frequency is infinite.
+BOUNDED = ("identity", "heat", "tikhonov")
+
+# Where the inputs of activations come from; anything else is a file of texts, or of statistics
+# that `plugin.save_activations` wrote (.safetensors).
+KEEP = ("random", "generated", "given")
+LEARN = ("none", "training")
 
 
 # What is chosen for the user. The Trainer of Hugging Face and Accelerate take every "auto" in a
@@ -89,6 +102,10 @@ def _unit_interval(default: float) -> Any:
     return _rule(default, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 
 
+def _inputs(default: str, words: tuple[str, ...]) -> Any:
+    return _rule(default, f"{', '.join(words)} or the name of a file or folder", bool)
+
+
 def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
     def test(patterns: tuple[str, ...]) -> bool:
         # OmegaConf gives "${" and "???" a meaning of their own.
@@ -113,6 +130,12 @@ class EdgeConfig:
     sketch_width: int = _integer(64, at_least=0)  # length of a projected feature; 0 = never project
     # pair: rows of an attention head; 0 = from the model's own config
     head_width: int = _integer(0, at_least=0)
+    rank: int = _integer(64, at_least=1)  # activations: most active directions of each layer
+    keep: str = _inputs("random", KEEP)  # activations: what the model is to keep
+    learn: str = _inputs("none", LEARN)  # activations: what it is to learn
+    samples: int = _integer(256, at_least=1)  # activations: sequences that are looked at
+    length: int = _integer(64, at_least=1)  # activations: tokens of each
+    tokenizer: str = ""  # activations: folder or name; "" = the model's own
     weight: float = _rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
 
 
@@ -171,6 +194,8 @@ class FilterConfig:
     strength: float = _unit_interval(0.5)
     rescale: Rescaling = _choice("none", Rescaling)
     apply_to: Filtered = _choice("gradient", Filtered)
+    # family activations: factor on what it covers that has no inputs: norms, biases, embeddings
+    rest: float = _not_negative(1.0)
     warmup_steps: int = _integer(0, at_least=0)  # optimizer steps until full strength
     decay_steps: int = _integer(0, at_least=0)  # steps of its fall to 0 after that; 0 = it stays
     interval: int = _integer(1, at_least=1)  # filter every so many optimizer steps
@@ -245,6 +270,11 @@ class SpectralConfig:
     def stack(self) -> tuple[GraphConfig, ...]:
         """The graphs that filter one after another."""
         return self.graphs or (self.graph,)
+
+    @property
+    def has_activations(self) -> bool:
+        """Whether a graph is one of co-activation."""
+        return any(edge.family == "activations" for graph in self.stack for edge in graph.edges)
 
     def digest(self) -> str:
         """SHA-256 of the configuration, hexadecimal; equal on two ranks iff all values are."""

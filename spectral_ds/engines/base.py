@@ -40,6 +40,8 @@ class Engine(ABC):
         fragments: what this rank owns; fixed until `admit`. `gradients`, `weights` and
             `learning_rates` follow this order.
         holders: the user's objects by which the plugin can be found again.
+        module: the model itself, neither compiled nor in a wrapper of the engine's.
+        optimizer: that moves the weights.
         monitor: the engine's own monitor; None if it has none or it is off, on all ranks alike.
         checkpoints: the engine's own checkpoints; None if it makes none.
         tensors: how `torch.distributed.checkpoint` sees the shards; None if it cannot.
@@ -51,6 +53,8 @@ class Engine(ABC):
     named: Mapping[str, torch.nn.Parameter]
     fragments: Sequence[Fragment]
     holders: Sequence[object]
+    module: torch.nn.Module
+    optimizer: object
     monitor: EngineMonitor | None = None
     checkpoints: EngineCheckpoints | None = None
     tensors: DistributedTensors | None = None

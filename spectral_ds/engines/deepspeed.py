@@ -72,6 +72,7 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         self._optimizer = engine.optimizer
         self._handles: list[Any] = []
         self.holders = (engine, engine.module)
+        self.module, self.optimizer = engine.module, engine.basic_optimizer
         self.everyone = Communicator(group, torch.device(engine.device))
         self.communicator = self.everyone
         self._direct = DirectSteps(engine)

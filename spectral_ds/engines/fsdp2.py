@@ -36,7 +36,7 @@ class FSDP2Engine(TorchEngine):
         )
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
-        for module in sharded_modules(self._module):
+        for module in sharded_modules(self.module):
             module.reshard()  # the next forward pass gathers again
         return super()._trained()
 

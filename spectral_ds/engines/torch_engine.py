@@ -59,12 +59,13 @@ class TorchEngine(Engine):
             have left.
     """
 
+    optimizer: torch.optim.Optimizer
     _way_out = ""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         module = unwrapped(model)
         _refuse_fsdp1(module)
-        self._module, self._optimizer = module, stepping_optimizer(optimizer)
+        self.module, self.optimizer = module, stepping_optimizer(optimizer)
         self._wrappers = layers_of(optimizer)[:-1]
         self._step = self._climbs = 0
         self._calls: StepCalls | None = None
@@ -75,7 +76,7 @@ class TorchEngine(Engine):
         self._joining = Joining(self._replicas)
         if not self._joining.is_complete:
             raise UnsupportedEngineError("ranks may have left this join(): attach before it begins")
-        self.holders = (model, module, *parts_of(module), *self._wrappers, self._optimizer)
+        self.holders = (model, module, *parts_of(module), *self._wrappers, self.optimizer)
         found = self._trained()
         if not found:
             raise UnsupportedEngineError(
@@ -91,11 +92,11 @@ class TorchEngine(Engine):
 
         Frozen ones that have a fragment keep it: an adapter may be switched on again.
         """
-        trained = set(map(id, parameters_of(self._optimizer)))
+        trained = set(map(id, parameters_of(self.optimizer)))
         kept = {id(parameter) for parameter in self._parameters.values()}
         return {
             canonical_name(name): parameter
-            for name, parameter in self._module.named_parameters()
+            for name, parameter in self.module.named_parameters()
             if id(parameter) in trained
             and (parameter.requires_grad or id(parameter) in kept)
             and parameter.numel() > 0
@@ -114,7 +115,7 @@ class TorchEngine(Engine):
     def _have(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Set `shapes`, `named`, `fragments`, `tensors`: one fragment each, in this order."""
         self._parameters = parameters
-        self.named = {canonical_name(n): p for n, p in self._module.named_parameters()}
+        self.named = {canonical_name(n): p for n, p in self.module.named_parameters()}
         self.shapes = {name: real_shape(parameter) for name, parameter in parameters.items()}
         self.fragments = [self._fragment(name, p) for name, p in parameters.items()]
         self.tensors = self._tensors()
@@ -127,15 +128,15 @@ class TorchEngine(Engine):
         return WholeTensors(self.shapes)
 
     def newcomers(self) -> list[torch.Tensor]:
-        return self._known.others(group["params"] for group in self._optimizer.param_groups)
+        return self._known.others(group["params"] for group in self.optimizer.param_groups)
 
     def admit(self, newcomers: Sequence[torch.Tensor]) -> Admission:
         self._known.add(newcomers)
         before, found = self._parameters, self._trained()
-        names = {id(p): canonical_name(n) for n, p in self._module.named_parameters()}
+        names = {id(p): canonical_name(n) for n, p in self.module.named_parameters()}
         left_out = {}
         for parameter in newcomers:
-            name = label_of(parameter, names, self._module)
+            name = label_of(parameter, names, self.module)
             if name not in found:
                 left_out[name] = reason_to_leave_out(id(parameter) in names)
             elif (reason := self._reason_against(parameter)) is not None:
@@ -159,14 +160,14 @@ class TorchEngine(Engine):
         def tell(other: torch.optim.Optimizer) -> None:
             self.log(
                 f"not filtered: a step of {type(other).__name__}, which trains parameters for "
-                f"which the plugin is attached to {type(self._optimizer).__name__}: attach to the "
+                f"which the plugin is attached to {type(self.optimizer).__name__}: attach to the "
                 "optimizer in use",
                 logging.WARNING,
             )
 
         self._handles.append(
             OtherOptimizers(
-                self._optimizer, lambda: self._parameters.values(), lambda: self._step, tell
+                self.optimizer, lambda: self._parameters.values(), lambda: self._step, tell
             )
         )
 
@@ -193,11 +194,11 @@ class TorchEngine(Engine):
     @property
     def loss_scale(self) -> float:
         # Set inside a step that leaves it to a fused optimizer to divide by torch.amp's scale.
-        scale = getattr(self._optimizer, "grad_scale", None)
+        scale = getattr(self.optimizer, "grad_scale", None)
         return 1.0 if scale is None else float(scale)
 
     def learning_rates(self) -> list[float]:
-        groups = self._optimizer.param_groups
+        groups = self.optimizer.param_groups
         by_id = {id(parameter): group for group in groups for parameter in group["params"]}
         found = [by_id.get(id(parameter)) for parameter in self._parameters.values()]
         # What the optimizer has no longer stays as it is.
@@ -237,7 +238,7 @@ class TorchEngine(Engine):
             if begin_step is None and self.evaluations == 1:
                 self._warn_of_evaluations()
 
-        self._calls = StepCalls(self._optimizer, begin, ready, end, self._warn)
+        self._calls = StepCalls(self.optimizer, begin, ready, end, self._warn)
         self._handles = [self._calls]
         self._handles += [
             WrappedMethod(wrapper, "first_step", self._climb)
@@ -255,16 +256,16 @@ class TorchEngine(Engine):
         whether to skip. That is read before the step, where `loss_scale` waits for the same work of
         the device; without torch.amp there is nothing to read.
         """
-        found_inf = getattr(self._optimizer, "found_inf", None)
+        found_inf = getattr(self.optimizer, "found_inf", None)
         return found_inf is not None and bool(found_inf)
 
     def _warn_of_evaluations(self) -> None:
         """Every gradient is filtered, as is right for those that descend by all of them."""
-        if isinstance(self._optimizer, torch.optim.LBFGS) or self._has_warned:
+        if isinstance(self.optimizer, torch.optim.LBFGS) or self._has_warned:
             return
         self._has_warned = True
         self._warn(
-            f"{type(self._optimizer).__name__} evaluates its closure several times in a step: each "
+            f"{type(self.optimizer).__name__} evaluates its closure several times in a step: each "
             "gradient is filtered, also one that it only climbs by, if it is a sharpness-aware "
             "optimizer; with filter.apply_to: update, what a step changes is filtered, once"
         )

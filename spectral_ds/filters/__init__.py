@@ -3,7 +3,7 @@
 from spectral_ds.filters.adaptive import whiten_gains, wiener_gains
 from spectral_ds.filters.chebyshev import MAX_ORDER, ChebyshevSeries, ToleranceError
 from spectral_ds.filters.graph_function import GraphFunction
-from spectral_ds.filters.regularizer import GraphPenalty, Reference, Regularizer
+from spectral_ds.filters.regularizer import GraphPenalty, Penalty, Reference, Regularizer
 from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.responses import (
     Heat,
@@ -14,9 +14,9 @@ from spectral_ds.filters.responses import (
     Window,
 )
 from spectral_ds.filters.schedule import StrengthSchedule
-from spectral_ds.filters.spectral_filter import GraphFilter, SpectralFilter
+from spectral_ds.filters.spectral_filter import GraphFilter, SpectralFilter, StackedFilter
 from spectral_ds.filters.temporal import TemporalFilter
-from spectral_ds.filters.transfer import BandTransfer, FixedTransfer, Transfer
+from spectral_ds.filters.transfer import BandTransfer, ExactTransfer, FixedTransfer, Transfer
 from spectral_ds.filters.updates import Updates
 from spectral_ds.filters.work import filter_work, penalty_work
 
@@ -24,6 +24,7 @@ __all__ = [
     "MAX_ORDER",
     "BandTransfer",
     "ChebyshevSeries",
+    "ExactTransfer",
     "FixedTransfer",
     "GraphFilter",
     "GraphFunction",
@@ -31,11 +32,13 @@ __all__ = [
     "Heat",
     "Identity",
     "NormKeeper",
+    "Penalty",
     "Polynomial",
     "Reference",
     "Regularizer",
     "Response",
     "SpectralFilter",
+    "StackedFilter",
     "StrengthSchedule",
     "TemporalFilter",
     "Tikhonov",

@@ -4,6 +4,7 @@ Source: the spectral regularization of arXiv 2504.19583, whose term is r(λ) = �
 """
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -95,6 +96,24 @@ class Reference:
         return total
 
 
+class Penalty(Protocol):
+    """(r + ρI) Δ on one graph."""
+
+    def largest(self) -> float:
+        """The largest r + ρ on the spectrum (it may synchronize)."""
+
+    def add(
+        self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]
+    ) -> None:
+        """Target ← target + factor · (r + ρI) Δ, a factor a fragment (collective)."""
+
+    def pull(self, reference: Reference, weights: Signal, steps: Sequence[float]) -> None:
+        """Move θ towards θ_ref by such a step, a step a fragment (collective)."""
+
+    def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
+        """tr(Δᵀ (r + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
+
+
 class GraphPenalty:
     """(r(L) + ρI) Δ on one graph.
 
@@ -121,6 +140,10 @@ class GraphPenalty:
             reference.load_difference(operator, weights)
             self._function.evaluate(operator)
             operator.add(operator.scratch.out, target, factors)
+
+    def pull(self, reference: Reference, weights: Signal, steps: Sequence[float]) -> None:
+        """θ ← θ − step · (r(L) + ρI) Δ, a step a fragment (collective)."""
+        self.add(reference, weights, weights, [-step for step in steps])
 
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
         """tr(Δᵀ (r(L) + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
@@ -149,7 +172,7 @@ class Regularizer:
 
     def __init__(
         self,
-        penalties: Callable[[], Sequence[GraphPenalty]],
+        penalties: Callable[[], Sequence[Penalty]],
         reference: Reference,
         strength: float,
         communicator: Communicator,
@@ -176,9 +199,9 @@ class Regularizer:
             weights: float32, after the base optimizer's step.
             learning_rates: of each fragment's parameter group, now.
         """
-        factors = [-rate * self.strength for rate in learning_rates]
+        steps = [rate * self.strength for rate in learning_rates]
         for penalty in self._penalties():
-            penalty.add(self.reference, weights, weights, factors)
+            penalty.pull(self.reference, weights, steps)
 
     def metrics(self, weights: Signal) -> dict[str, float]:
         """R and ‖Δ‖ over all ranks (collective; synchronizes)."""

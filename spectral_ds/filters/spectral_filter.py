@@ -1,6 +1,7 @@
 """SpectralFilter: Y = (1 − s) X + s · h(L) X on the fragments of one rank."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -11,6 +12,16 @@ from spectral_ds.filters.temporal import TemporalFilter
 from spectral_ds.filters.transfer import Transfer
 from spectral_ds.laplacian import LaplacianOperator
 from spectral_ds.sharding import Signal
+
+
+class StackedFilter(Protocol):
+    """A filter on one graph."""
+
+    def apply(self, signal: Signal, strength: float) -> None:
+        """Filter in place (collective)."""
+
+    def is_identity(self, strength: float) -> bool:
+        """Whether this strength leaves every signal as it is."""
 
 
 class GraphFilter:
@@ -66,7 +77,7 @@ class SpectralFilter:
 
     def __init__(
         self,
-        graphs: Callable[[], Sequence[GraphFilter]],
+        graphs: Callable[[], Sequence[StackedFilter]],
         schedule: StrengthSchedule,
         norms: NormKeeper | None = None,
         temporal: TemporalFilter | None = None,

@@ -1,7 +1,7 @@
 """Transfer functions: a response as the filter evaluates it, by series or at eigenvalues.
 
-`FixedTransfer` is set once. `BandTransfer` has a gain for each band of frequency, which may change
-from step to step.
+`FixedTransfer` is set once; so is `ExactTransfer`, where eigenvectors are known. `BandTransfer` has
+a gain for each band of frequency, which may change from step to step.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,6 +114,35 @@ class FixedTransfer:
         if self._series is None:
             return "by exact eigenbasis"
         return f"of Chebyshev order {self.hops} (error <= {self.error:.1e})"
+
+
+class ExactTransfer:
+    """A response at eigenvalues that are known; it has no series, and needs none.
+
+    Args:
+        response: h.
+        lambda_max: end of the spectrum it acts on.
+        device: of the values.
+    """
+
+    version = 0
+    error = 0.0
+    hops = None
+
+    def __init__(self, response: Response, lambda_max: float, device: torch.device) -> None:
+        self._response, self._lambda_max, self._device = response, lambda_max, device
+        self.is_identity = response.degree == 0 and response(np.zeros(1)) == 1
+
+    def coefficients(self) -> torch.Tensor:
+        raise AssertionError("who needs a series has asked for its hops")
+
+    def at(self, x: Values) -> Callable[[], torch.Tensor]:
+        found = self._response(np.maximum(frequency(x, self._lambda_max), 0))
+        values = torch.from_numpy(found).to(self._device)
+        return lambda: values
+
+    def describe(self) -> str:
+        return "by exact eigenbasis"
 
 
 class BandTransfer:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from spectral_ds.config import ADAPTIVE, SpectralConfig
 from spectral_ds.engines import Engine
@@ -20,7 +19,12 @@ from spectral_ds.monitor.verdict import (
     verdict,
 )
 from spectral_ds.sharding import Signal
-from spectral_ds.spectrum import SignalToNoise, density_of_states
+from spectral_ds.spectrum import (
+    COEFFICIENTS_PER_BAND,
+    SignalToNoise,
+    band_energies,
+    density_of_states,
+)
 from spectral_ds.stack import StackedGraph
 
 DENSITY_BINS = 32
@@ -54,9 +58,14 @@ class GraphMeasurement:
         if self._is_enabled and graph.samples.statistics is not None:
             graph.samples.statistics.compare_consecutive()
 
-    def moments(self, signal: Signal, count: int) -> torch.Tensor:
-        """The first `count` Chebyshev moments of a signal (collective)."""
-        return self._stacked.spectrometer.moments(signal, count)
+    def shares(self, signal: Signal, bands: int) -> npt.NDArray[np.float64]:
+        """Shares of a signal's energy in equal bands of frequency (collective)."""
+        moments = self._stacked.spectrometer.moments(signal, COEFFICIENTS_PER_BAND * bands)
+        return band_energies(moments.cpu().numpy(), bands)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What is known of the graph at a step, by name."""
+        return {**self.signal_to_noise(step), **self.noise_scale()}
 
     def roughness(self, signal: Signal, names: Sequence[str]) -> npt.NDArray[np.float64]:
         """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter (collective)."""

@@ -15,14 +15,15 @@ import torch
 from spectral_ds.config import SpectralConfig
 from spectral_ds.engines import Engine
 from spectral_ds.monitor.board import Board
+from spectral_ds.monitor.coactivation_measurement import CoactivationMeasurement
 from spectral_ds.monitor.dashboard import Dashboard
 from spectral_ds.monitor.graph_measurement import GraphMeasurement
 from spectral_ds.monitor.norms import ParameterNorms
 from spectral_ds.monitor.readings import Energies, RegularizerReading, StepReading
 from spectral_ds.monitor.regularizer_measurement import RegularizerMeasurement
 from spectral_ds.sharding import Signal
-from spectral_ds.spectrum import COEFFICIENTS_PER_BAND, band_energies, squared_norm
-from spectral_ds.stack import Stack
+from spectral_ds.spectrum import squared_norm
+from spectral_ds.stack import CoactivationGraph, Stack
 
 Filtered = Literal["gradient", "update"]
 # Written at a step of their own, or not at all.
@@ -78,7 +79,7 @@ class Monitor:
         engine, config = self._engine, self._config
         self._stack = stack
         self._norms = ParameterNorms(engine.shapes, engine.fragments, engine.communicator)
-        self._graph = GraphMeasurement(engine, config, stack.graphs[0], stack.filter.schedule)
+        self._graph = _measurement(engine, config, stack)
         before, self._regularizer = self._regularizer, None
         if stack.regularizer is not None:
             self._regularizer = RegularizerMeasurement(
@@ -192,9 +193,9 @@ class Monitor:
         self._draw(step, what, signal)
 
     def _energies(self, signal: Signal, scale: float) -> Energies:
-        moments = self._graph.moments(signal, COEFFICIENTS_PER_BAND * self._bands)
+        shares = self._graph.shares(signal, self._bands)
         norm = float(squared_norm(signal, self._engine.communicator).sqrt()) / scale
-        return Energies(norm, band_energies(moments.cpu().numpy(), self._bands))
+        return Energies(norm, shares)
 
     def _warn_unless_finite(self, what: Filtered) -> None:
         if self.before is not None and not np.isfinite(self.before.norm):
@@ -218,8 +219,7 @@ class Monitor:
             "nodes": float(sum(graph.graph.num_nodes for graph in graphs)),
             "edges": float(sum(graph.graph.num_edges for graph in graphs)),
             **({} if self._of_regularizer is None else self._of_regularizer.metrics()),
-            **self._graph.signal_to_noise(step),
-            **self._graph.noise_scale(),
+            **self._graph.metrics(step),
         }
         written = {n: v for n, v in self.metrics.items() if not n.startswith(WRITTEN_ELSEWHERE)}
         self._board.scalars(written)
@@ -230,6 +230,8 @@ class Monitor:
         assert self.after is not None, "measured"
         self._dashboard.record(step, self.before.shares)
         self._board.lay_out()
+        if isinstance(self._graph, CoactivationMeasurement):
+            return
         if not self._dashboard.is_due(step, self._interval):
             return
         graph = self._graph.graph_reading(self._dashboard.show_graph)
@@ -252,3 +254,13 @@ class Monitor:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
+
+
+def _measurement(
+    engine: Engine, config: SpectralConfig, stack: Stack
+) -> GraphMeasurement | CoactivationMeasurement:
+    """What measures on the first graph."""
+    graph = stack.graphs[0]
+    if isinstance(graph, CoactivationGraph):
+        return CoactivationMeasurement(engine, graph)
+    return GraphMeasurement(engine, config, graph, stack.filter.schedule)

@@ -6,12 +6,14 @@ from spectral_ds.stack.choices import (
     choose_parameters,
     edge_families,
 )
+from spectral_ds.stack.coactivation_graph import CoactivationGraph
 from spectral_ds.stack.modules import ModelFacts, facts_of
 from spectral_ds.stack.newcomers import Newcomers
 from spectral_ds.stack.stack import Stack
 from spectral_ds.stack.stacked_graph import StackedGraph
 
 __all__ = [
+    "CoactivationGraph",
     "GraphChoice",
     "ModelFacts",
     "Newcomers",

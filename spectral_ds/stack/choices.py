@@ -48,6 +48,11 @@ class GraphChoice:
     left_out: tuple[str, ...] = ()
 
     @property
+    def is_coactivation(self) -> bool:
+        """Whether it is made of activations, and not of edges."""
+        return self.settings.edges[0].family == "activations"
+
+    @property
     def by_module(self) -> list[str]:
         """What nodes there are because of modules, and not of names and shapes; often nothing."""
         stored = [f"{p.name}: {p.storage}" for p in self.parameters if p.storage != Storage()]
@@ -185,7 +190,7 @@ def edge_families(config: GraphConfig, head_width: int | None) -> list[EdgeFamil
             families.append(Ring(edge.weight))
         elif edge.family == "pair":
             families.append(Pair(edge.head_width or head_width, edge.weight))
-        else:
+        elif edge.family == "similarity":
             families.append(
                 Similarity(
                     edge.neighbours,

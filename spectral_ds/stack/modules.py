@@ -44,7 +44,7 @@ def facts_of(holders: Iterable[object], named: Mapping[str, nn.Parameter]) -> Mo
         holders: modules, and whatever else may hold some.
         named: the parameters that are asked for, by name.
     """
-    modules = list(_modules(holders))
+    modules = list(modules_of(holders))
     name_of = {id(parameter): name for name, parameter in named.items()}
     special, storage, sparse = set[str](), dict[str, Storage](), set[str]()
     for module in modules:
@@ -60,7 +60,7 @@ def facts_of(holders: Iterable[object], named: Mapping[str, nn.Parameter]) -> Mo
     return ModelFacts(_head_width(modules), frozenset(special), storage, frozenset(sparse))
 
 
-def _modules(holders: Iterable[object]) -> Iterator[nn.Module]:
+def modules_of(holders: Iterable[object]) -> Iterator[nn.Module]:
     """All modules, each once."""
     seen = set[int]()
     for holder in holders:

@@ -1,14 +1,11 @@
 """Parameters that come to be trained join the graphs, or are named once as not filtered."""
 
 import logging
-from collections.abc import Iterable
 
 from spectral_ds.config import SpectralConfig, SpectralConfigError
 from spectral_ds.engines import Engine, UnsupportedEngineError
+from spectral_ds.stack.names import listed
 from spectral_ds.stack.stack import Stack
-
-# In a message.
-MOST_NAMES = 8
 
 
 class Newcomers:
@@ -49,7 +46,7 @@ class Newcomers:
             return stack
         joined = listed(admission.joined)
         try:
-            new = Stack(engine, self._config)
+            new = Stack(engine, self._config, stack)
         except (SpectralConfigError, UnsupportedEngineError, ValueError) as error:  # on all ranks
             admission.undo()
             engine.log(
@@ -75,10 +72,3 @@ class Newcomers:
                 logging.WARNING,
             )
         self._is_waiting = True
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for people; of many, the first and how many more."""
-    found = list(names)
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return ", ".join(found[:MOST_NAMES]) + more

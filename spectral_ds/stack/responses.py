@@ -14,6 +14,7 @@ from spectral_ds.config import ADAPTIVE, FilterConfig, SpectralConfig, SpectralC
 from spectral_ds.filters import (
     MAX_ORDER,
     BandTransfer,
+    ExactTransfer,
     FixedTransfer,
     Heat,
     Identity,
@@ -63,6 +64,7 @@ def choose_transfers(
     device: torch.device,
     statistics: GradientStatistics | None = None,
     warn: Callable[[str], None] | None = None,
+    is_exact: bool = False,
 ) -> Transfers:
     """The transfer functions of a configuration on one graph; no communication.
 
@@ -74,12 +76,15 @@ def choose_transfers(
             sample.
         warn: told of a response of which no series is within the tolerance: MAX_ORDER is then used;
             None: that is an error.
+        is_exact: whether eigenvectors are known, so that no series is needed.
 
     Raises:
         SpectralConfigError: no series is within the tolerance, and `warn` is None.
     """
 
     def fixed(response: Response, order: int | str, tolerance: float) -> Transfer:
+        if is_exact:
+            return ExactTransfer(response, lambda_max, device)
         return FixedTransfer(response, lambda_max, only_paths, order, tolerance, device)
 
     def chosen(settings: FilterConfig) -> Transfer:

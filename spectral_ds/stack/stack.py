@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from spectral_ds.checkpoint import Part
+from spectral_ds.coactivation import user_batches
 from spectral_ds.config import FilterConfig, RegularizerConfig, SpectralConfig, SpectralConfigError
 from spectral_ds.engines import Engine
 from spectral_ds.filters import (
@@ -19,8 +22,11 @@ from spectral_ds.filters import (
 from spectral_ds.laplacian import KernelUnavailableError, require_kernel
 from spectral_ds.sharding import Fragment, ShardLayout, Signal
 from spectral_ds.stack.choices import GraphChoice, choose_graphs, refuse_sparse
+from spectral_ds.stack.coactivation_graph import CoactivationGraph
 from spectral_ds.stack.modules import facts_of
 from spectral_ds.stack.stacked_graph import StackedGraph
+
+AnyGraph = StackedGraph | CoactivationGraph
 
 
 class Stack:
@@ -29,6 +35,7 @@ class Stack:
     Args:
         engine: whose gradients are filtered.
         config: all of the configuration.
+        previous: that this one replaces, of the same engine and configuration.
 
     Attributes:
         is_filtered: whether each of the engine's fragments is of a parameter in some graph.
@@ -41,22 +48,26 @@ class Stack:
         ValueError: ranks train different models.
     """
 
-    def __init__(self, engine: Engine, config: SpectralConfig) -> None:
+    def __init__(
+        self, engine: Engine, config: SpectralConfig, previous: "Stack | None" = None
+    ) -> None:
         self._engine = engine
         choices = self._choices = agree_on_graphs(engine, config)
         layout = ShardLayout.gather(engine.fragments, engine.communicator)
         nodes = {node.name: node for choice in choices for node in choice.parameters}
         layout.check({name: node.numel for name, node in nodes.items()})
         self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
-        self.graphs = [
-            StackedGraph(index, choice, config, engine, layout)
+        self.graphs: list[AnyGraph] = [
+            CoactivationGraph(index, choice, config, engine, layout, _activations(previous, index))
+            if choice.is_coactivation
+            else StackedGraph(index, choice, config, engine, layout)
             for index, choice in enumerate(choices)
         ]
         self.filter = self._make_filter(config.filter, list(nodes))
         self.regularizer = self._make_regularizer(config.regularizer)
         self._is_overdue = False  # whether a graph was not built because ranks had left
 
-    def graph(self, number: int) -> StackedGraph:
+    def graph(self, number: int) -> AnyGraph:
         """One of the graphs.
 
         Raises:
@@ -120,6 +131,36 @@ class Stack:
             graph.build()
         self._is_overdue = False
 
+    def begin_step(self, step: int) -> None:
+        """Use what graphs have waited for, if it is there (collective)."""
+        for graph in self.graphs:
+            graph.begin_step(step)
+
+    def forget(self) -> None:
+        """Take back what hooks the model."""
+        for graph in self.graphs:
+            graph.forget()
+
+    def calibrate(self, batches: Sequence[Any]) -> None:
+        """Keep what the model knows of these inputs; see `Study.calibrate` (collective)."""
+        if not batches:
+            raise ValueError("batches: there is none")
+        for graph in self._of_activations():
+            graph.calibrate(user_batches(batches))
+
+    def save_activations(self, path: Path) -> None:
+        """See `Study.save_activations` (collective)."""
+        graph = self._of_activations()[0]
+        with self._engine.everyone.all_or_none():
+            if self._engine.everyone.rank == 0:
+                graph.save(path)
+
+    def _of_activations(self) -> list[CoactivationGraph]:
+        found = [graph for graph in self.graphs if isinstance(graph, CoactivationGraph)]
+        if not found:
+            raise ValueError("no graph of the configuration is of family activations")
+        return found
+
     def refresh(self, step: int) -> None:
         """Build the graphs anew that are due at this step (collective).
 
@@ -144,8 +185,7 @@ class Stack:
         if self.regularizer is not None and other.regularizer is not None:
             self.regularizer.reference.take_over(other.regularizer.reference, names)
         for mine, theirs in zip(self.graphs, other.graphs, strict=True):
-            if mine.samples.take_over(theirs.samples, names):
-                mine.build()
+            mine.take_over(theirs, names)
 
     def begin_anew(self) -> None:
         """Make graphs of the present weights, which are the reference from now on (collective)."""
@@ -196,6 +236,11 @@ class Stack:
             settings.strength,
             self._engine.communicator,
         )
+
+
+def _activations(previous: Stack | None, index: int) -> CoactivationGraph | None:
+    graph = None if previous is None else previous.graphs[index]
+    return graph if isinstance(graph, CoactivationGraph) else None
 
 
 def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import asdict
 from numbers import Integral
 
@@ -16,7 +17,7 @@ from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
 from spectral_ds.geometry.buckets import below_shard, bucket_elements
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian import OperatorPlan, ParameterGraph, Work, plan_operators
-from spectral_ds.sharding import ShardLayout
+from spectral_ds.sharding import ShardLayout, Signal
 from spectral_ds.sketches import WeightFeatures, no_features
 from spectral_ds.spectrum import (
     Density,
@@ -127,6 +128,27 @@ class StackedGraph:
         if self._choice.by_module:
             settings["by_module"] = self._choice.by_module
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def begin_step(self, step: int) -> None:
+        """It waits for nothing."""
+
+    def forget(self) -> None:
+        """It hooks nothing."""
+
+    def samples_at(self, step: int) -> bool:
+        """Whether it samples the gradient at this step."""
+        return self.samples.is_due(step)
+
+    def sample(
+        self, step: int, gradients: Signal, scale: float, is_finite: torch.Tensor | None
+    ) -> None:
+        """Sample the gradient where it is due; see `GradientSamples.take` (collective)."""
+        self.samples.take(step, gradients, scale, is_finite)
+
+    def take_over(self, other: object, names: Collection[str]) -> None:
+        """Go on with what another has sampled of these parameters (collective)."""
+        if isinstance(other, StackedGraph) and self.samples.take_over(other.samples, names):
+            self.build()
 
     def state(self) -> PartState:
         """See `Part.state`."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from spectral_ds.cli.errors import DataError, UserError
+from spectral_ds.cli.errors import UserError
+from spectral_ds.text import DataError
 
 # Keyword arguments of a model, each (batch size, sequence length), int64.
 Batch = Mapping[str, torch.Tensor]

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spectral_ds.cli.arguments import add_command, at_least
-from spectral_ds.cli.errors import DataError, UserError
+from spectral_ds.cli.errors import UserError
 from spectral_ds.config import SpectralConfig, load_config
+from spectral_ds.text import DataError
 
 if TYPE_CHECKING:
     from spectral_ds.cli.inspect.batches import Batch
@@ -120,7 +121,7 @@ def _batches(
     """Batches of the text that --data names, as the model takes them."""
     from spectral_ds.cli.inspect.batches import causal, masked, token_batches
     from spectral_ds.cli.models import load_tokenizer, refuse_longer
-    from spectral_ds.cli.text import read_texts
+    from spectral_ds.text import read_texts
 
     refuse_longer(arguments.sequence_length, module)
     tokenizer = load_tokenizer(source)

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectral_ds.cli.errors import DataError
-
 TEXT_COLUMN, LABEL_COLUMN = "text", "label"
 # Where they stand in a TSV without a header.
 TEXT_POSITION, LABEL_POSITION = -1, -2
+
+
+class DataError(Exception):
+    """Text that cannot be used; the message says why, and who gave its path says which."""
+
 
 # A text and its label; None where labels are not wanted.
 Row = tuple[str, Any]

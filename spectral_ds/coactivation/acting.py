@@ -1,0 +1,250 @@
+"""What acts on signals by co-activation graphs: a filter, and a regularizer's penalty.
+
+Both are functions of the spectra of R, and of T where something is to be learned. What a graph
+covers and has no inputs (embeddings, norms, biases) counts as of average activity: A = I.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spectral_ds.coactivation.cut_rows import Key
+from spectral_ds.coactivation.operator import Factors, FactorsOf, Piece, SubspaceOperator
+from spectral_ds.coactivation.spectrum import Spectrum, Values
+from spectral_ds.coactivation.subspace import Response, SubspaceFunction
+from spectral_ds.filters import Reference, Transfer
+from spectral_ds.sharding import Signal
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of the parameters that a graph covers.
+
+    Attributes:
+        operator: of those that have inputs.
+        graph_of: by matrix of a parameter, the matrix of the site whose graph it has.
+        others: numbers of the fragments of those that have none.
+        device: where factors are kept.
+    """
+
+    operator: SubspaceOperator
+    graph_of: Mapping[Key, Key]
+    others: Sequence[int]
+    device: torch.device
+
+    def graphs(self) -> list[Key]:
+        """The graphs that some piece of this rank has."""
+        found = (self.graph_of.get(piece.key) for piece in self.operator.pieces)
+        return list(dict.fromkeys(key for key in found if key is not None))
+
+    def factors_of(self, factors: Mapping[Key, Factors]) -> FactorsOf:
+        """By piece, from those by graph."""
+
+        def of_piece(piece: Piece) -> Factors | None:
+            graph = self.graph_of.get(piece.key)
+            return None if graph is None else factors[graph]
+
+        return of_piece
+
+    def on_device(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """In float32."""
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+
+
+class CoactivationFilter:
+    """X ← (1 − s) X + s · X·G, and what has no inputs by 1 − s + s · rest.
+
+    Args:
+        held: what it acts on.
+        functions: G of each graph that some piece here has.
+        transfer: h.
+        rest: factor on what has no inputs.
+        is_ready: whether the graphs are known; before that, signals stay as they are.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        functions: Mapping[Key, SubspaceFunction],
+        transfer: Transfer,
+        rest: float,
+        is_ready: bool,
+    ) -> None:
+        self.transfer, self.is_ready = transfer, is_ready
+        self._held, self._rest = held, rest
+        self._functions = functions
+        self._bases = {key: held.on_device(f.basis) for key, f in functions.items()}
+        self._strength: float | None = None
+        self._factors: dict[Key, Factors] = {}
+
+    def is_identity(self, strength: float) -> bool:
+        """Whether this strength leaves every signal as it is."""
+        return strength == 0 or not self.is_ready or (self.transfer.is_identity and self._rest == 1)
+
+    def apply(self, signal: Signal, strength: float) -> None:
+        """Filter in place (collective if rows are cut).
+
+        Args:
+            signal: this rank's fragments, flat, any floating dtype; None stays as it is.
+            strength: s, equal on all ranks.
+        """
+        if self.is_identity(strength):
+            return
+        if not self.transfer.is_identity:
+            self._set(strength)
+            self._held.operator.filter(signal, self._held.factors_of(self._factors))
+        others = [signal[index] for index in self._held.others]
+        found = [each for each in others if each is not None]
+        if found and self._rest != 1:
+            torch._foreach_mul_(found, 1 - strength + strength * self._rest)
+
+    def _set(self, strength: float) -> None:
+        if strength == self._strength:
+            return
+        self._strength = strength
+        for key, function in self._functions.items():
+            product = strength * function.core @ function.basis.T
+            self._factors[key] = Factors(
+                1 - strength + strength * function.constant,
+                self._bases[key],
+                self._held.on_device(product),
+            )
+
+
+class CoactivationPenalty:
+    """Δ (r(R) + ρI), Δ = θ − θ_ref.
+
+    Args:
+        held: what it acts on.
+        spectra: R of each graph that some piece here has.
+        response: r.
+        transfer: the same, for people.
+        ridge: ρ.
+        most_active: the largest eigenvalue of all graphs of all ranks.
+    """
+
+    def __init__(
+        self,
+        held: Held,
+        spectra: Mapping[Key, Spectrum],
+        response: Response,
+        transfer: Transfer,
+        ridge: float,
+        most_active: float,
+    ) -> None:
+        self.transfer = transfer
+        self._held, self._ridge, self._most_active = held, ridge, most_active
+        self._response = response
+        self._spectra = {
+            key: _Acting(
+                held.on_device(spectrum.vectors),
+                held.on_device(response(spectrum.values)),
+                self._at(spectrum.rest),
+            )
+            for key, spectrum in spectra.items()
+        }
+        self._of_others = self._at(1.0)
+        self._factors = {
+            key: Factors(
+                each.rest + ridge, each.vectors, _thin(each.vectors, each.values, each.rest)
+            )
+            for key, each in self._spectra.items()
+        }
+
+    def largest(self) -> float:
+        """The largest r + ρ on the spectrum."""
+        grid = np.linspace(0, self._most_active, 1001)
+        return float(self._response(grid).max()) + self._ridge
+
+    def add(
+        self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]
+    ) -> None:
+        """Target ← target + factor · Δ (r(R) + ρI), a factor a fragment (collective)."""
+        before, held = reference.fragments, self._held
+        held.operator.add(weights, before, target, held.factors_of(self._factors), factors)
+        for index in held.others:
+            moved, onto = _difference(weights, before, index), target[index]
+            if moved is not None and onto is not None:
+                scale = factors[index] * (self._of_others + self._ridge)
+                onto.add_(moved.to(onto.device), alpha=scale)
+
+    def pull(self, reference: Reference, weights: Signal, steps: Sequence[float]) -> None:
+        """Δ ← Δ (I + step · (r(R) + ρI))⁻¹ in place: stable at any step (collective).
+
+        Args:
+            steps: learning rate · strength, of each fragment.
+        """
+        before, held = reference.fragments, self._held
+        made: dict[tuple[Key, float], Factors] = {}
+
+        def factors_of(piece: Piece) -> Factors | None:
+            graph, step = held.graph_of.get(piece.key), steps[piece.fragment]
+            if graph is None:
+                return None
+            if (graph, step) not in made:
+                acting = self._spectra[graph]
+                rest = 1 / (1 + step * (acting.rest + self._ridge))
+                values = 1 / (1 + step * (acting.values + self._ridge))
+                product = _thin(acting.vectors, values, rest)
+                made[graph, step] = Factors(rest, acting.vectors, product)
+            return made[graph, step]
+
+        held.operator.contract(weights, before, factors_of)
+        for index in held.others:
+            moved, weight = _difference(weights, before, index), weights[index]
+            if moved is not None and weight is not None:
+                step = steps[index] * (self._of_others + self._ridge)
+                weight.add_(moved.to(weight.device), alpha=1 / (1 + step) - 1)
+
+    def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
+        """tr(Δ (r(R) + ρI) Δᵀ) of what this rank answers for, float64, 0-D (collective)."""
+        before, held = reference.fragments, self._held
+        total = torch.zeros((), dtype=torch.float64, device=held.device)
+        found = held.operator.measure(weights, before, held.factors_of(self._factors))
+        for key, energy in found.items():
+            acting = self._spectra[held.graph_of[key]]
+            total += (acting.values.double() - acting.rest) @ energy.directions
+            total += (acting.rest + self._ridge) * energy.total
+        for index in held.others:
+            if (moved := _difference(weights, before, index)) is not None:
+                square = moved.to(held.device, torch.float32).square().sum(dtype=torch.float64)
+                total += (self._of_others + self._ridge) * square
+        return total
+
+    def _at(self, frequency: float) -> float:
+        return float(self._response(np.array([frequency]))[0])
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """r on one graph: of its directions, (n, k), and of the rest."""
+
+    vectors: torch.Tensor
+    values: torch.Tensor
+    rest: float
+
+
+def _thin(vectors: torch.Tensor, values: torch.Tensor, rest: float) -> torch.Tensor:
+    """Q = diag(values − rest) Uᵀ."""
+    return ((values - rest) * vectors).T.contiguous()
+
+
+def _difference(weights: Signal, reference: Signal | None, index: int) -> torch.Tensor | None:
+    weight, before = weights[index], None if reference is None else reference[index]
+    if weight is None or before is None:
+        return weight
+    return weight - before.to(weight.device)
+
+
+def responses_within(transfer: Transfer, lambda_max: float) -> Response:
+    """A transfer function of [0, λ_max] as a function of frequency."""
+
+    def response(frequencies: Values) -> Values:
+        found = transfer.at(2 * frequencies / lambda_max - 1)()
+        return np.asarray(found.cpu().numpy(), np.float64)
+
+    return response

@@ -1,0 +1,105 @@
+"""Statistics of activations as one small safetensors file: one calibration serves many runs.
+
+By the parameter whose input it is: `NAME/values` (matrices, k), float64; `NAME/vectors` (matrices,
+inputs, k), float32; `NAME/known` (matrices,), how many of them there are. The metadata say which
+parameters share a graph.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from spectral_ds.coactivation.graph import Coactivation, Spectra
+from spectral_ds.coactivation.inputs import InputsError
+from spectral_ds.coactivation.spectrum import Values, spectrum_of
+
+SUFFIX = ".safetensors"
+FORMAT = "spectral_ds.coactivation.1"
+
+
+def save(path: Path, graphs: Coactivation, of: str) -> None:
+    """Write the graphs into a file.
+
+    Args:
+        of: what inputs they are of, for people.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+    for name, spectra in graphs.spectra.items():
+        values, vectors, known = as_arrays(spectra)
+        arrays |= {f"{name}/values": values, f"{name}/vectors": vectors, f"{name}/known": known}
+    metadata = {"format": FORMAT, "leaders": json.dumps(dict(graphs.leaders)), "of": of}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, path, metadata)
+
+
+def load(path: Path) -> Coactivation:
+    """Read what `save` wrote.
+
+    Raises:
+        InputsError: there is no such file, or it is none of these.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputsError(f"{path} holds no statistics of activations")
+            leaders: dict[str, str] = json.loads(metadata["leaders"])
+            spectra = {
+                name: from_arrays(*(file.get_tensor(f"{name}/{part}") for part in PARTS))
+                for name in dict.fromkeys(leaders.values())
+            }
+    except (OSError, SafetensorError) as error:
+        raise InputsError(f"{path} cannot be read: {error}") from error
+    return Coactivation(leaders, spectra)
+
+
+PARTS = ("values", "vectors", "known")
+
+
+class Arrays(NamedTuple):
+    """The spectra of a site's matrices, with zeros where fewer directions are known.
+
+    Attributes:
+        values: (matrices, k), float64.
+        vectors: (matrices, inputs, k), float32.
+        known: (matrices,), int64: how many directions are.
+    """
+
+    values: Values
+    vectors: npt.NDArray[np.float32]
+    known: npt.NDArray[np.int64]
+
+
+def as_arrays(spectra: Spectra) -> Arrays:
+    """The spectra of a site as arrays."""
+    present = [each for each in spectra if each is not None]
+    most = max((len(each.values) for each in present), default=1)
+    inputs = present[0].inputs if present else 1
+    values = np.zeros((len(spectra), most))
+    vectors = np.zeros((len(spectra), inputs, most), np.float32)
+    known = np.zeros(len(spectra), np.int64)
+    for matrix, each in enumerate(spectra):
+        if each is not None:
+            known[matrix] = k = len(each.values)
+            values[matrix, :k], vectors[matrix, :, :k] = each.values, each.vectors
+    return Arrays(values, vectors, known)
+
+
+def from_arrays(
+    values: Values, vectors: npt.NDArray[np.float32], known: npt.NDArray[np.int64]
+) -> Spectra:
+    """Undoes `as_arrays`."""
+    return [
+        spectrum_of(values[matrix, :k].copy(), vectors[matrix, :, :k].copy()) if k else None
+        for matrix, k in enumerate(known.tolist())
+    ]

@@ -1,0 +1,123 @@
+"""Where the graphs of co-activation come from: what an edge of family `activations` asks for.
+
+In: the settings of an edge, and an engine. Out: the graphs of the inputs to keep, or to learn.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectral_ds.coactivation import (
+    Batch,
+    Coactivation,
+    InputsError,
+    Site,
+    calibrate,
+    generated_batches,
+    random_batches,
+    sites_of,
+    text_batches,
+)
+from spectral_ds.coactivation import file as statistics
+from spectral_ds.config import EdgeConfig, SpectralConfigError
+from spectral_ds.console.progress import progress
+from spectral_ds.engines import Engine
+from spectral_ds.graph import ParameterNodes
+from spectral_ds.sharding import Communicator
+from spectral_ds.stack.modules import modules_of
+from spectral_ds.text import DataError, read_texts
+
+
+def sites_of_graph(engine: Engine, parameters: Iterable[ParameterNodes]) -> list[Site]:
+    """Where the parameters of a graph multiply activations."""
+    shapes = {p.name: (p.matrices, p.width, p.nodes_of_matrix) for p in parameters}
+    named = {name: engine.named[name] for name in shapes}
+    return sites_of(modules_of(engine.holders), named, shapes)
+
+
+def graphs_of(
+    source: str, key: str, edge: EdgeConfig, sites: Sequence[Site], engine: Engine, seed: int
+) -> Coactivation:
+    """The graphs of some inputs (collective).
+
+    Args:
+        source: random, generated, or the name of a file of texts or of statistics.
+        key: where it stands in the configuration.
+        edge: how much of it to look at.
+
+    Raises:
+        SpectralConfigError: the model cannot be called with it, or the file cannot be used; on all
+            ranks.
+    """
+    return read_or_calibrate(source, key, edge, sites, engine.module, engine.everyone, seed)
+
+
+def read_or_calibrate(
+    source: str,
+    key: str,
+    edge: EdgeConfig,
+    sites: Sequence[Site],
+    model: nn.Module,
+    everyone: Communicator,
+    seed: int,
+) -> Coactivation:
+    """`graphs_of`, of a model that no engine trains."""
+    found: Coactivation | None = None
+    batches: list[Batch] = []
+    with everyone.all_or_none():
+        try:
+            if source.endswith(statistics.SUFFIX):
+                found = statistics.load(Path(source)).of_rank(edge.rank)
+                _require_all(found, sites)
+            else:
+                batches = _batches(source, edge, model, seed)
+        except (InputsError, DataError) as error:
+            raise SpectralConfigError(f'{key} = "{source}": {error}') from error
+    if found is not None:
+        return found
+    shown = everyone.rank == 0
+    with progress(f"looking at activations ({source})", len(batches), "batch", shown) as update:
+        return calibrate(model, sites, batches, edge.rank, seed, everyone, update)
+
+
+def _require_all(graphs: Coactivation, sites: Sequence[Site]) -> None:
+    """Refuse statistics of another model."""
+    for site in sites:
+        spectra = graphs.of(site.parameter)
+        inputs = {each.inputs for each in spectra if each is not None}
+        if len(spectra) != site.matrices or inputs - {site.inputs}:
+            raise InputsError(
+                f"it has {len(spectra)} graphs of {sorted(inputs)} inputs for parameter "
+                f"{site.parameter!r}, which has {site.matrices} of {site.inputs}"
+            )
+
+
+def _batches(source: str, edge: EdgeConfig, model: nn.Module, seed: int) -> list[Batch]:
+    if source == "random":
+        return random_batches(model, edge.samples, edge.length, seed)
+    if source == "generated":
+        return generated_batches(model, edge.samples, edge.length, seed)
+    texts = read_texts(Path(source))
+    tokenizer = _tokenizer(edge.tokenizer or _name_of(model))
+    return text_batches(model, texts, tokenizer, edge.samples, edge.length, seed)
+
+
+def _name_of(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
+    if not name:
+        raise InputsError(
+            "the model does not say where its tokenizer is; name its folder in `tokenizer`"
+        )
+    return str(name)
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputsError(f"no tokenizer in {name!r}: {error}") from error

@@ -1,0 +1,444 @@
+"""CoactivationGraph: one graph of the stack that is made of activations, and what acts by it.
+
+`StackedGraph` has the same methods for graphs that edges make.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from spectral_ds.checkpoint import PartState, Restoration, SavedState
+from spectral_ds.coactivation import (
+    Batch,
+    Coactivation,
+    CoactivationFilter,
+    CoactivationPenalty,
+    Energy,
+    Factors,
+    Held,
+    Key,
+    Projections,
+    Spectrum,
+    SubspaceOperator,
+    calibrate,
+    function_of,
+    largest,
+    responses_within,
+)
+from spectral_ds.coactivation import file as statistics
+from spectral_ds.config import SpectralConfig
+from spectral_ds.console.progress import progress
+from spectral_ds.engines import Engine
+from spectral_ds.graph import Edges
+from spectral_ds.sharding import ShardLayout, Signal
+from spectral_ds.spectrum import Density, Eigenpairs, SignalToNoise
+from spectral_ds.stack.activations import graphs_of, sites_of_graph
+from spectral_ds.stack.choices import GraphChoice
+from spectral_ds.stack.coactivation_state import restored, sizes_of, state_of
+from spectral_ds.stack.learning import Learning
+from spectral_ds.stack.names import listed
+from spectral_ds.stack.responses import choose_transfers
+
+KEPT, LEARNED = "keep", "learn"
+
+
+class CoactivationGraph:
+    """The co-activation graphs of a model's layers. Made and rebuilt collectively.
+
+    Args:
+        index: which graph of the stack it is, from 0.
+        choice: what the graph covers.
+        whole: all of the configuration.
+        engine: whose updates or gradients are filtered.
+        layout: the fragments of all ranks.
+        previous: the same of a stack that this one replaces; None: there is none.
+
+    Attributes:
+        parameters: that the graph covers, in model order.
+        keep: R: of the inputs that the model is to keep; None until it is known.
+        learn: T: of those that it is to learn; None for I, and until it is known.
+        held: what this rank holds of them.
+        filter: (1 − s) + s · G.
+        penalty: r(R) + ρI of the regularizer; None without one.
+    """
+
+    filter: CoactivationFilter
+    penalty: CoactivationPenalty | None = None
+
+    def __init__(
+        self,
+        index: int,
+        choice: GraphChoice,
+        whole: SpectralConfig,
+        engine: Engine,
+        layout: ShardLayout,
+        previous: "CoactivationGraph | None" = None,
+    ) -> None:
+        self._index, self._choice, self._whole = index, choice, whole
+        self._engine, self._layout = engine, layout
+        self._edge = choice.settings.edges[0]
+        self.parameters = choice.parameters
+        self._ridge = whole.regularizer.ridge if index == 0 else 0.0
+        self._sites = sites_of_graph(engine, choice.parameters)
+        self._projections = Projections(self._edge.rank, whole.seed, engine.everyone.device)
+        self._learning: Learning | None = None
+        self.keep: Coactivation | None = None
+        self.learn: Coactivation | None = None
+        width = self._edge.rank * (1 if self._edge.learn == "none" else 2)
+        with_inputs = {site.parameter for site in self._sites}
+        self._operator = SubspaceOperator(
+            [p for p in choice.parameters if p.name in with_inputs],
+            layout,
+            engine.communicator,
+            min(width, max((site.inputs for site in self._sites), default=1)),
+        )
+        sent = torch.tensor([self._operator.bytes_sent], device=engine.communicator.device)
+        self._bytes_of_function = int(engine.communicator.sum_(sent).item())
+        self._warn_of_gradients()
+        self._make(previous)
+
+    # Making
+
+    def is_due(self, step: int) -> bool:
+        """Whether the graph is to be rebuilt at this step."""
+        every = self._choice.settings.refresh_interval
+        return every > 0 and step > 0 and step % every == 0
+
+    def build(self) -> None:
+        """Look at the activations of the present model (collective).
+
+        Raises:
+            SpectralConfigError: they cannot be had; on all ranks.
+        """
+        self._make(None)
+
+    def _make(self, previous: "CoactivationGraph | None") -> None:
+        edge = self._edge
+        keep, learn = (None, None) if previous is None else (previous.keep, previous.learn)
+        self.keep = keep if edge.keep == "given" else self._of_source(KEPT, edge.keep, keep)
+        if edge.learn == "training":
+            self.learn = learn
+            if learn is None and self._learning is None:
+                leaders = None if self.keep is None else self.keep.leaders
+                self._learning = Learning(
+                    self._engine, self._sites, edge, self._projections, leaders
+                )
+        elif edge.learn != "none":
+            self.learn = self._of_source(LEARNED, edge.learn, learn)
+        self._use()
+
+    def _of_source(self, what: str, source: str, known: Coactivation | None) -> Coactivation:
+        """The graphs of some inputs; of what is known already, as it is."""
+        known = known or Coactivation()
+        missing = [site for site in self._sites if site.parameter not in known.leaders]
+        if not missing:
+            return known
+        key = f"spectral_ds.{self._choice.key}.edges[0].{what}"
+        found = graphs_of(source, key, self._edge, missing, self._engine, self._whole.seed)
+        return known | found
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Keep what the model knows of these inputs from now on (collective)."""
+        engine, shown = self._engine, self._engine.everyone.rank == 0
+        with progress("looking at activations", len(batches), "batch", shown) as update:
+            self.keep = calibrate(
+                engine.module,
+                self._sites,
+                batches,
+                self._edge.rank,
+                self._whole.seed,
+                engine.everyone,
+                update,
+            )
+        self._use()
+
+    def save(self, path: Path) -> None:
+        """Write what is to be kept into a file; see `coactivation.file`.
+
+        Raises:
+            OSError: it cannot be written.
+            ValueError: nothing is known yet.
+        """
+        if self.keep is None:
+            raise ValueError("nothing is known yet of what is to be kept: call calibrate() first")
+        statistics.save(path, self.keep, self._edge.keep)
+
+    def begin_step(self, step: int) -> None:
+        """Use what is learned once it is known (collective until then)."""
+        found = None if self._learning is None else self._learning.at_step(step)
+        if found is not None:
+            self._learning, self.learn = None, found
+            self._use()
+            self._engine.log(f"what is learned is known: filtered from step {step} on")
+
+    def forget(self) -> None:
+        """Take back the hooks on the model."""
+        if self._learning is not None:
+            self._learning.stop()
+            self._learning = None
+
+    # Acting
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all is known that the filter needs."""
+        return self.keep is not None and (self._edge.learn == "none" or self.learn is not None)
+
+    def _use(self) -> None:
+        """Make what acts (no communication)."""
+        keep = self.keep or Coactivation()
+        top = self.lambda_max
+        graph_of = {}
+        for site in self._sites:
+            spectra = keep.of(site.parameter)
+            for matrix, spectrum in enumerate(spectra):
+                if spectrum is not None:
+                    leader = keep.leaders[site.parameter]
+                    graph_of[site.parameter, matrix] = leader, matrix
+        covered = {parameter.name for parameter in self.parameters}
+        known = {name for name, _ in graph_of}
+        others = [
+            index
+            for index, fragment in enumerate(self._engine.fragments)
+            if fragment.parameter in covered - known
+        ]
+        device = self._engine.communicator.device
+        self.held = Held(self._operator, graph_of, others, device)
+        transfers = choose_transfers(self._whole, top, False, device, is_exact=True)
+        spectra_here = {
+            key: spectrum
+            for key in self.held.graphs()
+            if (spectrum := keep.of(key[0])[key[1]]) is not None
+        }
+        response = responses_within(transfers.filter, top)
+        functions = {}
+        if self.is_ready and not transfers.filter.is_identity:
+            functions = {
+                key: function_of(response, spectrum, self._learned(key))
+                for key, spectrum in spectra_here.items()
+            }
+        # What the monitor projects on; the filter has the same without a graph of what is learned.
+        self._directions = {
+            key: Factors(0.0, self.held.on_device(spectrum.vectors), torch.empty(0, device=device))
+            for key, spectrum in spectra_here.items()
+        }
+        rest = self._whole.filter.rest
+        self.filter = CoactivationFilter(
+            self.held, functions, transfers.filter, rest, self.is_ready
+        )
+        if transfers.penalty is not None:
+            of_penalty = responses_within(transfers.penalty, top)
+            self.penalty = CoactivationPenalty(
+                self.held, spectra_here, of_penalty, transfers.penalty, self._ridge, top
+            )
+        if self.keep is not None:
+            self._warn_of_unseen(known)
+
+    def _learned(self, key: tuple[str, int]) -> Spectrum | None:
+        """T of a graph; what was never trained with counts as learned like anything."""
+        if self.learn is None:
+            return None
+        spectra = self.learn.of(key[0])
+        found = spectra[key[1]] if spectra else None
+        if found is None:
+            site = next(site for site in self._sites if site.parameter == key[0])
+            found = Spectrum(np.ones(1), np.eye(site.inputs, 1, dtype=np.float32), 1.0)
+        return found
+
+    def _warn_of_unseen(self, known: Collection[str]) -> None:
+        unseen = [site.parameter for site in self._sites if site.parameter not in known]
+        if unseen:
+            self._warn(
+                f"no activation has entered {listed(unseen)}: they count as parameters without "
+                "inputs"
+            )
+
+    def _warn_of_gradients(self) -> None:
+        settings, name = self._whole.filter, type(self._engine.optimizer).__name__
+        if settings.apply_to == "gradient" and settings.strength > 0 and "adam" in name.lower():
+            self._warn(
+                f"filter.apply_to = gradient: {name} divides by the root of the gradients' squares "
+                "and so takes back most of what a filter by activity does (arXiv 2604.22407); "
+                "use apply_to: update"
+            )
+
+    def _warn(self, message: str) -> None:
+        self._engine.log(f"spectral_ds.{self._choice.key}: {message}", logging.WARNING)
+
+    def samples_at(self, step: int) -> bool:
+        """Whether it samples the gradient at this step: never."""
+        return False
+
+    def sample(
+        self, step: int, gradients: Signal, scale: float, is_finite: torch.Tensor | None
+    ) -> None:
+        """It samples no gradients."""
+
+    def take_over(self, other: object, names: Collection[str]) -> None:
+        """It was made with what the other knows."""
+
+    # Telling
+
+    @property
+    def graph(self) -> "CoactivationGraph":
+        """Itself: it has `num_nodes`, `num_edges` and `describe`, as `ParameterGraph` has."""
+        return self
+
+    @property
+    def lambda_max(self) -> float:
+        """The largest eigenvalue of R of any layer."""
+        return largest([] if self.keep is None else self.keep.all_spectra())
+
+    @property
+    def rank(self) -> int:
+        """The most directions that are known of a layer."""
+        return self._edge.rank
+
+    def energies(self, signal: Signal) -> dict[Key, Energy]:
+        """The energy of a signal along active directions of R; see `SubspaceOperator.measure`."""
+        return self.held.operator.measure(signal, None, self.held.factors_of(self._directions))
+
+    @property
+    def num_nodes(self) -> int:
+        """Inputs of all layers; those that share their input count once."""
+        found = [] if self.keep is None else self.keep.all_spectra()
+        return sum(spectrum.inputs for spectrum in found)
+
+    @property
+    def num_edges(self) -> int:
+        """Pairs of inputs of one layer."""
+        found = [] if self.keep is None else self.keep.all_spectra()
+        return sum(spectrum.inputs * (spectrum.inputs - 1) // 2 for spectrum in found)
+
+    def operator(self, parameter: str, matrix: int = 0) -> np.ndarray:
+        """R of a parameter's layer, (inputs, inputs), float64: for study of small models.
+
+        Raises:
+            ValueError: the graph has none.
+        """
+        spectra = [] if self.keep is None else self.keep.of(parameter)
+        if matrix >= len(spectra) or (spectrum := spectra[matrix]) is None:
+            raise ValueError(f"no graph of the inputs of {parameter!r}, matrix {matrix}")
+        return spectrum.matrix()
+
+    def describe(self) -> str:
+        """What it is and how it filters, for people."""
+        edge, whole = self._edge, self._whole
+        if self.keep is None:
+            return "co-activation, until calibrate() gives inputs to keep"
+        spectra = self.keep.all_spectra()
+        shares = [min(s.values.sum() / s.inputs, 1.0) for s in spectra]
+        inputs = sorted({s.inputs for s in spectra})
+        widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
+        others = len({self._engine.fragments[i].parameter for i in self.held.others})
+        learn = "" if edge.learn == "none" else f", learn {edge.learn}"
+        return (
+            f"co-activation of {len(self.keep.leaders)} parameters, {len(spectra)} graphs of "
+            f"{widths} inputs, whose {edge.rank} most active directions hold "
+            f"{100 * float(np.mean(shares)) if shares else 0:.0f} % of the activity (keep "
+            f"{edge.keep}{learn}); {others} parameters without inputs x {whole.filter.rest:g}; "
+            f"filter {whole.filter.response}; {self._bytes_of_function / 2**20:.2f} MiB a step "
+            f"over all ranks; scratch {self._operator.scratch_bytes / 2**20:.1f} MiB on this rank"
+        )
+
+    def bytes_sent(self, strength: float) -> int:
+        """Bytes that all ranks together send in one step at this strength of the filter."""
+        acts = not self.filter.is_identity(strength) and not self.filter.transfer.is_identity
+        return self._bytes_of_function * (int(acts) + int(self.penalty is not None))
+
+    def eigenpairs(self, k: int) -> list[Eigenpairs]:
+        """The k most active directions of each graph; the first rank has them, others none."""
+        if k < 1:
+            raise ValueError(f"k = {k!r}: must be an integer >= 1")
+        found = []
+        is_first = self._engine.communicator.rank == 0
+        for leader, members in self._members().items():
+            for spectrum in () if self.keep is None else self.keep.spectra[leader]:
+                if spectrum is not None:
+                    rows = np.arange(spectrum.inputs if is_first else 0)
+                    vectors = spectrum.vectors[rows, :k].astype(np.float64)
+                    values = spectrum.values[:k]
+                    found.append(
+                        Eigenpairs(members, 1, values, rows, vectors, np.zeros(len(values)))
+                    )
+        return found
+
+    def density(self, bins: int) -> Density:
+        """Share of the eigenvalues in equal bins of [0, λ_max]; unknown ones lie at their mean."""
+        if bins < 1:
+            raise ValueError(f"bins = {bins!r}: must be an integer >= 1")
+        edges = np.linspace(0, self.lambda_max, bins + 1)
+        counts = np.zeros(bins)
+        for spectrum in () if self.keep is None else self.keep.all_spectra():
+            counts += np.histogram(spectrum.values, edges)[0]
+            others = spectrum.inputs - len(spectrum.values)
+            counts += others * np.histogram([spectrum.rest], edges)[0]
+        return Density(edges, counts / max(counts.sum(), 1))
+
+    def signal_to_noise(self) -> SignalToNoise:
+        """It is not measured.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("signal and noise are not measured on a graph of family activations")
+
+    def _members(self) -> Mapping[str, tuple[str, ...]]:
+        """By the site that leads, the parameters of its graph."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, leader in ({} if self.keep is None else self.keep.leaders).items():
+            found[leader] = (*found.get(leader, ()), name)
+        return found
+
+    # Checkpoints
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the graph's configuration, hexadecimal."""
+        settings = {**asdict(self._choice.settings), "seed": self._whole.seed}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def most_edges(self) -> int:
+        """It has no edges in a state."""
+        return 0
+
+    def state(self) -> PartState:
+        """See `Part.state`."""
+        state = PartState(edges=Edges.empty())
+        for name, graphs in self._parts().items():
+            state |= state_of(name, graphs, self._sites, self._edge.rank, self._engine.communicator)
+        return state
+
+    def restore(self, saved: SavedState) -> Restoration:
+        """See `Part.restore`."""
+        found = {
+            name: restored(name, saved, self._sites, self._edge.rank) for name in self._parts()
+        }
+
+        def put_in_place() -> None:
+            self.keep = found[self._name(KEPT)]
+            self.learn = found.get(self._name(LEARNED))
+            if self.learn is not None:
+                self.forget()
+            self._use()
+
+        return put_in_place
+
+    def whole_pieces(self) -> dict[str, dict[str, int]]:
+        """See `GraphPart.whole_pieces`."""
+        sizes = dict(sizes_of(self._sites, self._edge.rank))
+        return dict.fromkeys(self._parts(), sizes)
+
+    def _parts(self) -> dict[str, Coactivation | None]:
+        """What is saved, by name."""
+        parts = {self._name(KEPT): self.keep}
+        return parts if self._edge.learn == "none" else {**parts, self._name(LEARNED): self.learn}
+
+    def _name(self, what: str) -> str:
+        return f"coactivation.{self._index}.{what}"
