@@ -4,7 +4,7 @@ In: settings and plain values: names, shapes, the width of an attention head. Ou
 and the planner make graphs of. Knows no engine.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spectral_ds.config import ADAPTIVE, GraphConfig, SpectralConfig, SpectralConfigError
@@ -119,8 +119,8 @@ def choose_parameters(
 ) -> tuple[list[ParameterNodes], list[str]]:
     """The parameters that a graph covers: what its patterns choose, by default without embeddings.
 
-    While all default patterns stand in `exclude`, embeddings and heads are also left out by the
-    type of their module, whatever their names.
+    While the default pattern of embeddings stands in `exclude`, these are also left out by the type
+    of their module, whatever their names; and heads, while all others stand there.
 
     Args:
         key: where the graph stands in the configuration.
@@ -142,10 +142,9 @@ def choose_parameters(
                     f"spectral_ds.{key}.{name}: pattern {pattern!r} matches no trainable "
                     f"parameter; there are {len(shapes)}, for example {_some(shapes)}"
                 )
-    left_out: list[str] = []
-    if set(defaults.exclude) <= set(config.exclude):
-        left_out = [name for name in chosen if name in facts.embeddings_and_heads]
-        chosen = [name for name in chosen if name not in facts.embeddings_and_heads]
+    left_out = [name for name in chosen if _is_left_out(name, config.exclude, facts)]
+    dropped = set(left_out)
+    chosen = [name for name in chosen if name not in dropped]
     by_type = " and embeddings and heads (exclude: [] takes them in)" if left_out else ""
     if not chosen:
         raise SpectralConfigError(
@@ -156,6 +155,13 @@ def choose_parameters(
     refuse_sparse(chosen, facts.sparse, key)
     nodes = parameter_nodes(shapes, config.node, facts.storage)
     return [nodes[name] for name in chosen], left_out
+
+
+def _is_left_out(name: str, exclude: Sequence[str], facts: ModelFacts) -> bool:
+    """Whether a parameter is left out because of its module."""
+    of_embeddings, *of_heads = GraphConfig().exclude
+    is_embedding = of_embeddings in exclude and name in facts.embeddings
+    return is_embedding or (set(of_heads) <= set(exclude) and name in facts.heads)
 
 
 def refuse_sparse(chosen: Iterable[str], sparse: Collection[str], key: str) -> None:

@@ -25,14 +25,16 @@ class ModelFacts:
 
     Attributes:
         head_width: rows of an attention head; None: unknown.
-        embeddings_and_heads: names of the parameters of input, position and output embeddings, and
-            of the head of a model with one.
+        embeddings: names of the parameters of input and position embeddings; an output embedding
+            that is the same parameter is among them.
+        heads: of other output embeddings, and of the head of a model with one.
         storage: where matrices do not lie as (outputs, inputs) in their parameters, by name.
         sparse: names of the parameters whose gradients are sparse.
     """
 
     head_width: int | None = None
-    embeddings_and_heads: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
     storage: Mapping[str, Storage] = field(default_factory=dict)
     sparse: frozenset[str] = frozenset()
 
@@ -46,18 +48,25 @@ def facts_of(holders: Iterable[object], named: Mapping[str, nn.Parameter]) -> Mo
     """
     modules = list(modules_of(holders))
     name_of = {id(parameter): name for name, parameter in named.items()}
-    special, storage, sparse = set[str](), dict[str, Storage](), set[str]()
+    embeddings, heads, sparse = set[str](), set[str](), set[str]()
+    storage: dict[str, Storage] = {}
     for module in modules:
         own = dict(module.named_parameters(recurse=False))
         names = {name_of[id(p)] for p in own.values() if id(p) in name_of}
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            special |= names
+            embeddings |= names
             sparse |= names if module.sparse else set()
-        special |= {name_of[id(p)] for p in _parameters_of_heads(module) if id(p) in name_of}
+        heads |= {name_of[id(p)] for p in _parameters_of_heads(module) if id(p) in name_of}
         for name, stored in _storage(module, own).items():
             if id(own[name]) in name_of:
                 storage[name_of[id(own[name])]] = stored
-    return ModelFacts(_head_width(modules), frozenset(special), storage, frozenset(sparse))
+    return ModelFacts(
+        _head_width(modules),
+        frozenset(embeddings),
+        frozenset(heads - embeddings),
+        storage,
+        frozenset(sparse),
+    )
 
 
 def modules_of(holders: Iterable[object]) -> Iterator[nn.Module]:
