@@ -78,7 +78,7 @@ def read_or_calibrate(
     if found is not None:
         return found
     shown = everyone.rank == 0
-    with progress(f"looking at activations ({source})", len(batches), "batch", shown) as update:
+    with progress(f"looking at activations ({source})", len(batches), "call", shown) as update:
         return calibrate(model, sites, batches, edge.rank, seed, everyone, update)
 
 

@@ -146,7 +146,7 @@ class CoactivationGraph:
     def calibrate(self, batches: Sequence[Batch]) -> None:
         """Keep what the model knows of these inputs from now on (collective)."""
         engine, shown = self._engine, self._engine.everyone.rank == 0
-        with progress("looking at activations", len(batches), "batch", shown) as update:
+        with progress("looking at activations", len(batches), "call", shown) as update:
             self.keep = calibrate(
                 engine.module,
                 self._sites,

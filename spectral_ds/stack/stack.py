@@ -110,7 +110,9 @@ class Stack:
         """Warn where θ ← θ − lr · α (r(L) + ρI) Δ overshoots: lr · α (r + ρ) > 1."""
         if self.regularizer is None:
             return
-        largest = max(graph.penalty.largest() for graph in self.graphs if graph.penalty)
+        # On co-activation graphs the pull is stable at any step.
+        graphs = [graph for graph in self.graphs if isinstance(graph, StackedGraph)]
+        largest = max((g.penalty.largest() for g in graphs if g.penalty), default=0.0)
         rate = max([0.0, *self._engine.learning_rates()])
         if (step := rate * self.regularizer.strength * largest) > 1:
             self._engine.log(
