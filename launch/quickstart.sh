@@ -131,6 +131,21 @@ run() {
     [[ -f $folder/summary.json ]] || die "the run in $folder ended without a summary"
 }
 
+if [[ $model == *.gguf ]]; then  # as the folder of plain weights that others can read
+    [[ -d $out/base ]] || python - "$model" "$out/base" <<'PY'
+import sys
+import torch, transformers
+from spectral_ds.cli.models import Source, load_tokenizer
+
+source = Source.of(sys.argv[1])
+model = source.load(transformers.AutoModelForCausalLM, dtype=torch.float32)
+model.hf_quantizer = None
+del model.config.quantization_config
+load_tokenizer(source).save_pretrained(sys.argv[2])
+model.save_pretrained(sys.argv[2])
+PY
+    model=$out/base
+fi
 mkdir -p "$out/without" "$out/retain"
 held_out=512
 evaluated=$((held_out / (batch * ranks)))
@@ -164,7 +179,8 @@ run without
 printf '\n[2/4] %s steps with preset: retain\n' "$steps"
 run retain
 printf '\n[3/4] the first run, filtered after training\n'
-spectral-ds merge "$model" "$out/without/model" --out "$out/merged" --overwrite
+rm -rf "$out/merged"
+spectral-ds merge "$model" "$out/without/model" --out "$out/merged"
 printf '\n[4/4] what each has learned, and what it still knows\n'
 python "$root/launch/knowledge.py" --base "$model" --task "$task" --data "$data" \
     --general "$general" --sequence-length "$tokens" --held-out "$held_out" \
