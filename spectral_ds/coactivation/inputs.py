@@ -16,6 +16,8 @@ Batch = Callable[[nn.Module], None]
 
 # Of one call: few enough for any memory, enough for a CPU to be busy.
 BATCH_TOKENS = 512
+# Written at once: a step of a few costs as much as one of many.
+WRITTEN_AT_ONCE = 64
 
 
 class InputsError(ValueError):
@@ -63,7 +65,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
     if begin is None:
         raise InputsError(f"generated begins with bos_token_id, which {type(model).__name__} lacks")
     length = _at_most(model, length)
-    at_once = _sequences(length)
+    at_once = WRITTEN_AT_ONCE
 
     def batch(first: int) -> Batch:
         def call(called: Any) -> None:
@@ -74,6 +76,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
                 torch.full((count, 1), begin, device=device),
                 attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
                 do_sample=True,
+                use_cache=True,  # every token enters once
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
