@@ -11,6 +11,7 @@
 #      --model M, --task T, --data D, --general G, --tokens N   another model, what it learns
 #                  (classification or causal-lm), text of it, text of another kind, and tokens of a
 #                  sequence
+#      --held-out N   examples that the models are examined on (default 512)
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
 #      OMP_NUM_THREADS, OFFLINE settings of Hugging Face and so on are passed on
 # Out: DIR/knowledge.json, a table and a figure; DIR/without and DIR/retain hold each run's
@@ -20,6 +21,7 @@ set -euo pipefail
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 smollm2=""
+held_out=512
 steps=""
 tokens=""
 model=""
@@ -33,15 +35,16 @@ port=""
 die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
 
 while (($#)); do
+    name=${1#--}
     case $1 in
-        --steps | --tokens)
+        --steps | --tokens | --held-out)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 ${2:-}: needs a positive whole number"
-            printf -v "${1#--}" %s "$2"
+            printf -v "${name//-/_}" %s "$2"
             shift 2 ;;
         --smollm2) smollm2=yes; shift ;;
         --model | --task | --data | --general | --out)
             [[ -n ${2:-} ]] || die "$1 needs a value"
-            printf -v "${1#--}" %s "$2"
+            printf -v "$name" %s "$2"
             shift 2 ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
         *) die "unknown argument $1 (see --help)" ;;
@@ -147,7 +150,6 @@ PY
     model=$out/base
 fi
 mkdir -p "$out/without" "$out/retain"
-held_out=512
 evaluated=$((held_out / (batch * ranks)))
 # The first is the same configuration less the section, so nothing else can differ. The runs are
 # short, so TensorBoard gets more than it would every so many steps of long ones.

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "quickstart.sh"
-STEPS = 11
+STEPS, HELD_OUT = 11, 64
 TIMEOUT_SECONDS = 300
 
 
@@ -12,7 +12,9 @@ def run_quickstart(folder: Path) -> str:
     """What the quickstart printed; its results are in `runs`."""
     command = ["bash", SCRIPT]
     command += ["--steps", STEPS, "--tokens", 16, "--out", folder / "runs"]
-    command += ["--model", folder / "model", "--data", folder / "reviews.tsv"]
+    command += ["--model", folder / "model", "--task", "classification"]
+    command += ["--data", folder / "reviews.tsv", "--general", folder / "other.txt"]
+    command += ["--held-out", HELD_OUT]
     done = subprocess.run(
         [str(word) for word in command],
         capture_output=True,

@@ -44,29 +44,34 @@ COMMON_KEYS = {"final_loss", "losses", "perturbation", "step_seconds", "world_si
 SPECTRAL_KEYS = {"filter_seconds", "boundary_bytes", "nodes", "edges"}
 
 
-def test_the_quickstart_runs_with_and_without_the_plugin(quickstart):
+def test_the_quickstart_shows_what_is_learned_and_kept_without_with_and_merged(quickstart):
     folder, stdout = quickstart
-    baseline, spectral = summary(folder, "baseline"), summary(folder, "spectral")
-    assert baseline.keys() >= COMMON_KEYS
-    assert not baseline.keys() & SPECTRAL_KEYS
-    assert spectral.keys() >= COMMON_KEYS | SPECTRAL_KEYS
-    for run in (baseline, spectral):
+    without, retain = summary(folder, "without"), summary(folder, "retain")
+    assert without.keys() >= COMMON_KEYS
+    assert not without.keys() & SPECTRAL_KEYS
+    assert retain.keys() >= COMMON_KEYS | SPECTRAL_KEYS
+    for run in (without, retain):
         assert (run["world_size"], run["zero_stage"]) == (2, 2)
         assert len(run["losses"]) == STEPS
-        assert run["final_loss"] == run["losses"][-1]
         assert run["perturbation"] > 0
-    # The same weights and the same first batch, then different gradients.
-    assert baseline["losses"][0] == spectral["losses"][0]
-    assert baseline["losses"][-1] != spectral["losses"][-1]
-    assert summary(folder, ".") == {"baseline": baseline, "spectral": spectral}
-    for label in ("loss, held out, after", "filter time", "boundary bytes", "everything"):
-        assert label in stdout
+    # The same weights and the same first batch, then different updates.
+    assert without["losses"][0] == retain["losses"][0]
+    assert without["losses"][-1] != retain["losses"][-1]
+    models = json.loads((folder / "knowledge.json").read_text())["models"]
+    assert list(models) == ["before", "without", "retain", "merged"]
+    assert models["before"]["known"] == 1
+    # The filter shrinks each change.
+    assert models["without"]["known"] < models["merged"]["known"] < 1
+    assert models["retain"]["step_seconds"] == retain["step_seconds"]
+    assert (folder / "knowledge.png").stat().st_size > 5_000
+    table = stdout[stdout.index("accuracy") :].splitlines()
+    assert [line.split()[0] for line in table[2:6]] == list(models)
 
-    [events] = (folder / "spectral").rglob("events.out.tfevents.*")
+    [events] = (folder / "retain").rglob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     tags = accumulator.Tags()["scalars"]
-    assert "spectral_ds/gradient_norm/after" in tags
+    assert "spectral_ds/update_norm/after" in tags
     assert "Train/Samples/train_loss" in tags
 
 
