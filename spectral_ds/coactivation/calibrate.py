@@ -12,6 +12,7 @@ from spectral_ds.coactivation.inputs import Batch
 from spectral_ds.coactivation.moments import Projections
 from spectral_ds.coactivation.observer import Observer
 from spectral_ds.coactivation.sites import Site
+from spectral_ds.engines.fsdp2 import sharded_modules
 from spectral_ds.sharding import Communicator
 
 
@@ -76,3 +77,5 @@ def only_looking(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             if caches is not None:
                 config.use_cache = caches
+            for each in sharded_modules(model):  # FSDP2 does so after a backward pass alone
+                each.reshard()
