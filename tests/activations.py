@@ -144,7 +144,7 @@ def operators_for(section, weights, ids=None):
 
 
 def expected_update(section, plain, learned=None, kept=None):
-    """What the filter makes of the update of a step, given without the plugin, by name.
+    """What becomes of the update of a step, given without the plugin, by name.
 
     Args:
         plain: facts of the step without the plugin.
@@ -156,18 +156,28 @@ def expected_update(section, plain, learned=None, kept=None):
     updates = {n: u for n, u in plain["gradients"].items() if tiny.is_filtered(n)}
     known = {name: keep[name] for name in updates if name in keep}
     top = most_active(known)
-    settings = section["filter"]
-    strength, rest = settings["strength"], settings.get("rest", 1.0)
+    settings, pull = section["filter"], section.get("regularizer")
+    strength = settings["strength"]
     expected = dict(plain["gradients"])
     for name, update in updates.items():
-        factor = rest
         if name in known:
             learned_of = None if learn is None else learn[name]
             filtered = update @ function_of(known[name], learned_of, settings, top)
-            expected[name] = (1 - strength) * update + strength * filtered
         else:
-            expected[name] = (1 - strength + strength * factor) * update
+            filtered = update * settings.get("rest", 1.0)
+        expected[name] = (1 - strength) * update + strength * filtered
+        if pull is not None:
+            step = plain["rates"][name] * pull["strength"]
+            expected[name] = pulled(expected[name], known.get(name), step, pull["ridge"])
     return expected
+
+
+def pulled(moved, operator, step, ridge):
+    """Δ (I + step · (A + ρI))⁻¹; what has no inputs counts as of average activity."""
+    if operator is None:
+        return moved / (1 + step * (1 + ridge))
+    identity = np.eye(len(operator))
+    return moved @ np.linalg.inv(identity + step * (operator + ridge * identity))
 
 
 def cut_rows(facts):
