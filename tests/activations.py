@@ -13,7 +13,10 @@ import tiny
 import torch
 from torch import nn
 
+import spectral_ds
+
 VOCABULARY, LENGTH = 53, 9
+RANK, RATE = 3, 64.0
 # Added to both graphs where something is to be learned, as the package documents.
 RIDGE = 1e-6
 # Three calls of the model: 56 + 56 + 18 sequences, so that ranks have unequal shares.
@@ -188,3 +191,29 @@ def cut_rows(facts):
             shape = found["weights"][name].shape
             count += len(shape) == 2 and start % shape[1] > 0
     return count
+
+
+# Any model
+
+
+def keeping(model, batches, section=None, parameters=None):
+    """A plugin whose graph is of the inputs that these batches make."""
+    section = section_of({"keep": "given", "rank": RANK}) if section is None else section
+    optimizer = torch.optim.SGD(parameters or model.parameters(), lr=RATE)
+    plugin = spectral_ds.attach(model, optimizer, section)
+    plugin.calibrate(batches)
+    return plugin, optimizer
+
+
+def assert_operators(graph, expected):
+    """The graph has these operators, by (parameter, matrix), and no others."""
+    found = {
+        (name, matrix)
+        for name in graph.keep.leaders
+        for matrix, spectrum in enumerate(graph.keep.of(name))
+        if spectrum is not None
+    }
+    assert found == set(expected)
+    for (name, matrix), wanted in expected.items():
+        got = graph.operator(name, matrix)
+        assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), (name, matrix)

@@ -1,8 +1,9 @@
 """Observer: hooks that sum up the second moments of what enters a model's sites.
 
 Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
-changed in between: the first of them leads, the others follow. Where the model is called with an `attention_mask` of (batch,
-tokens), padding does not count in layers that keep these two dimensions.
+changed in between: the first of them leads, the others follow. Where the model is called with an
+`attention_mask` of (batch, tokens), padding does not count in layers that keep these two
+dimensions.
 """
 
 import weakref
