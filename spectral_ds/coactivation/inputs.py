@@ -85,7 +85,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
                 top_p=1.0,
                 min_new_tokens=length,
                 max_new_tokens=length,
-                pad_token_id=begin,
+                pad_token_id=int(begin == 0),  # another: nothing is padded
             )
 
         return call
