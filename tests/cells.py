@@ -293,11 +293,15 @@ def steps_from_here(training: Training, sections: Any, *step: Any, **arguments: 
 def facts_of(plugin: Any) -> dict[str, Any]:
     """What a plugin tells of its graph, of the step and of who owns what."""
     engine, graph = plugin.engine, plugin.graph
+    if hasattr(graph, "laplacian"):
+        matrices = {"laplacian": graph.laplacian().toarray()}
+    else:
+        matrices = {"operators": {name: graph.operator(name) for name in graph.keep.leaders}}
     return {
         "metrics": plugin.metrics(),
         "nodes": graph.num_nodes,
         "edges": graph.num_edges,
-        "laplacian": graph.laplacian().toarray(),
+        **matrices,
         "lambda_max": graph.lambda_max,
         "owned": [(f.parameter, f.start, f.length) for f in engine.fragments],
         "sizes": {n: int(np.prod(s)) for n, s in engine.shapes.items()},
@@ -305,9 +309,17 @@ def facts_of(plugin: Any) -> dict[str, Any]:
     }
 
 
-def one_step(cell: Any, sections: Any, accumulation: int = 1, clipping: float = 0.0) -> list[Any]:
+def one_step(
+    cell: Any,
+    sections: Any,
+    accumulation: int = 1,
+    clipping: float = 0.0,
+    model: Any = tiny.TinyLlama,
+) -> list[Any]:
     """`steps_from_here` of a new training of a cell."""
-    training = Training(cell, None, ThereAndBack, accumulation=accumulation, clipping=clipping)
+    training = Training(
+        cell, None, ThereAndBack, accumulation=accumulation, clipping=clipping, model=model
+    )
     found = steps_from_here(training, sections)
     training.close()
     return found

@@ -87,39 +87,15 @@ def adjacency_by_stack(arrays, edges, node):
     return total
 
 
-def tiny_gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_layer=2, n_embd=8, n_head=2, vocab_size=13, n_positions=8,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-def tiny_experts(kind):
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 13, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
-        "num_experts_per_tok": 1, "head_dim": 4,
-    }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**sizes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for name, parameter in model.named_parameters():
-        if "bias" in name:
-            nn.init.normal_(parameter)
-    return model
-
-
 def language_loss(model):
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
     return model(input_ids=tokens, labels=tokens).loss
 
 
 MAKE = {
-    "GPT-2": tiny_gpt2,
-    "Mixtral": lambda: tiny_experts("Mixtral"),
-    "GPT-OSS": lambda: tiny_experts("GptOss"),
+    "GPT-2": tiny.gpt2,
+    "Mixtral": lambda: tiny.experts("Mixtral"),
+    "GPT-OSS": lambda: tiny.experts("GptOss"),
 }
 GRAPHS = {
     "similar rows": ("row", EDGES),
@@ -313,7 +289,7 @@ def test_similar_nodes_are_planned_within_each_matrix(node):
 def test_inspect_says_which_dimension_is_the_output(tmp_path, capsys):
     from spectral_ds.cli import main
 
-    tiny_gpt2().save_pretrained(tmp_path)
+    tiny.gpt2().save_pretrained(tmp_path)
     assert main(["inspect", str(tmp_path), "--eigenvalues", "1"]) == 0
     [line] = [text for text in capsys.readouterr().out.splitlines() if "stored as" in text]
     assert line.startswith("stored as (inputs, outputs); a row is one output: ")

@@ -1,4 +1,5 @@
-"""A tiny Llama-like model with everything that is awkward, its batches, rates and configuration."""
+"""A tiny Llama-like model with everything that is awkward, its batches, rates and configuration;
+and tiny models whose matrices lie otherwise."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GLOBAL_BATCH = 24
@@ -51,6 +53,32 @@ class Shortened(TinyLlama):
     def forward(self, tokens: torch.Tensor, blocks: int = 3) -> torch.Tensor:
         self.llama.config.num_hidden_layers = blocks
         return self.llama(input_ids=tokens, labels=tokens).loss
+
+
+def gpt2() -> transformers.GPT2LMHeadModel:
+    """Two blocks, whose matrices are (inputs, outputs)."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=8, n_head=2, vocab_size=13, n_positions=8,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def experts(kind: str) -> torch.nn.Module:
+    """Two blocks of four stacked experts: `Mixtral` or `GptOss`."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 13, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+        "num_experts_per_tok": 1, "head_dim": 4,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model: torch.nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def parameter_groups(

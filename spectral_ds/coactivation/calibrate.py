@@ -77,5 +77,5 @@ def only_looking(model: nn.Module) -> Iterator[None]:
                 module.training = flag
             if caches is not None:
                 config.use_cache = caches
-            for module in sharded_modules(model):
-                module.reshard()  # the root keeps its weights after a forward pass alone
+            for each in sharded_modules(model):  # FSDP2 does so after a backward pass alone
+                each.reshard()

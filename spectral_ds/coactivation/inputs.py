@@ -24,8 +24,13 @@ class InputsError(ValueError):
     """A model cannot be called with what was asked for."""
 
 
-def random_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
+def random_batches(
+    model: nn.Module, samples: int, length: int, seed: int, with_head: bool = True
+) -> list[Batch]:
     """Token ids drawn from the vocabulary, each as likely.
+
+    Args:
+        with_head: whether all tokens enter the head; it is large.
 
     Raises:
         InputsError: the model has no vocabulary.
@@ -37,7 +42,8 @@ def random_batches(model: nn.Module, samples: int, length: int, seed: int) -> li
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (samples, _at_most(model, length)), generator=generator)
-    return [_called_with(each, None) for each in ids.split(_sequences(ids.shape[1]))]
+    at_once = _sequences(ids.shape[1])
+    return [_called_with(each, None, with_head) for each in ids.split(at_once)]
 
 
 def generated_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
@@ -82,7 +88,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
                 top_p=1.0,
                 min_new_tokens=length,
                 max_new_tokens=length,
-                pad_token_id=begin,
+                pad_token_id=int(begin == 0),  # another: nothing is padded
             )
 
         return call
@@ -91,12 +97,19 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
 
 
 def text_batches(
-    model: nn.Module, texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    with_head: bool = True,
 ) -> list[Batch]:
     """Pieces of texts, at most `samples`, evenly from all of them.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
+        with_head: whether all tokens enter the head; it is large.
 
     Raises:
         InputsError: no text has a token.
@@ -120,7 +133,7 @@ def text_batches(
         for row, piece in enumerate(held):
             ids[row, : len(piece)] = torch.tensor(piece)
             mask[row, : len(piece)] = 1
-        batches.append(_called_with(ids, mask))
+        batches.append(_called_with(ids, mask, with_head))
     return batches
 
 
@@ -142,7 +155,7 @@ def user_batches(batches: Sequence[Any]) -> list[Batch]:
     return [batch(given) for given in batches]
 
 
-def _called_with(ids: torch.Tensor, mask: torch.Tensor | None) -> Batch:
+def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) -> Batch:
     def call(model: nn.Module) -> None:
         device = next(model.parameters()).device
         taken = inspect.signature(model.forward).parameters
@@ -151,7 +164,7 @@ def _called_with(ids: torch.Tensor, mask: torch.Tensor | None) -> Batch:
             inputs["attention_mask"] = mask.to(device)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        if "logits_to_keep" in taken:  # the head is large and tells nothing
+        if "logits_to_keep" in taken and not with_head:
             inputs["logits_to_keep"] = 1
         model(**inputs)
 

@@ -1,8 +1,9 @@
 """Observer: hooks that sum up the second moments of what enters a model's sites.
 
-Sites that get the same tensor (query, key and value; gate and up) share one graph: the first of
-them leads, the others follow. Where the model is called with an `attention_mask` of (batch,
-tokens), padding does not count in layers that keep these two dimensions.
+Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
+changed in between: the first of them leads, the others follow. Where the model is called with an
+`attention_mask` of (batch, tokens), padding does not count in layers that keep these two
+dimensions.
 """
 
 import weakref
@@ -15,7 +16,7 @@ from torch import nn
 from spectral_ds.coactivation.experts import ExpertsInside
 from spectral_ds.coactivation.moments import Moments, Projections
 from spectral_ds.coactivation.sites import Site, tokens
-from spectral_ds.engines.steps import not_compiled
+from spectral_ds.engines.steps import not_compiled, version_of
 
 
 class Observer:
@@ -54,8 +55,8 @@ class Observer:
         self._finds_leaders = leaders is None
         self._handles: dict[str, Any] = {}
         self._mask: torch.Tensor | None = None
-        # What has entered in this forward pass and is still alive, and whom first.
-        self._entered: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        # What has entered in this forward pass and is still alive, its version, and whom first.
+        self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
     def start(self) -> None:
         """Hook the model."""
@@ -125,11 +126,13 @@ class Observer:
         """Whether another site has got the same tensor first; decided at a site's first call."""
         name = site.parameter
         if name not in self.leaders:
-            first, leader = self._entered.get(id(x), (None, name))
-            is_shared = first is not None and first() is x and site.unfold is tokens
+            version = version_of(x)  # it may have changed in place since
+            first, then, leader = self._entered.get(id(x), (None, version, name))
+            is_same = first is not None and first() is x and then == version
+            is_shared = is_same and site.unfold is tokens
             self.leaders[name] = self.leaders[leader] if is_shared else name
             if site.unfold is tokens and not is_shared:
-                self._entered[id(x)] = weakref.ref(x), name
+                self._entered[id(x)] = weakref.ref(x), version, name
         return self.leaders[name] != name
 
     def _weight(self, site: Site, x: torch.Tensor, count: int) -> torch.Tensor | None:

@@ -84,9 +84,11 @@ def tokens(_: Any, x: torch.Tensor) -> torch.Tensor:
 def _patches(module: Any, x: torch.Tensor) -> torch.Tensor:
     """(patches, channels × kernel) of (batch, channels, ...), as the kernel is laid out."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
-    if x.dim() == 3:  # a line is an image of height 1
+    if x.dim() == 1 + len(kernel):  # without a batch
+        x = x.unsqueeze(0)
+    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    if len(kernel) == 1:  # a line is an image of height 1
         x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
     patches = functional.unfold(x, kernel, dilation=dilation, stride=stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])

@@ -26,7 +26,7 @@ from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.sharding import Communicator
-from spectral_ds.stack.modules import modules_of
+from spectral_ds.stack.modules import facts_of, modules_of
 from spectral_ds.text import DataError, read_texts
 
 
@@ -72,7 +72,7 @@ def read_or_calibrate(
                 found = statistics.load(Path(source)).of_rank(edge.rank)
                 _require_all(found, sites)
             else:
-                batches = _batches(source, edge, model, seed)
+                batches = _batches(source, edge, model, seed, _with_head(model, sites))
         except (InputsError, DataError) as error:
             raise SpectralConfigError(f'{key} = "{source}": {error}') from error
     if found is not None:
@@ -94,14 +94,22 @@ def _require_all(graphs: Coactivation, sites: Sequence[Site]) -> None:
             )
 
 
-def _batches(source: str, edge: EdgeConfig, model: nn.Module, seed: int) -> list[Batch]:
+def _with_head(model: nn.Module, sites: Iterable[Site]) -> bool:
+    """Whether one of the sites is the head of the model."""
+    named = {site.parameter: getattr(site.module, site.attribute) for site in sites}
+    return bool(facts_of([model], named).embeddings_and_heads)
+
+
+def _batches(
+    source: str, edge: EdgeConfig, model: nn.Module, seed: int, with_head: bool
+) -> list[Batch]:
     if source == "random":
-        return random_batches(model, edge.samples, edge.length, seed)
+        return random_batches(model, edge.samples, edge.length, seed, with_head)
     if source == "generated":
         return generated_batches(model, edge.samples, edge.length, seed)
     texts = read_texts(Path(source))
     tokenizer = _tokenizer(edge.tokenizer or _name_of(model))
-    return text_batches(model, texts, tokenizer, edge.samples, edge.length, seed)
+    return text_batches(model, texts, tokenizer, edge.samples, edge.length, seed, with_head)
 
 
 def _name_of(model: nn.Module) -> str:
