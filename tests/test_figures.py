@@ -379,7 +379,7 @@ def test_zeros_on_a_logarithmic_heat_map_have_the_lowest_colour():
     ],
 )
 def test_names_are_shortened_by_what_they_share(roles, short, note):
-    names, said = figures._shorten(roles)
+    names, said = figures.shortened(roles)
     assert names == short
     assert note in said
     assert bool(note) == bool(said)
