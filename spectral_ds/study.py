@@ -108,7 +108,11 @@ class Study:
         return dict(self.monitor.metrics)
 
     def band_energies(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Shares of energy in equal bands of frequency at the last monitored step.
+        """Shares of energy in bands of frequency at the last monitored step.
+
+        The bands are equal ones of [0, λ_max]. On a graph of family activations, the last is the
+        most active direction of each layer, those before it are the next ones in growing numbers,
+        and the first is all others.
 
         Returns:
             "before" and "after" the filter: (bands,), float64, lowest first; empty before the

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,8 @@ from spectral_ds.cli.inspect.candidates import CandidateResult
 from spectral_ds.cli.inspect.graph_properties import Distribution, GraphProperties, Roughness
 from spectral_ds.cli.inspect.report import GraphReport
 from spectral_ds.console import figure_style
-from spectral_ds.monitor import figures
+from spectral_ds.monitor import activity_figures, figures
+from spectral_ds.monitor.readings import ActivityReading
 
 ROLES = [
     "model.embed_tokens.weight",
@@ -66,6 +68,26 @@ def of_bands(case, bands, highest=2.0, values=shares):
     return {f"{name}-{case}": draw for name, draw in made.items()}
 
 
+def of_activity(case, count, values=powers):
+    """Every figure of a graph of activations, yet to be drawn."""
+    roles = [(f"{role}.a", f"{role}.b") for role in ROLES[1:8]]
+    spectra = {each: np.sort(values(count, seed))[::-1] for seed, each in enumerate(roles)}
+    names = ["others", *(f"{i}" for i in range(count - 1, 0, -1))]
+    edges = np.logspace(-2, 2, 25)
+    graph = ActivityReading(spectra, edges, values(25), shares(24), edges, 0.5)
+    relative = replace(graph, held=None)
+    one, other = values(count), values(count, 1)
+    history = np.arange(3.0), np.stack([values(count, seed) for seed in range(3)])
+    made = {
+        "activity": lambda: activity_figures.spectrum_figure(spectra),
+        "filter": lambda: activity_figures.response_figure(graph, "tikhonov"),
+        "relative": lambda: activity_figures.response_figure(relative, "heat"),
+        "active-energy": lambda: activity_figures.energy_figure("update", one, other, names),
+        "active-history": lambda: activity_figures.energy_history_figure(*history, names),
+    }
+    return {f"{name}-{case}": draw for name, draw in made.items()}
+
+
 def of_blocks(blocks):
     values, numbers = table(blocks, len(ROLES)), list(range(blocks))
     return {
@@ -96,6 +118,15 @@ FIGURES = {
     **of_bands("no-frequency", 8, highest=0.0),
     **of_bands("large-lambda", 8, highest=483.71),
     **{k: v for blocks in (1, 80) for k, v in of_blocks(blocks).items()},
+    **{k: v for count in (2, 64) for k, v in of_activity(count, count).items()},
+    **{
+        k: v
+        for case in ("zeros", "not-finite")
+        for k, v in of_activity(case, 8, VALUES[case]).items()
+    },
+    "activity-of-experts": lambda: activity_figures.spectrum_figure(
+        {(role,): powers(8) for role in EXPERTS}
+    ),
     "heat-map-narrow": lambda: heat_map(table(30, len(ROLES), 0.2), range(30), ROLES),
     "heat-map-zero": lambda: heat_map(np.zeros((30, len(ROLES))), range(30), ROLES),
     "heat-map-not-finite": lambda: heat_map(np.full((30, 3), np.inf), range(30), ROLES[:3]),
@@ -129,7 +160,8 @@ def test_a_figure_can_be_read(case):
     with Image.open(file) as image:
         assert (image.format, image.width) == ("PNG", 800)
         assert 200 < image.height < 1300
-    assert len(file.getvalue()) < (200_000 if "experts" in case else 80_000)
+    is_full = "experts" in case or "activity" in case
+    assert len(file.getvalue()) < (200_000 if is_full else 80_000)
     assert pyplot.get_fignums() == []
 
     words = drawn_texts(figure)
@@ -379,10 +411,58 @@ def test_zeros_on_a_logarithmic_heat_map_have_the_lowest_colour():
     ],
 )
 def test_names_are_shortened_by_what_they_share(roles, short, note):
-    names, said = figures._shorten(roles)
+    names, said = figures.shortened(roles)
     assert names == short
     assert note in said
     assert bool(note) == bool(said)
+
+
+def test_the_spectrum_of_activations_has_a_line_for_roles_that_share_inputs():
+    values = {("h.*.q.weight", "h.*.k.weight"): powers(12), ("h.*.o.weight",): powers(9, 1)}
+    figure = activity_figures.spectrum_figure(values)
+    [axes] = figure.axes
+    *lines, average = axes.lines
+    for line, found in zip(lines, values.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(1, len(found) + 1))
+        np.testing.assert_array_equal(line.get_ydata(), found)
+    assert average.get_ydata()[0] == 1
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["q and 1 more", "o"]
+    assert "median over blocks; names begin with h.*." in figure.get_supxlabel()
+    many = activity_figures.spectrum_figure({(role,): powers(8) for role in EXPERTS})
+    assert f"{len(EXPERTS) - 14} more roles are not shown" in many.get_supxlabel()
+
+
+def test_the_filter_is_drawn_over_the_activity_it_meets():
+    edges, gains = np.logspace(-2, 1, 9), np.linspace(1, 0.1, 5)
+    at, held = np.logspace(-2, 1, 5), shares(8)
+    reading = ActivityReading({("a",): powers(3)}, at, gains, held, edges, 0.25)
+    axes, over = activity_figures.response_figure(reading, "tikhonov").axes
+    [(heights, left, right)] = bars(axes)
+    np.testing.assert_allclose(heights, held)
+    np.testing.assert_allclose([*left, right[-1]], edges)
+    np.testing.assert_array_equal(over.lines[0].get_xydata(), np.stack((at, gains), axis=1))
+    assert over.get_ylabel() == "gain, tikhonov at strength 0.25"
+    assert axes.get_xscale() == "log"
+    [alone] = activity_figures.response_figure(replace(reading, held=None), "heat").axes
+    np.testing.assert_array_equal(alone.lines[0].get_ydata(), gains)
+    assert "over that of what is learned" in alone.get_xlabel()
+
+
+def test_energy_by_activity_is_drawn_band_by_band():
+    before, after, names = shares(4), shares(4, 1), ["others", "3–4", "2", "1"]
+    axes = activity_figures.energy_figure("update", before, after, names).axes[0]
+    (first, _, middle), (second, begin, _) = bars(axes)
+    np.testing.assert_allclose((first, second), (before, after))
+    np.testing.assert_allclose(middle, np.arange(4), atol=1e-12)
+    np.testing.assert_allclose(begin, np.arange(4), atol=1e-12)
+    assert [text.get_text() for text in axes.get_xticklabels()] == names
+    steps, energies = np.array([0.0, 10, 0]), np.stack([shares(4, seed) for seed in range(3)])
+    axes = activity_figures.energy_history_figure(steps, energies, names).axes[0]
+    [mesh] = axes.collections
+    np.testing.assert_allclose(mesh.get_array().reshape(4, 2), energies[[2, 1]].T)
+    assert [text.get_text() for text in axes.get_yticklabels()] == names
 
 
 def test_perturbation_has_a_bar_a_block():

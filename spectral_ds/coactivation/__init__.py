@@ -25,6 +25,7 @@ from spectral_ds.coactivation.inputs import (
 from spectral_ds.coactivation.moments import Moments, Projections, is_exact, sketch_columns
 from spectral_ds.coactivation.observer import Observer
 from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOperator
+from spectral_ds.coactivation.roles import RoleSpectra, by_role
 from spectral_ds.coactivation.sites import Site, sites_of
 from spectral_ds.coactivation.spectrum import Spectrum, largest, most_active, spectrum_of
 from spectral_ds.coactivation.subspace import SubspaceFunction, function_of
@@ -43,10 +44,12 @@ __all__ = [
     "Observer",
     "Piece",
     "Projections",
+    "RoleSpectra",
     "Site",
     "Spectrum",
     "SubspaceFunction",
     "SubspaceOperator",
+    "by_role",
     "calibrate",
     "function_of",
     "generated_batches",

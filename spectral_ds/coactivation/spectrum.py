@@ -19,6 +19,8 @@ Values: TypeAlias = npt.NDArray[np.float64]
 SHIFT = 1e-6
 # Directions of less than this share of the largest eigenvalue are rounding.
 DEPENDENT = 1e-12
+# Of a sum of eigenvalues.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,15 @@ class Spectrum:
         if rank >= len(self.values):
             return self
         return spectrum_of(self.values[:rank], self.vectors[:, :rank])
+
+    def holding(self, share: float) -> int | None:
+        """How many of the most active directions hold this share of the activity.
+
+        None: more than are known.
+        """
+        held = np.cumsum(self.values) / self.inputs
+        found = int(np.searchsorted(held, share * (1 - ROUNDING))) + 1
+        return found if found <= len(held) else None
 
     def matrix(self) -> Values:
         """A, (n, n): for study and tests of small layers."""

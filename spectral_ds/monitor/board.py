@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from spectral_ds.config import SpectralConfigError
 from spectral_ds.engines import Engine
+
+# By title, what the tags of a chart begin with.
+Charts: TypeAlias = Mapping[str, tuple[str, ...]]
 
 PREFIX = "spectral_ds"
 FIGURE_DPI = 100
@@ -119,18 +122,19 @@ class Board:
             global_step=self._step(),
         )
 
-    def lay_out(self) -> None:
-        """Put the charts that belong together side by side, again when there are new ones."""
+    def lay_out(self, of_graph: Charts) -> None:
+        """Put the charts that belong together side by side, again when there are new ones.
+
+        Args:
+            of_graph: the charts of what is measured on the graph.
+        """
         if self._writer is None:
             return
         charts: dict[str, Any] = {}
         known = sorted(self._tags)
         for title, starts in {
             "norm before and after the filter": ("gradient_norm/", "update_norm/"),
-            "energy by frequency, before": ("band_energy_before/",),
-            "energy by frequency, after": ("band_energy_after/",),
-            "signal to noise by frequency": ("signal_to_noise/",),
-            "gradient noise scale": ("gradient_noise_scale",),
+            **of_graph,
             "update to weight by block": ("update_to_weight_by_block/",),
             "update to weight by role": ("update_to_weight_by_role/",),
             "gradient norm by block": ("gradient_norm_by_block/",),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from spectral_ds.monitor import figures
+from spectral_ds.monitor import activity_figures, figures
 from spectral_ds.monitor.board import Board
-from spectral_ds.monitor.readings import GraphReading, StepReading
+from spectral_ds.monitor.readings import ActivityReading, ActivityStep, GraphReading, StepReading
 
 Values = npt.NDArray[np.float64]
 
@@ -66,7 +66,7 @@ class Dashboard:
         self.board.histogram("edge_weight", *graph.weights)
 
     def show(self, step: StepReading, graph: GraphReading) -> None:
-        """All figures of one step."""
+        """All figures of one step on a graph of edges."""
         density, acting, draw = graph.density, step.filter, self.board.figure
         highest = float(density.edges[-1])
         draw(
@@ -77,11 +77,8 @@ class Dashboard:
         )
         draw("energy", lambda: figures.energy_figure(step.before, step.after, highest))
         if self._history:
-            steps, energies = (np.array(part) for part in zip(*self._history, strict=True))
-            draw(
-                "energy_over_time",
-                lambda: figures.energy_history_figure(steps, energies, highest),
-            )
+            history = self._stacked_history()
+            draw("energy_over_time", lambda: figures.energy_history_figure(*history, highest))
         found = step.signal_to_noise
         if found is not None:
             draw(
@@ -91,16 +88,57 @@ class Dashboard:
         adaptive = acting.adaptive
         if adaptive is not None:
             draw("gains", lambda: figures.gains_figure(adaptive, highest, self.response))
-        self._draw_table("Gradient norm by block and role", "gradient norm", step.gradient_norms)
         self._draw_table(
             f"Roughness of the filtered {step.what} by block and role",
             "share of the highest frequency",
             step.roughness,
         )
-        moved = step.perturbation
+        self._draw_any(step.gradient_norms, step.perturbation)
+
+    def show_activity(self, step: ActivityStep, graph: ActivityReading | None) -> None:
+        """All figures of one step on a graph of activations.
+
+        Args:
+            graph: None until it is known.
+        """
+        draw, names = self.board.figure, step.before.bands.names
+        if graph is not None:
+            draw("activity", lambda: activity_figures.spectrum_figure(graph.eigenvalues))
+            draw("filter", lambda: activity_figures.response_figure(graph, self.response))
+            draw(
+                "energy",
+                lambda: activity_figures.energy_figure(
+                    step.what, step.before.shares, step.after.shares, names
+                ),
+            )
+            if self._history:
+                history = self._stacked_history()
+                draw(
+                    "energy_over_time",
+                    lambda: activity_figures.energy_history_figure(*history, names),
+                )
+            label = f"share along the {step.directions} most active directions"
+            for what, table in (
+                (step.what, step.along_before),
+                (f"filtered {step.what}", step.along_after),
+            ):
+                title = f"Active share of the {what} by block and role"
+                self._draw_table(title, label, table)
+        self._draw_any(step.gradient_norms, step.perturbation)
+
+    def _draw_any(self, gradient_norms: Values, moved: Values | None) -> None:
+        """The figures that know no graph."""
+        self._draw_table("Gradient norm by block and role", "gradient norm", gradient_norms)
         if moved is not None and moved.size:
-            draw("perturbation_by_block", lambda: figures.perturbation_figure(self.blocks, moved))
+            self.board.figure(
+                "perturbation_by_block", lambda: figures.perturbation_figure(self.blocks, moved)
+            )
         self.board.flush()
+
+    def _stacked_history(self) -> tuple[Values, Values]:
+        """(T,) steps and (T, bands) energies."""
+        steps, energies = zip(*self._history, strict=True)
+        return np.array(steps), np.array(energies)
 
     def _draw_table(self, title: str, label: str, table: Values) -> None:
         if table.size:

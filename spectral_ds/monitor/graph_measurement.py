@@ -1,7 +1,8 @@
 """What is measured on the first graph: spectra, signal and noise, and whether it separates them."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,11 @@ from spectral_ds.config import ADAPTIVE, SpectralConfig
 from spectral_ds.engines import Engine
 from spectral_ds.filters import StrengthSchedule
 from spectral_ds.laplacian import ParameterGraph
-from spectral_ds.monitor.readings import FilterReading, GraphReading
+from spectral_ds.monitor.board import Charts
+from spectral_ds.monitor.dashboard import Dashboard
+from spectral_ds.monitor.measurement import Measurement, MonitoredStep
+from spectral_ds.monitor.norms import ParameterNorms
+from spectral_ds.monitor.readings import Energies, FilterReading, GraphReading, StepReading
 from spectral_ds.monitor.verdict import (
     ENOUGH_SAMPLES,
     FEWEST_SAMPLES,
@@ -33,14 +38,22 @@ HISTOGRAM_BINS = 40
 DENSE_NODES = 32
 
 
-class GraphMeasurement:
-    """Measures signals and their filter on one graph.
+class GraphMeasurement(Measurement[Energies]):
+    """Measures signals and their filter on one graph of edges.
 
     Args:
         engine, config: of the plugin.
         graph: what is measured on.
         schedule: the strength of the filter at each step.
+        norms: of all parameters.
     """
+
+    charts: ClassVar[Charts] = {
+        "energy by frequency, before": ("band_energy_before/",),
+        "energy by frequency, after": ("band_energy_after/",),
+        "signal to noise by frequency": ("signal_to_noise/",),
+        "gradient noise scale": ("gradient_noise_scale",),
+    }
 
     def __init__(
         self,
@@ -48,8 +61,10 @@ class GraphMeasurement:
         config: SpectralConfig,
         graph: StackedGraph,
         schedule: StrengthSchedule,
+        norms: ParameterNorms,
     ) -> None:
         self._engine, self._stacked, self._schedule = engine, graph, schedule
+        self._bands, self._norms = config.monitor.bands, norms
         self._seed, self._is_enabled = config.seed, config.monitor.enabled
         self._adaptive_bands = config.filter.bands if config.filter.response in ADAPTIVE else None
         self._has_judged = self._is_too_noisy = False
@@ -58,18 +73,30 @@ class GraphMeasurement:
         if self._is_enabled and graph.samples.statistics is not None:
             graph.samples.statistics.compare_consecutive()
 
-    def shares(self, signal: Signal, bands: int) -> npt.NDArray[np.float64]:
-        """Shares of a signal's energy in equal bands of frequency (collective)."""
-        moments = self._stacked.spectrometer.moments(signal, COEFFICIENTS_PER_BAND * bands)
-        return band_energies(moments.cpu().numpy(), bands)
+    def energies(self, signal: Signal, norm: float) -> Energies:
+        """A signal in equal bands of frequency (collective)."""
+        moments = self._stacked.spectrometer.moments(signal, COEFFICIENTS_PER_BAND * self._bands)
+        return Energies(norm, band_energies(moments.cpu().numpy(), self._bands))
 
-    def metrics(self, step: int) -> dict[str, float]:
+    def metrics(self, step: MonitoredStep[Energies]) -> dict[str, float]:
         """What is known of the graph at a step, by name."""
-        return {**self.signal_to_noise(step), **self.noise_scale()}
+        return {**self.signal_to_noise(step.number), **self.noise_scale()}
 
-    def roughness(self, signal: Signal, names: Sequence[str]) -> npt.NDArray[np.float64]:
-        """⟨X, L X⟩ / (λ_max ‖X‖²) of each parameter (collective)."""
-        return self._stacked.spectrometer.roughness(signal, names)
+    def draw(self, step: MonitoredStep[Energies], dashboard: Dashboard) -> None:
+        """Draw the figures of a step (collective)."""
+        graph = self.graph_reading(dashboard.show_graph)
+        rough = self._stacked.spectrometer.roughness(step.signal, self._norms.names)
+        reading = StepReading(
+            step.what,
+            step.before.shares,
+            step.after.shares,
+            self.filter_reading(step.number),
+            self.known_signal_to_noise(),
+            gradient_norms=step.gradient_norms,
+            roughness=self._norms.by_block_and_role(rough),
+            perturbation=step.perturbation,
+        )
+        dashboard.show(reading, graph)
 
     def before_rebuild(self, step: int) -> None:
         """Judge a graph that is about to be rebuilt by the samples that there are."""

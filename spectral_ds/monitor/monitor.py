@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from spectral_ds.monitor.board import Board
 from spectral_ds.monitor.coactivation_measurement import CoactivationMeasurement
 from spectral_ds.monitor.dashboard import Dashboard
 from spectral_ds.monitor.graph_measurement import GraphMeasurement
+from spectral_ds.monitor.measurement import Filtered, Measurement, MonitoredStep
 from spectral_ds.monitor.norms import ParameterNorms
-from spectral_ds.monitor.readings import Energies, RegularizerReading, StepReading
+from spectral_ds.monitor.readings import Energies, RegularizerReading
 from spectral_ds.monitor.regularizer_measurement import RegularizerMeasurement
 from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import squared_norm
 from spectral_ds.stack import CoactivationGraph, Stack
 
-Filtered = Literal["gradient", "update"]
 # Written at a step of their own, or not at all.
 WRITTEN_ELSEWHERE = ("step", "update_to_weight")
 
@@ -45,7 +45,10 @@ class Monitor:
             as `gradient_norm_by_block/b`, `gradient_norm_by_role/r` and so on;
             `gradient_norm/before` and `/after` of the filtered parameters (`update_norm` if
             updates are filtered); `band_energy_before/b` and `band_energy_after/b`, shares of
-            energy in equal bands of frequency, lowest first; once two gradients were sampled,
+            energy in equal bands of frequency, lowest first, or, on a graph of activations, in
+            bands of directions, `others` and the numbers of others such as `003-004`, and
+            `active_energy/...`, `most_active_energy/...`: shares along the known and the 32 most
+            active directions, `before`, `after` and `by_chance`; once two gradients were sampled,
             `signal_to_noise/b`, `/total` and `/kept_over_total`, of (1 − s) + s·h(λ) at the
             current strength s, and, from consecutive samples, `gradient_noise_scale` in examples
             where both estimates are positive (`gradient_noise_scale_in_batches` if the engine does
@@ -63,7 +66,6 @@ class Monitor:
         settings = config.monitor
         self._engine, self._config = engine, config
         self._interval = settings.interval if settings.enabled else 0
-        self._bands = settings.bands
         self._board = Board.open(engine, settings.folder, settings.enabled, writer)
         self._regularizer: RegularizerMeasurement | None = None
         self.use(stack)
@@ -79,7 +81,7 @@ class Monitor:
         engine, config = self._engine, self._config
         self._stack = stack
         self._norms = ParameterNorms(engine.shapes, engine.fragments, engine.communicator)
-        self._graph = _measurement(engine, config, stack)
+        self._graph = _measurement(engine, config, stack, self._norms)
         before, self._regularizer = self._regularizer, None
         if stack.regularizer is not None:
             self._regularizer = RegularizerMeasurement(
@@ -189,13 +191,23 @@ class Monitor:
         seconds = self._engine.everyone.maximum(self._now() - started)
         is_changed = not self._stack.filter.is_idle(step)
         self.after = self._energies(signal, scale) if is_changed else self.before
-        self._report(step, what, seconds)
-        self._draw(step, what, signal)
+        of_regularizer = self._of_regularizer
+        monitored = MonitoredStep(
+            step,
+            what,
+            signal,
+            self.before,
+            self.after,
+            np.sqrt(self._norms.by_block_and_role(self._gradient_squares)),
+            None if of_regularizer is None else of_regularizer.perturbation_by_block,
+        )
+        self._report(monitored, seconds)
+        self._draw(monitored)
 
     def _energies(self, signal: Signal, scale: float) -> Energies:
-        shares = self._graph.shares(signal, self._bands)
         norm = float(squared_norm(signal, self._engine.communicator).sqrt()) / scale
-        return Energies(norm, shares)
+        found: Energies = self._graph.energies(signal, norm)
+        return found
 
     def _warn_unless_finite(self, what: Filtered) -> None:
         if self.before is not None and not np.isfinite(self.before.norm):
@@ -204,14 +216,12 @@ class Monitor:
                 f"{what}s are not finite (in {self._not_finite} monitored steps)", logging.WARNING
             )
 
-    def _report(self, step: int, what: Filtered, seconds: float) -> None:
+    def _report(self, step: MonitoredStep[Energies], seconds: float) -> None:
         """Complete the metrics of a monitored step, and write them (collective)."""
-        assert self.before is not None, "measured"
-        assert self.after is not None, "measured"
-        graphs, strength = self._stack.graphs, self._stack.filter.schedule.at(step)
+        graphs, strength = self._stack.graphs, self._stack.filter.schedule.at(step.number)
         self.metrics |= {
-            **self.before.metrics(what, "before"),
-            **self.after.metrics(what, "after"),
+            **step.before.metrics(step.what, "before"),
+            **step.after.metrics(step.what, "after"),
             "filter_seconds": seconds,
             "boundary_bytes": float(self._stack.bytes_sent(strength)),
             "strength": strength,
@@ -224,30 +234,12 @@ class Monitor:
         written = {n: v for n, v in self.metrics.items() if not n.startswith(WRITTEN_ELSEWHERE)}
         self._board.scalars(written)
 
-    def _draw(self, step: int, what: Filtered, signal: Signal) -> None:
+    def _draw(self, step: MonitoredStep[Energies]) -> None:
         """Draw the figures of a monitored step, if they are due (collective)."""
-        assert self.before is not None, "measured"
-        assert self.after is not None, "measured"
-        self._dashboard.record(step, self.before.shares)
-        self._board.lay_out()
-        if isinstance(self._graph, CoactivationMeasurement):
-            return
-        if not self._dashboard.is_due(step, self._interval):
-            return
-        graph = self._graph.graph_reading(self._dashboard.show_graph)
-        norms, rough = self._norms, self._graph.roughness(signal, self._norms.names)
-        moved = None if self._of_regularizer is None else self._of_regularizer.perturbation_by_block
-        reading = StepReading(
-            what,
-            self.before.shares,
-            self.after.shares,
-            self._graph.filter_reading(step),
-            self._graph.known_signal_to_noise(),
-            gradient_norms=np.sqrt(norms.by_block_and_role(self._gradient_squares)),
-            roughness=norms.by_block_and_role(rough),
-            perturbation=moved,
-        )
-        self._dashboard.show(reading, graph)
+        self._dashboard.record(step.number, step.before.shares)
+        self._board.lay_out(self._graph.charts)
+        if self._dashboard.is_due(step.number, self._interval):
+            self._graph.draw(step, self._dashboard)
 
     def _now(self) -> float:
         device = self._engine.everyone.device
@@ -257,10 +249,10 @@ class Monitor:
 
 
 def _measurement(
-    engine: Engine, config: SpectralConfig, stack: Stack
-) -> GraphMeasurement | CoactivationMeasurement:
+    engine: Engine, config: SpectralConfig, stack: Stack, norms: ParameterNorms
+) -> Measurement[Any]:
     """What measures on the first graph."""
-    graph = stack.graphs[0]
+    graph, schedule = stack.graphs[0], stack.filter.schedule
     if isinstance(graph, CoactivationGraph):
-        return CoactivationMeasurement(engine, graph)
-    return GraphMeasurement(engine, config, graph, stack.filter.schedule)
+        return CoactivationMeasurement(engine, config, graph, schedule, norms)
+    return GraphMeasurement(engine, config, graph, schedule, norms)

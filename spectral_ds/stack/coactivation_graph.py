@@ -296,6 +296,11 @@ class CoactivationGraph:
         return largest([] if self.keep is None else self.keep.all_spectra())
 
     @property
+    def is_relative(self) -> bool:
+        """Whether the response is one of activity in what is kept over that in what is learned."""
+        return self._edge.learn != "none"
+
+    @property
     def rank(self) -> int:
         """The most directions that are known of a layer."""
         return self._edge.rank
