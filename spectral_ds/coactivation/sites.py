@@ -46,14 +46,22 @@ def sites_of(
     """The sites of a model's parameters, in the order of its modules.
 
     Linear layers, GPT-2's `Conv1D`, convolutions of one group (a vector is a patch) and stacked
-    experts have one. Embeddings, norms, biases and what multiplies in ways of its own do not.
+    experts have one. Embeddings (also where the head is the same parameter), norms, biases and what
+    multiplies in ways of its own do not.
 
     Args:
         modules: each once.
         named: the parameters that are asked for, by name.
         shapes: of them: (matrices, outputs, inputs).
     """
-    name_of = {id(parameter): name for name, parameter in named.items()}
+    modules = list(modules)
+    embedded = {
+        id(parameter)
+        for module in modules
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    name_of = {id(p): name for name, p in named.items() if id(p) not in embedded}
     found: dict[str, Site] = {}
     for module in modules:
         for attribute, parameter in module.named_parameters(recurse=False):

@@ -97,7 +97,7 @@ def _require_all(graphs: Coactivation, sites: Sequence[Site]) -> None:
 def _with_head(model: nn.Module, sites: Iterable[Site]) -> bool:
     """Whether one of the sites is the head of the model."""
     named = {site.parameter: getattr(site.module, site.attribute) for site in sites}
-    return bool(facts_of([model], named).embeddings_and_heads)
+    return bool(facts_of([model], named).heads)
 
 
 def _batches(
