@@ -65,7 +65,7 @@ class CoactivationGraph:
         learn: T: of those that it is to learn; None for I, and until it is known.
         held: what this rank holds of them.
         filter: (1 − s) + s · G.
-        penalty: r(R) + ρI of the regularizer; None without one.
+        penalty: r(R) + ρI of the regularizer; None without one, and until R is known.
     """
 
     filter: CoactivationFilter
@@ -232,10 +232,11 @@ class CoactivationGraph:
         self.filter = CoactivationFilter(
             self.held, functions, transfers.filter, rest, self.is_ready
         )
-        if transfers.penalty is not None:
+        self.penalty = None
+        if transfers.penalty is not None and self.keep is not None:
             of_penalty = responses_within(transfers.penalty, top)
             self.penalty = CoactivationPenalty(
-                self.held, spectra_here, of_penalty, transfers.penalty, self._ridge, top
+                self.held, spectra_here, of_penalty, transfers.penalty, self._ridge
             )
         if self.keep is not None:
             self._warn_of_unseen(known)
