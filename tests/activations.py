@@ -128,22 +128,30 @@ def most_active(operators):
 
 
 @oracle.remembered
-def operators_of_weights(weights, rank, ids):
+def operators_of_weights(weights, rank, calls):
     """By weight: A of the tiny model with these weights, called with these ids, in float64."""
     model = CalledByIds(torch.float64)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
             named[name].copy_(torch.from_numpy(value))
-    found = inputs_of(model, lambda called: called(torch.from_numpy(ids)))
+    found = inputs_of(
+        model, lambda called: [called(torch.from_numpy(ids)) for ids in calls.values()]
+    )
     return {f"{name}.weight": operator_of(x, rank) for name, x in found.items()}
 
 
 def operators_for(section, weights, ids=None):
-    """R by weight; of random ids, if no others are given."""
-    edge = {**EDGE, **section["graph"]["edges"][0]}
+    """R by weight; of random ids, if no others are given.
+
+    Args:
+        ids: (sequences, length), or several such by any key.
+    """
+    [graph] = [g for g in section.get("graphs", [section.get("graph")]) if g["node"] == "column"]
+    edge = {**EDGE, **graph["edges"][0]}
     ids = random_ids(edge["samples"], edge["length"]) if ids is None else ids
-    return operators_of_weights(weights, edge["rank"], ids.numpy())
+    calls = ids if isinstance(ids, dict) else {0: np.asarray(ids)}
+    return operators_of_weights(weights, edge["rank"], calls)
 
 
 def expected_update(section, plain, learned=None, kept=None):
@@ -207,13 +215,12 @@ def keeping(model, batches, section=None, parameters=None):
 
 def assert_operators(graph, expected):
     """The graph has these operators, by (parameter, matrix), and no others."""
-    found = {
-        (name, matrix)
-        for name in graph.keep.leaders
-        for matrix, spectrum in enumerate(graph.keep.of(name))
-        if spectrum is not None
-    }
-    assert found == set(expected)
+    assert set(graph.held.graph_of) == set(expected)
     for (name, matrix), wanted in expected.items():
         got = graph.operator(name, matrix)
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), (name, matrix)
+
+
+def trained(model):
+    """Names of the parameters that are."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -167,7 +167,7 @@ class CoactivationGraph:
         """
         if self.keep is None:
             raise ValueError("nothing is known yet of what is to be kept: call calibrate() first")
-        statistics.save(path, self.keep, self._edge.keep)
+        statistics.save(path, self.keep, self._edge.keep, self._edge.rank)
 
     def begin_step(self, step: int) -> None:
         """Use what is learned once it is known (collective until then)."""
@@ -338,9 +338,10 @@ class CoactivationGraph:
         inputs = sorted({s.inputs for s in spectra})
         widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
         others = len({self._engine.fragments[i].parameter for i in self.held.others})
+        with_inputs = len({name for name, _ in self.held.graph_of})
         learn = "" if edge.learn == "none" else f", learn {edge.learn}"
         return (
-            f"co-activation of {len(self.keep.leaders)} parameters, {len(spectra)} graphs of "
+            f"co-activation of {with_inputs} parameters, {len(spectra)} graphs of "
             f"{widths} inputs, whose {edge.rank} most active directions hold "
             f"{100 * float(np.mean(shares)) if shares else 0:.0f} % of the activity (keep "
             f"{edge.keep}{learn}); {others} parameters without inputs x {whole.filter.rest:g}; "
