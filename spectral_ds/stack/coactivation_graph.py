@@ -121,17 +121,26 @@ class CoactivationGraph:
     def _make(self, previous: "CoactivationGraph | None") -> None:
         edge = self._edge
         keep, learn = (None, None) if previous is None else (previous.keep, previous.learn)
-        self.keep = keep if edge.keep == "given" else self._of_source(KEPT, edge.keep, keep)
+        if edge.keep != "given":
+            self.keep = self._of_source(KEPT, edge.keep, keep)
+        elif previous is not None:
+            self.keep = keep
         if edge.learn == "training":
-            self.learn = learn
-            if learn is None and self._learning is None:
-                leaders = None if self.keep is None else self.keep.leaders
-                self._learning = Learning(
-                    self._engine, self._sites, edge, self._projections, leaders
-                )
+            if learn is None:  # what is known is used until there is more
+                self._watch()
+            else:
+                self.learn = learn
         elif edge.learn != "none":
             self.learn = self._of_source(LEARNED, edge.learn, learn)
         self._use()
+
+    def _watch(self) -> None:
+        """Look at what the model is trained with, from now on."""
+        if self._learning is None:
+            leaders = None if self.keep is None else self.keep.leaders
+            self._learning = Learning(
+                self._engine, self._sites, self._edge, self._projections, leaders
+            )
 
     def _of_source(self, what: str, source: str, known: Coactivation | None) -> Coactivation:
         """The graphs of some inputs; of what is known already, as it is."""
@@ -428,6 +437,8 @@ class CoactivationGraph:
             self.learn = found.get(self._name(LEARNED))
             if self.learn is not None:
                 self.forget()
+            elif self._edge.learn == "training":
+                self._watch()
             self._use()
 
         return put_in_place
