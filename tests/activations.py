@@ -11,6 +11,10 @@ import oracle
 import scipy.linalg
 import tiny
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 import spectral_ds
@@ -76,6 +80,25 @@ def inputs_of(model, call, kinds=(nn.Linear,)):
         for name, held in seen.items()
         if held
     }
+
+
+def words(folder):
+    """A folder of a tokenizer whose word n has id n."""
+    vocabulary = {f"w{n}": n for n in range(VOCABULARY - 1)} | {"?": 52}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    whole.save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(path, seed=7):
+    """A file of texts of unequal length, and their pieces of at most nine ids."""
+    generator = np.random.default_rng(seed)
+    texts = [generator.integers(0, 52, length) for length in (4, 9, 21, 1, 13, 2)]
+    path.write_text("\n\n".join(" ".join(f"w{n}" for n in text) for text in texts))
+    pieces = [text[at : at + 9] for text in texts for at in range(0, len(text), 9)]
+    return {number: piece[None] for number, piece in enumerate(pieces)}
 
 
 # Operators

@@ -21,12 +21,11 @@ from activations import (
     random_ids,
     section_of,
     trained,
+    words,
+    write_texts,
 )
 from expected import relative_error
 from plain_step import one_step
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 import spectral_ds
 from spectral_ds.config import SpectralConfigError
@@ -191,25 +190,6 @@ def test_batches_that_cannot_be_used_are_an_error():
     with pytest.raises(ValueError, match="no graph of the configuration is of family activations"):
         other.calibrate([random_ids(2)])
     other.detach()
-
-
-def words(folder, unknown=True):
-    """A folder of a tokenizer whose word n has id n."""
-    vocabulary = {f"w{n}": n for n in range(activations.VOCABULARY - 1)} | {"?": 52}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
-    whole.save_pretrained(folder)
-    return str(folder)
-
-
-def write_texts(path, seed=7):
-    """A file of texts of unequal length, and their pieces of at most nine ids."""
-    generator = np.random.default_rng(seed)
-    texts = [generator.integers(0, 52, length) for length in (4, 9, 21, 1, 13, 2)]
-    path.write_text("\n\n".join(" ".join(f"w{n}" for n in text) for text in texts))
-    pieces = [text[at : at + 9] for text in texts for at in range(0, len(text), 9)]
-    return {number: piece[None] for number, piece in enumerate(pieces)}
 
 
 def test_texts_are_kept_and_learned_through_a_tokenizer(tmp_path):

@@ -1,20 +1,25 @@
 """Runs with co-activation graphs in one process: what is learned from training, what joins later,
 what is gone on with."""
 
+import copy
 import logging
 
 import numpy as np
 import pytest
+import tiny
 import torch
+import transformers
 from activations import (
     RATE,
     CalledByIds,
     expected_update,
+    inputs_of,
     operator_of,
     random_ids,
     section_of,
     trained,
 )
+from changing import watching
 from expected import relative_error
 
 import spectral_ds
@@ -290,3 +295,65 @@ def test_a_state_of_before_inputs_were_given_idles(tmp_path):
     plain, moved = run.step(random_ids(4))
     assert relative_error(moved, plain["gradients"]) <= 1e-6
     run.plugin.detach()
+
+
+# Without touching the script
+
+
+def test_the_runner_attaches_a_graph_of_activations_to_an_unchanged_loop():
+    section = section_of({"rank": 8})
+    with watching(section) as said:
+        model = CalledByIds()
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        before = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
+        model(random_ids(12)).backward()
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        gradients = {
+            n: np.zeros(p.shape) if p.grad is None else p.grad.double().numpy().copy()
+            for n, p in named.items()
+        }
+        optimizer.step()
+    assert "not" not in said.getvalue()
+    moved = {n: (before[n] - p.detach().double().numpy()) / RATE for n, p in named.items()}
+    plain = {"weights": before, "gradients": gradients, "rates": dict.fromkeys(moved, RATE)}
+    assert relative_error(moved, expected_update(section, plain)) <= 1e-5
+
+
+def test_the_trainer_learns_from_its_own_batches(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # by which Accelerate would choose DDP
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(tiny.llama_config())
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-3, report_to="none", save_strategy="no", logging_steps=1, use_cpu=True,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in random_ids(24)]
+    kept = operators_for_llama(model)
+    callback = spectral_ds.SpectralCallback(section_of({**LEARNS, "samples": 12}))
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    seen = []
+    is_known = []
+    trainer.add_callback(Watching(lambda: is_known.append(callback.plugin.graph.is_ready)))
+    trainer.add_callback(Watching(lambda: seen.append(callback.plugin.graph)))
+    trainer.train()
+    assert is_known == [False, True, True]  # eight sequences a step
+    for name, operator in kept.items():
+        got = seen[0].operator(name)
+        np.testing.assert_allclose(got, operator, atol=1e-5 * operator.max())
+
+
+class Watching(transformers.TrainerCallback):
+    """Looks after each step."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, *_, **__):
+        self.look()
+
+
+def operators_for_llama(model):
+    """R of random ids by weight."""
+    ids = random_ids()
+    found = inputs_of(copy.deepcopy(model).double(), lambda called: called(input_ids=ids))
+    return {f"{n}.weight": operator_of(x, 8) for n, x in found.items() if n != "lm_head"}
