@@ -353,7 +353,7 @@ class Watching(transformers.TrainerCallback):
 
 
 def operators_for_llama(model):
-    """R of random ids by weight."""
-    ids = random_ids()
+    """R of twelve sequences of random ids, by weight."""
+    ids = random_ids(12)
     found = inputs_of(copy.deepcopy(model).double(), lambda called: called(input_ids=ids))
     return {f"{n}.weight": operator_of(x, 8) for n, x in found.items() if n != "lm_head"}
