@@ -11,6 +11,10 @@ import oracle
 import scipy.linalg
 import tiny
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 import spectral_ds
@@ -78,6 +82,25 @@ def inputs_of(model, call, kinds=(nn.Linear,)):
     }
 
 
+def words(folder):
+    """A folder of a tokenizer whose word n has id n."""
+    vocabulary = {f"w{n}": n for n in range(VOCABULARY - 1)} | {"?": 52}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    whole.save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(path, seed=7):
+    """A file of texts of unequal length, and their pieces of at most nine ids."""
+    generator = np.random.default_rng(seed)
+    texts = [generator.integers(0, 52, length) for length in (4, 9, 21, 1, 13, 2)]
+    path.write_text("\n\n".join(" ".join(f"w{n}" for n in text) for text in texts))
+    pieces = [text[at : at + 9] for text in texts for at in range(0, len(text), 9)]
+    return {number: piece[None] for number, piece in enumerate(pieces)}
+
+
 # Operators
 
 
@@ -128,22 +151,30 @@ def most_active(operators):
 
 
 @oracle.remembered
-def operators_of_weights(weights, rank, ids):
+def operators_of_weights(weights, rank, calls):
     """By weight: A of the tiny model with these weights, called with these ids, in float64."""
     model = CalledByIds(torch.float64)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
             named[name].copy_(torch.from_numpy(value))
-    found = inputs_of(model, lambda called: called(torch.from_numpy(ids)))
+    found = inputs_of(
+        model, lambda called: [called(torch.from_numpy(ids)) for ids in calls.values()]
+    )
     return {f"{name}.weight": operator_of(x, rank) for name, x in found.items()}
 
 
 def operators_for(section, weights, ids=None):
-    """R by weight; of random ids, if no others are given."""
-    edge = {**EDGE, **section["graph"]["edges"][0]}
+    """R by weight; of random ids, if no others are given.
+
+    Args:
+        ids: (sequences, length), or several such by any key.
+    """
+    [graph] = [g for g in section.get("graphs", [section.get("graph")]) if g["node"] == "column"]
+    edge = {**EDGE, **graph["edges"][0]}
     ids = random_ids(edge["samples"], edge["length"]) if ids is None else ids
-    return operators_of_weights(weights, edge["rank"], ids.numpy())
+    calls = ids if isinstance(ids, dict) else {0: np.asarray(ids)}
+    return operators_of_weights(weights, edge["rank"], calls)
 
 
 def expected_update(section, plain, learned=None, kept=None):
@@ -207,13 +238,12 @@ def keeping(model, batches, section=None, parameters=None):
 
 def assert_operators(graph, expected):
     """The graph has these operators, by (parameter, matrix), and no others."""
-    found = {
-        (name, matrix)
-        for name in graph.keep.leaders
-        for matrix, spectrum in enumerate(graph.keep.of(name))
-        if spectrum is not None
-    }
-    assert found == set(expected)
+    assert set(graph.held.graph_of) == set(expected)
     for (name, matrix), wanted in expected.items():
         got = graph.operator(name, matrix)
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), (name, matrix)
+
+
+def trained(model):
+    """Names of the parameters that are."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

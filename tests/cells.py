@@ -296,7 +296,7 @@ def facts_of(plugin: Any) -> dict[str, Any]:
     if hasattr(graph, "laplacian"):
         matrices = {"laplacian": graph.laplacian().toarray()}
     else:
-        matrices = {"operators": {name: graph.operator(name) for name in graph.keep.leaders}}
+        matrices = {"operators": {name: graph.operator(name) for name, _ in graph.held.graph_of}}
     return {
         "metrics": plugin.metrics(),
         "nodes": graph.num_nodes,

@@ -36,13 +36,15 @@ spectral_ds:
     include: ["*"]
     exclude: ["*embed*", "*lm_head*", "*classifier*", "*pooler*"]
     edges: [{family: similarity, features: weights, neighbours: 8, scope: parameter, \
-sketch_width: 64, head_width: 0, weight: 1.0}]
+sketch_width: 64, head_width: 0, rank: 64, keep: random, learn: none, samples: 256, length: 64, \
+tokenizer: "", weight: 1.0}]
     laplacian: normalized
     refresh_interval: 0
   graphs: []
   filter: {response: heat, tau: 1.0, alpha: 0.4, coefficients: [], cutoff: 0.25, low: 0.0, \
 high: 0.5, gains: [], bands: 8, power: 0.5, order: best, tolerance: 1.0e-3, strength: 0.5, \
-rescale: none, apply_to: gradient, warmup_steps: 0, decay_steps: 0, interval: 1, temporal: null}
+rescale: none, apply_to: gradient, rest: 1.0, warmup_steps: 0, decay_steps: 0, interval: 1, \
+temporal: null}
   statistics: {interval: 10, decay: 0.99}
   regularizer: {strength: 0.0, response: laplacian, ridge: 0.0, coupling: joint, \
 reference: pretrained, reference_device: same}
@@ -121,6 +123,28 @@ def test_default_similarity_keys_load_with_depth() -> None:
     section = yaml.safe_load(FULL_DEFAULT_SECTION)["spectral_ds"]
     section["graph"]["edges"][0]["family"] = "depth"
     assert load_config(section).graph.edges == (EdgeConfig("depth"),)
+
+
+@pytest.mark.parametrize(
+    "edge",
+    [
+        {"rank": 1, "samples": 1, "length": 1},
+        {"keep": "generated", "learn": "training"},
+        {"keep": "given", "learn": "texts.jsonl"},
+        {"keep": "folder/stats.safetensors", "learn": "none", "tokenizer": "folder"},
+        {"weight": 1.0},
+    ],
+)
+@pytest.mark.parametrize("response", ["tikhonov", "heat", "identity"])
+def test_a_graph_of_activations_loads(edge: dict[str, Any], response: str) -> None:
+    graph = {"node": "column", "edges": [{"family": "activations", **edge}]}
+    filter_keys = {"response": response, "apply_to": "update", "rest": 0.6}
+    config = load_config({"graph": graph, "filter": filter_keys})
+    assert config.graph.edges == (EdgeConfig("activations", **edge),)
+    assert config.filter.rest == 0.6
+    assert config.has_activations
+    graphs = [{"edges": [{"family": "depth"}]}, graph]
+    assert load_config({"graphs": graphs, "filter": filter_keys}).has_activations
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ FROM_0_TO_1 = "must be a number from 0 to 1"
         ("graph.edges[0].weight", 0.0, "0.0", "must be a finite number > 0"),
         ("graph.edges[0].weight", float("inf"), "Infinity", "must be a finite number > 0"),
         ("graph.edges[0].head_width", -1, "-1", "must be an integer >= 0"),
+        ("graph.edges[0].rank", 0, "0", "must be an integer >= 1"),
+        ("graph.edges[0].samples", 0, "0", "must be an integer >= 1"),
+        ("graph.edges[0].length", 1.5, "1.5", "must be an integer >= 1"),
+        ("graph.edges[0].keep", "", '""', "must be random, generated, given or the name of a file"),
+        ("graph.edges[0].keep", None, "null", "must be random, generated, given or the name of"),
+        ("graph.edges[0].learn", "", '""', "must be none, training or the name of a file"),
         ("graph.refresh_interval", -1, "-1", "must be an integer >= 0"),
         ("graphs", {"node": "row"}, '{"node": "row"}', "must be a list of mappings"),
         ("graphs", None, "null", "must be a list of mappings"),
@@ -94,6 +100,7 @@ FROM_0_TO_1 = "must be a number from 0 to 1"
         ("filter.warmup_steps", -1, "-1", "must be an integer >= 0"),
         ("filter.decay_steps", -1, "-1", "must be an integer >= 0"),
         ("filter.interval", 0, "0", "must be an integer >= 1"),
+        ("filter.rest", -0.1, "-0.1", "must be a finite number >= 0"),
         ("filter.temporal.amplify", -1.0, "-1.0", "must be a finite number >= 0"),
         ("statistics.interval", 0, "0", "must be an integer >= 1"),
         ("statistics.decay", 0, "0", "must be a number > 0 and < 1"),
@@ -244,6 +251,12 @@ def test_filter_key_may_be_that_of_the_regularizers_response() -> None:
         ("ring", "features", "gradient", "similarity"),
         ("similarity", "head_width", 8, "pair"),
         ("depth", "head_width", 8, "pair"),
+        ("similarity", "rank", 8, "activations"),
+        ("ring", "keep", "generated", "activations"),
+        ("depth", "learn", "training", "activations"),
+        ("pair", "samples", 8, "activations"),
+        ("ring", "length", 8, "activations"),
+        ("ring", "tokenizer", "folder", "activations"),
     ],
 )
 def test_edge_key_that_the_family_does_not_use_is_an_error(
@@ -342,6 +355,58 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
 def test_values_that_contradict_each_other_are_an_error(
     section: dict[str, Any], problem: str
 ) -> None:
+    assert message_of(section) == f"spectral_ds.{problem}"
+
+
+ACTIVATIONS = {"family": "activations"}
+COLUMNS = {"node": "column", "edges": [ACTIVATIONS]}
+LEARNS = {"node": "column", "edges": [{**ACTIVATIONS, "learn": "training"}]}
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        (
+            {"graph": {"edges": [ACTIVATIONS]}},
+            'graph.node = "row": must be column for family activations',
+        ),
+        (
+            {"graphs": [{}, {**COLUMNS, "node": "element"}]},
+            'graphs[1].node = "element": must be column for family activations',
+        ),
+        (
+            {"graph": {"node": "column", "edges": [{"family": "ring"}, ACTIVATIONS]}},
+            'graph.edges = ["ring", "activations"]: family activations is a graph by itself; stack '
+            "it with others in spectral_ds.graphs",
+        ),
+        (
+            {"graph": COLUMNS, "filter": {"response": "wiener"}},
+            "graph.edges[0].family = activations: not with response wiener",
+        ),
+        (
+            {"graph": COLUMNS, "regularizer": {"response": "whiten", "strength": 1.0}},
+            "graph.edges[0].family = activations: not with response whiten",
+        ),
+        (
+            {"graph": LEARNS, "filter": {"response": "window"}},
+            'graph.edges[0].learn = "training": needs spectral_ds.filter.response to be one of '
+            "identity, heat, tikhonov, not window",
+        ),
+        (
+            {"filter": {"rest": 0.6}},
+            "filter.rest = 0.6: belongs to family activations",
+        ),
+        (
+            {"graph": {**COLUMNS, "laplacian": "combinatorial"}},
+            'graph.laplacian = "combinatorial": belongs to families of edges, not to activations',
+        ),
+        (
+            {"graph": {"node": "column", "edges": [{**ACTIVATIONS, "weight": 2.0}]}},
+            "graph.edges[0].weight = 2.0: belongs to families of edges, not to activations",
+        ),
+    ],
+)
+def test_what_contradicts_activations_is_an_error(section: dict[str, Any], problem: str) -> None:
     assert message_of(section) == f"spectral_ds.{problem}"
 
 

@@ -55,6 +55,12 @@ def step_of(ranks, world_size, name, sections, *arguments):
     return ranks(world_size).run(one_step, ALL_CELLS[name], sections, *arguments, model)
 
 
+@functools.cache
+def one_process_operators(ranks):
+    """The graphs that one process makes."""
+    return step_of(ranks, 1, "plain", [ACTIVATIONS])[0][0]["operators"]
+
+
 def norm_of(gradients):
     return np.sqrt(sum((g**2).sum() for g in gradients.values()))
 
@@ -78,6 +84,15 @@ def test_a_step_of_every_cell_equals_the_oracle_clipped_by_the_norm_of_the_filte
     for result in results:
         for found, wanted in zip(result[-len(both) :], expected, strict=True):
             assert relative_error(found["gradients"], wanted) <= TOLERANCE[cell.precision]
+    if is_alike:  # so are the graphs, and the same to the bit on all ranks
+        for result in results if name in CELLS else ():
+            for key, operator in one_process_operators(ranks).items():
+                np.testing.assert_allclose(
+                    result[-1]["operators"][key], operator, atol=1e-6 * operator.max()
+                )
+                np.testing.assert_array_equal(
+                    result[-1]["operators"][key], results[0][-1]["operators"][key]
+                )
     if name in CUTS_ROWS:
         assert activations.cut_rows([result[-1] for result in results]) > 0
     results = [found[-1] for found in results]

@@ -124,7 +124,6 @@ class CoactivationPenalty:
         response: r.
         transfer: the same, for people.
         ridge: ρ.
-        most_active: the largest eigenvalue of all graphs of all ranks.
     """
 
     def __init__(
@@ -134,10 +133,9 @@ class CoactivationPenalty:
         response: Response,
         transfer: Transfer,
         ridge: float,
-        most_active: float,
     ) -> None:
         self.transfer = transfer
-        self._held, self._ridge, self._most_active = held, ridge, most_active
+        self._held, self._ridge = held, ridge
         self._response = response
         self._spectra = {
             key: _Acting(
@@ -154,11 +152,6 @@ class CoactivationPenalty:
             )
             for key, each in self._spectra.items()
         }
-
-    def largest(self) -> float:
-        """The largest r + ρ on the spectrum."""
-        grid = np.linspace(0, self._most_active, 1001)
-        return float(self._response(grid).max()) + self._ridge
 
     def add(
         self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]

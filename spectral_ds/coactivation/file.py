@@ -2,7 +2,7 @@
 
 By the parameter whose input it is: `NAME/values` (matrices, k), float64; `NAME/vectors` (matrices,
 inputs, k), float32; `NAME/known` (matrices,), how many of them there are. The metadata say which
-parameters share a graph.
+parameters share a graph, and how many directions of each there are at most.
 """
 
 import json
@@ -20,10 +20,11 @@ SUFFIX = ".safetensors"
 FORMAT = "spectral_ds.coactivation.1"
 
 
-def save(path: Path, graphs: Coactivation, of: str) -> None:
+def save(path: Path, graphs: Coactivation, of: str, rank: int) -> None:
     """Write the graphs into a file.
 
     Args:
+        rank: the most directions of a graph; where fewer are known, there are no others.
         of: what inputs they are of, for people.
 
     Raises:
@@ -36,15 +37,16 @@ def save(path: Path, graphs: Coactivation, of: str) -> None:
         values, vectors, known = as_arrays(spectra)
         arrays |= {f"{name}/values": values, f"{name}/vectors": vectors, f"{name}/known": known}
     metadata = {"format": FORMAT, "leaders": json.dumps(dict(graphs.leaders)), "of": of}
+    metadata["rank"] = str(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(arrays, path, metadata)
 
 
-def load(path: Path) -> Coactivation:
-    """Read what `save` wrote.
+def load(path: Path, rank: int) -> Coactivation:
+    """Read what `save` wrote, so many directions of each graph.
 
     Raises:
-        InputsError: there is no such file, or it is none of these.
+        InputsError: there is no such file, it is none of these, or it has fewer.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -52,15 +54,17 @@ def load(path: Path) -> Coactivation:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputsError(f"{path} holds no statistics of activations")
+                raise InputsError("it holds no statistics of activations")
+            if int(metadata["rank"]) < rank:
+                raise InputsError(f"its statistics are of rank {metadata['rank']}, below {rank}")
             leaders: dict[str, str] = json.loads(metadata["leaders"])
             spectra = {
                 name: from_arrays(*(file.get_tensor(f"{name}/{part}") for part in PARTS))
                 for name in dict.fromkeys(leaders.values())
             }
     except (OSError, SafetensorError) as error:
-        raise InputsError(f"{path} cannot be read: {error}") from error
-    return Coactivation(leaders, spectra)
+        raise InputsError(f"it cannot be read: {error}") from error
+    return Coactivation(leaders, spectra).of_rank(rank)
 
 
 PARTS = ("values", "vectors", "known")

@@ -21,7 +21,7 @@ class Coactivation:
     """The graphs of a model's sites.
 
     Attributes:
-        leaders: by parameter, whose graph it has.
+        leaders: by parameter, whose graph it has; also of those that nothing has entered.
         spectra: of the sites that lead, by parameter.
     """
 
@@ -45,6 +45,16 @@ class Coactivation:
                 for name, spectra in self.spectra.items()
             },
         )
+
+    def among(self, parameters: Iterable[str]) -> "Coactivation":
+        """The graphs of some parameters, each led by the first of them."""
+        first: dict[str, str] = {}
+        leaders = {
+            name: first.setdefault(self.leaders[name], name)
+            for name in parameters
+            if name in self.leaders
+        }
+        return Coactivation(leaders, {new: self.spectra[old] for old, new in first.items()})
 
     def all_spectra(self) -> list[Spectrum]:
         """All of them, site after site."""
@@ -70,10 +80,12 @@ def summed(
     Raises:
         RuntimeError: ranks disagree who shares its inputs; on all ranks.
     """
-    leaders = _agreed(everyone.gather_objects(observer.leaders))
+    sites = list(sites)
+    leaders = {site.parameter: site.parameter for site in sites}
+    leaders |= _agreed(everyone.gather_objects(observer.leaders))
     found: dict[str, list[Spectrum | None]] = {}
     own: dict[str, list[Spectrum | None]] = {}
-    leading = [site for site in sites if leaders.get(site.parameter) == site.parameter]
+    leading = [site for site in sites if leaders[site.parameter] == site.parameter]
     for number, site in enumerate(leading):
         moments = observer.moments.get(site.parameter)
         if moments is None:

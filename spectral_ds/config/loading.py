@@ -62,6 +62,8 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
         for index, edge in enumerate(graph.get("edges", ())):
             family = edge.get("family", EdgeConfig.family)
             problems += _unused(f"{key}.edges[{index}]", EdgeConfig, edge, family)
+            if family == "activations":
+                problems += _of_edges_alone(f"{SECTION}.{key}", index, graph)
     for name, of_response in {"coefficients": "polynomial", "gains": "bands"}.items():
         numbers = (preset.get("filter", {}) | user.get("filter", {})).get(name)
         key = f"{SECTION}.filter.{name}"
@@ -261,6 +263,17 @@ def _unused(
         if not {choice, also} & set(choices) and raw.get(name, default) != default:
             belongs = f"belongs to {kind} {' or '.join(choices)}, not to {choice}"
             yield f"{SECTION}.{key}.{name} = {show(raw[name])}: {belongs}"
+
+
+def _of_edges_alone(key: str, index: int, graph: Mapping[str, Any]) -> Iterator[str]:
+    """Problems with what a graph of activations does not use, unless it is at its default."""
+    written = {
+        f"{key}.edges[{index}].weight": (graph["edges"][index].get("weight"), EdgeConfig.weight),
+        f"{key}.laplacian": (graph.get("laplacian"), GraphConfig.laplacian),
+    }
+    for name, (value, default) in written.items():
+        if value not in (None, default):
+            yield f"{name} = {show(value)}: belongs to families of edges, not to activations"
 
 
 def _nearest(name: str, key: str, siblings: list[str]) -> str:

@@ -99,9 +99,6 @@ class Reference:
 class Penalty(Protocol):
     """(r + ρI) Δ on one graph."""
 
-    def largest(self) -> float:
-        """The largest r + ρ on the spectrum (it may synchronize)."""
-
     def add(
         self, reference: Reference, weights: Signal, target: Signal, factors: Sequence[float]
     ) -> None:

@@ -69,8 +69,9 @@ def read_or_calibrate(
     with everyone.all_or_none():
         try:
             if source.endswith(statistics.SUFFIX):
-                found = statistics.load(Path(source)).of_rank(edge.rank)
+                found = statistics.load(Path(source), edge.rank)
                 _require_all(found, sites)
+                found = found.among(site.parameter for site in sites)
             else:
                 batches = _batches(source, edge, model, seed, _with_head(model, sites))
         except (InputsError, DataError) as error:

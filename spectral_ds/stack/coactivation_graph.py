@@ -65,7 +65,7 @@ class CoactivationGraph:
         learn: T: of those that it is to learn; None for I, and until it is known.
         held: what this rank holds of them.
         filter: (1 − s) + s · G.
-        penalty: r(R) + ρI of the regularizer; None without one.
+        penalty: r(R) + ρI of the regularizer; None without one, and until R is known.
     """
 
     filter: CoactivationFilter
@@ -121,17 +121,26 @@ class CoactivationGraph:
     def _make(self, previous: "CoactivationGraph | None") -> None:
         edge = self._edge
         keep, learn = (None, None) if previous is None else (previous.keep, previous.learn)
-        self.keep = keep if edge.keep == "given" else self._of_source(KEPT, edge.keep, keep)
+        if edge.keep != "given":
+            self.keep = self._of_source(KEPT, edge.keep, keep)
+        elif previous is not None:
+            self.keep = keep
         if edge.learn == "training":
-            self.learn = learn
-            if learn is None and self._learning is None:
-                leaders = None if self.keep is None else self.keep.leaders
-                self._learning = Learning(
-                    self._engine, self._sites, edge, self._projections, leaders
-                )
+            if learn is None:  # what is known is used until there is more
+                self._watch()
+            else:
+                self.learn = learn
         elif edge.learn != "none":
             self.learn = self._of_source(LEARNED, edge.learn, learn)
         self._use()
+
+    def _watch(self) -> None:
+        """Look at what the model is trained with, from now on."""
+        if self._learning is None:
+            leaders = None if self.keep is None else self.keep.leaders
+            self._learning = Learning(
+                self._engine, self._sites, self._edge, self._projections, leaders
+            )
 
     def _of_source(self, what: str, source: str, known: Coactivation | None) -> Coactivation:
         """The graphs of some inputs; of what is known already, as it is."""
@@ -167,7 +176,7 @@ class CoactivationGraph:
         """
         if self.keep is None:
             raise ValueError("nothing is known yet of what is to be kept: call calibrate() first")
-        statistics.save(path, self.keep, self._edge.keep)
+        statistics.save(path, self.keep, self._edge.keep, self._edge.rank)
 
     def begin_step(self, step: int) -> None:
         """Use what is learned once it is known (collective until then)."""
@@ -232,10 +241,11 @@ class CoactivationGraph:
         self.filter = CoactivationFilter(
             self.held, functions, transfers.filter, rest, self.is_ready
         )
-        if transfers.penalty is not None:
+        self.penalty = None
+        if transfers.penalty is not None and self.keep is not None:
             of_penalty = responses_within(transfers.penalty, top)
             self.penalty = CoactivationPenalty(
-                self.held, spectra_here, of_penalty, transfers.penalty, self._ridge, top
+                self.held, spectra_here, of_penalty, transfers.penalty, self._ridge
             )
         if self.keep is not None:
             self._warn_of_unseen(known)
@@ -342,9 +352,10 @@ class CoactivationGraph:
         inputs = sorted({s.inputs for s in spectra})
         widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
         others = len({self._engine.fragments[i].parameter for i in self.held.others})
+        with_inputs = len({name for name, _ in self.held.graph_of})
         learn = "" if edge.learn == "none" else f", learn {edge.learn}"
         return (
-            f"co-activation of {len(self.keep.leaders)} parameters, {len(spectra)} graphs of "
+            f"co-activation of {with_inputs} parameters, {len(spectra)} graphs of "
             f"{widths} inputs, whose {edge.rank} most active directions hold "
             f"{100 * float(np.mean(shares)) if shares else 0:.0f} % of the activity (keep "
             f"{edge.keep}{learn}); {others} parameters without inputs x {whole.filter.rest:g}; "
@@ -431,6 +442,8 @@ class CoactivationGraph:
             self.learn = found.get(self._name(LEARNED))
             if self.learn is not None:
                 self.forget()
+            elif self._edge.learn == "training":
+                self._watch()
             self._use()
 
         return put_in_place

@@ -68,7 +68,8 @@ def restored(name: str, saved: SavedState, sites: Sequence[Site], rank: int) -> 
     spectra = {}
     for site, flat in zip(leading_sites, saved.pieces(name, wanted), strict=True):
         spectra[site.parameter] = from_arrays(
-            saved.tensor(f"{name}.values.{site.parameter}").numpy(),
+            # Files keep numbers flat.
+            saved.tensor(f"{name}.values.{site.parameter}").reshape(-1, rank).numpy(),
             flat.reshape(site.matrices, site.inputs, rank).numpy(),
             saved.tensor(f"{name}.known.{site.parameter}").long().numpy(),
         )

@@ -55,6 +55,7 @@ class Newcomers:
             )
             return stack
         new.take_over(stack, set(before).difference(admission.joined))
+        stack.forget()
         filtered = {parameter.name for graph in new.graphs for parameter in graph.parameters}
         excluded = [name for name in admission.joined if name not in filtered]
         engine.log(

@@ -107,12 +107,14 @@ class Stack:
         return self.only_filtered(self._engine.weights())
 
     def warn_of_unstable_pull(self) -> None:
-        """Warn where θ ← θ − lr · α (r(L) + ρI) Δ overshoots: lr · α (r + ρ) > 1."""
+        """Warn where θ ← θ − lr · α (r(L) + ρI) Δ overshoots: lr · α (r + ρ) > 1.
+
+        The step on graphs of activations does not.
+        """
         if self.regularizer is None:
             return
-        # On co-activation graphs the pull is stable at any step.
-        graphs = [graph for graph in self.graphs if isinstance(graph, StackedGraph)]
-        largest = max((g.penalty.largest() for g in graphs if g.penalty), default=0.0)
+        by_edges = [graph.penalty for graph in self.graphs if isinstance(graph, StackedGraph)]
+        largest = max([0.0, *(penalty.largest() for penalty in by_edges if penalty is not None)])
         rate = max([0.0, *self._engine.learning_rates()])
         if (step := rate * self.regularizer.strength * largest) > 1:
             self._engine.log(

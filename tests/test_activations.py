@@ -1,0 +1,383 @@
+"""Filters, regularizers and inputs of co-activation graphs in one process, against dense numpy."""
+
+import copy
+import logging
+
+import activations
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+import transformers
+from activations import (
+    RATE,
+    CalledByIds,
+    assert_operators,
+    expected_update,
+    inputs_of,
+    keeping,
+    operator_of,
+    random_ids,
+    section_of,
+    trained,
+    words,
+    write_texts,
+)
+from expected import relative_error
+from plain_step import one_step
+
+import spectral_ds
+from spectral_ds.config import SpectralConfigError
+
+NOTHING = np.zeros((0, 9), np.int64)
+
+
+@pytest.fixture
+def said(caplog):
+    """What the package warned of so far, one string a message."""
+    caplog.set_level(logging.INFO, "spectral_ds")
+    return lambda level=logging.WARNING: [
+        r.getMessage() for r in caplog.records if r.levelno >= level
+    ]
+
+
+def step_by(section, model=None):
+    """The facts of a step without a plugin that made it, what it changed, and the plugin."""
+    model = CalledByIds() if model is None else model
+    before, gradients, moved, plugin = one_step(model, section)
+    names = trained(model)
+    facts = {
+        "weights": before,
+        "gradients": {name: gradients[name] for name in names},
+        "rates": dict.fromkeys(names, RATE),
+    }
+    plugin.detach()
+    return facts, {name: moved[name] for name in names}, plugin
+
+
+# Responses
+
+
+RESPONSES = {
+    "tikhonov": {"response": "tikhonov", "tau": 3.0},
+    "heat": {"response": "heat", "tau": 0.7, "strength": 1.0, "rest": 1.0},
+    "window": {"response": "window", "alpha": 0.3},
+    "polynomial": {"response": "polynomial", "coefficients": [0.5, -0.2, 0.01]},
+    "bands": {"response": "bands", "gains": [1.0, 0.2, 0.5], "order": 20},
+    "of gradients": {"response": "tikhonov", "tau": 1.0, "apply_to": "gradient"},
+}
+
+
+@pytest.mark.parametrize("name", RESPONSES)
+@pytest.mark.parametrize("rank", [2, 8, 64])
+def test_a_filter_is_a_function_of_the_operator(name, rank):
+    """Of 24 and 37 inputs, rank 2 knows none exactly, rank 8 those of 24, rank 64 all, in full."""
+    section = section_of({"rank": rank}, filter=RESPONSES[name])
+    section["filter"] = {k: v for k, v in section["filter"].items() if k in RESPONSES[name]} | {
+        k: v for k, v in section["filter"].items() if k in ("strength", "rest", "apply_to")
+    }
+    plain, moved, _ = step_by(section)
+    assert relative_error(moved, expected_update(section, plain)) <= 1e-5
+
+
+def test_stacked_graphs_filter_one_after_another():
+    section = section_of({"rank": 8}, filter={"strength": 1.0, "tolerance": 1e-7})
+    both = {
+        **section,
+        "graphs": [{"node": "row", "edges": [{"family": "ring"}]}, section["graph"]],
+    }
+    del both["graph"]
+    plain, moved, _ = step_by(both)
+    weights = {n: plain["weights"][n] for n in plain["gradients"] if tiny.is_filtered(n)}
+    laplacian = oracle.laplacian_of(oracle.adjacency_of(weights, [{"family": "ring"}]))
+    rows = {n: plain["gradients"][n] for n in weights}
+    plain["gradients"] |= oracle.apply_function(
+        laplacian, oracle.response_of(section["filter"]), rows
+    )
+    assert relative_error(moved, expected_update(section, plain)) <= 1e-5
+
+
+# The regularizer
+
+
+PULL = {"strength": 0.01, "ridge": 0.3, "reference": "zero"}
+IDLE = {"response": "identity", "apply_to": "gradient", "rest": 1.0}
+
+
+@pytest.mark.parametrize("coupling", ["joint", "decoupled"])
+@pytest.mark.parametrize("strength", [0.01, 1e6])
+@pytest.mark.parametrize("response", ["laplacian", "tikhonov"])
+def test_the_regularizer_pulls_by_activity(coupling, strength, response, said):
+    """Joint: the gradient of the loss + αR. Decoupled: a step that is stable at any strength."""
+    pull = {**PULL, "strength": strength, "coupling": coupling, "response": response}
+    section = section_of({"rank": 8}, filter=IDLE, regularizer=pull, monitor={"interval": 1})
+    del section["filter"]["tau"]
+    if response == "tikhonov":
+        section["filter"]["tau"] = 2.0
+    plain, moved, plugin = step_by(section)
+    operators = activations.operators_for(section, plain["weights"])
+    expected, energy = {}, 0.0
+    for name, gradient in plain["gradients"].items():
+        if not tiny.is_filtered(name):
+            expected[name] = gradient
+            continue
+        weight = plain["weights"][name]
+        operator = operators.get(name, np.eye(weight.reshape(len(weight), -1).shape[-1]))
+        if response == "tikhonov":
+            operator = np.linalg.inv(np.eye(len(operator)) + 2 * operator)
+        operator = operator + 0.3 * np.eye(len(operator))
+        rows = weight.reshape(-1, len(operator))
+        energy += np.sum(rows @ operator * rows) / 2
+        if coupling == "joint":
+            expected[name] = gradient + strength * (rows @ operator).reshape(weight.shape)
+        else:
+            after = (weight - RATE * gradient).reshape(rows.shape)
+            after = after @ np.linalg.inv(np.eye(len(operator)) + RATE * strength * operator)
+            expected[name] = (weight - after.reshape(weight.shape)) / RATE
+    assert relative_error(moved, expected) <= 1e-5
+    np.testing.assert_allclose(plugin.metrics()["regularizer"], energy, rtol=1e-5)
+    assert not [message for message in said() if "overshoot" in message]
+
+
+# Inputs to keep
+
+
+def test_given_inputs_idle_before_and_act_after():
+    pull = {**PULL, "coupling": "decoupled"}
+    section = section_of({"keep": "given", "rank": 8}, regularizer=pull)
+    model = CalledByIds()
+    plain, moved, plugin = step_by(section, model)
+    assert relative_error(moved, plain["gradients"]) <= 1e-6
+    assert "until calibrate()" in plugin.describe()
+    model, ids = CalledByIds(), random_ids(20, seed=3)
+    section["regularizer"] = {**pull, "reference": "pretrained"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    plugin = spectral_ds.attach(model, optimizer, section)
+    with pytest.raises(ValueError, match="nothing is known yet"):
+        plugin.save_activations("nowhere.safetensors")
+    plugin.calibrate([{"input_ids": ids[:12]}, (ids[12:19],), ids[19:]])
+    before, gradients, moved = by_hand(model, optimizer)
+    plain = {"weights": before, "gradients": gradients, "rates": dict.fromkeys(gradients, RATE)}
+    assert relative_error(moved, expected_update(section, plain, kept=ids)) <= 1e-5
+    plugin.detach()
+
+
+def by_hand(model, optimizer):
+    """Weights, made-up gradients, and what a step makes of them."""
+    names = trained(model)
+    named = dict(model.named_parameters())
+    before = {n: p.detach().double().numpy().copy() for n, p in named.items()}
+    generator = torch.Generator().manual_seed(4)
+    for name in names:
+        named[name].grad = torch.randn(named[name].shape, generator=generator)
+    optimizer.step()
+    gradients = {n: named[n].grad.double().numpy().copy() for n in names}
+    optimizer.zero_grad()
+    return before, gradients, {n: (before[n] - named[n].detach().double().numpy()) / RATE
+                               for n in names}  # fmt: skip
+
+
+def test_batches_that_cannot_be_used_are_an_error():
+    model = CalledByIds()
+    plugin, _ = keeping(model, [random_ids(2)])
+    known = plugin.graph.keep
+    with pytest.raises(ValueError, match="batches: there is none"):
+        plugin.calibrate([])
+    assert plugin.graph.keep is known
+    plugin.detach()
+    other = spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=1.0), {})
+    with pytest.raises(ValueError, match="no graph of the configuration is of family activations"):
+        other.calibrate([random_ids(2)])
+    other.detach()
+
+
+def test_texts_are_kept_and_learned_through_a_tokenizer(tmp_path):
+    keep, learn = tmp_path / "keep.txt", tmp_path / "learn.txt"
+    kept, learned = write_texts(keep), write_texts(learn, seed=8)
+    edge = {"rank": 8, "keep": str(keep), "learn": str(learn), "tokenizer": words(tmp_path)}
+    for response in ("tikhonov", "heat"):
+        section = section_of(edge, filter={"response": response})
+        plain, moved, _ = step_by(section)
+        expected = expected_update(section, plain, learned=learned, kept=kept)
+        assert relative_error(moved, expected) <= 1e-5
+
+
+def test_the_tokenizer_of_the_model_is_used_if_none_is_named(tmp_path):
+    kept = write_texts(tmp_path / "keep.txt")
+    model = CalledByIds()
+    model.config._name_or_path = words(tmp_path)
+    section = section_of({"rank": 8, "keep": str(tmp_path / "keep.txt")})
+    plain, moved, _ = step_by(section, model)
+    assert relative_error(moved, expected_update(section, plain, kept=kept)) <= 1e-5
+
+
+def test_of_many_texts_as_many_pieces_are_looked_at_as_samples_says(tmp_path):
+    write_texts(tmp_path / "keep.txt")
+    edge = {"keep": str(tmp_path / "keep.txt"), "tokenizer": words(tmp_path), "samples": 3}
+    model, seen = CalledByIds(), []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=1.0), section_of(edge))
+    assert sum(len(ids) for ids in seen) == 3
+
+
+def test_generated_text_counts_each_token_once():
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(tiny.llama_config())
+    section = section_of({"rank": 8, "keep": "generated", "samples": 70}, seed=3)
+    random_state = torch.get_rng_state()
+    plugin = spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=1.0), section)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    texts = []
+    for first, count in ((0, 56), (56, 14)):
+        torch.manual_seed(3 + first)
+        texts.append(
+            model.generate(
+                torch.ones(count, 1, dtype=torch.long),  # the begin token
+                attention_mask=torch.ones(count, 1, dtype=torch.long),
+                do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                min_new_tokens=9, max_new_tokens=9, pad_token_id=0,
+            )
+        )  # fmt: skip
+    ids = torch.cat(texts)[:, :-1]  # the last is written, and not read
+    assert len(ids.unique()) > 20
+    found = inputs_of(copy.deepcopy(model).double(), lambda called: called(input_ids=ids))
+    del found["lm_head"]
+    assert_operators(
+        plugin.graph, {(f"{n}.weight", 0): operator_of(x, 8, seed=3) for n, x in found.items()}
+    )
+
+
+# Statistics in a file
+
+
+def test_statistics_of_one_run_serve_another(tmp_path):
+    """Also of fewer parameters, whose leaders are not trained, and of a lower rank."""
+    file = tmp_path / "folder" / "stats.safetensors"
+    model, ids = CalledByIds(), random_ids(20, seed=3)
+    first, _ = keeping(model, [ids], section_of({"keep": "given", "rank": 8}))
+    first.save_activations(file)
+    first.detach()
+    section = section_of({"keep": str(file), "rank": 8})
+    plain, moved, plugin = step_by(section)
+    assert relative_error(moved, expected_update(section, plain, kept=ids)) <= 1e-5
+    for name in first.graph.held.graph_of:
+        np.testing.assert_array_equal(plugin.graph.operator(*name), first.graph.operator(*name))
+
+    model = CalledByIds()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("k_proj" in name or "up_proj" in name)
+    trained_now = [p for p in model.parameters() if p.requires_grad]
+    section = section_of({"keep": str(file), "rank": 5})
+    plugin = spectral_ds.attach(model, torch.optim.SGD(trained_now, lr=1.0), section)
+    again = tmp_path / "state"
+    for _ in range(2):
+        for name in plugin.graph.keep.leaders:
+            whole = first.graph.operator(name)
+            values, vectors = np.linalg.eigh(whole)
+            wanted = activations.truncated(values, vectors, 5)
+            np.testing.assert_allclose(plugin.graph.operator(name), wanted, atol=1e-5)
+        assert len(plugin.graph.keep.leaders) == 6
+        plugin.save(again)
+        plugin.load(again)
+    plugin.detach()
+
+
+# Refusals
+
+
+def refused(section, model=None):
+    model = CalledByIds() if model is None else model
+    with pytest.raises(SpectralConfigError) as caught:
+        spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=1.0), section)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    return str(caught.value)
+
+
+def test_a_model_without_a_vocabulary_is_refused():
+    message = refused(section_of(), torch.nn.Linear(3, 3))
+    assert message == (
+        'spectral_ds.graph.edges[0].keep = "random": random draws token ids, and Linear has no '
+        "config.vocab_size"
+    )
+
+
+def test_a_model_that_does_not_generate_is_refused():
+    message = refused(section_of({"keep": "generated"}))
+    assert 'edges[0].keep = "generated": generated is text that the model writes, and ' in message
+    assert "CalledByIds cannot generate; use random or a file of texts" in message
+
+
+def test_a_model_without_a_begin_token_is_refused():
+    model = transformers.LlamaForCausalLM(tiny.llama_config())
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    message = refused(section_of({"keep": "generated"}), model)
+    assert "generated begins with bos_token_id, which LlamaForCausalLM lacks" in message
+
+
+def test_files_that_cannot_be_used_are_refused(tmp_path):
+    def file(name, content):
+        (tmp_path / name).write_text(content)
+        return str(tmp_path / name)
+
+    other = {
+        "missing.txt": "no such file or folder",
+        file("empty.txt", "\n"): "holds no text",
+        file("text.txt", "a b"): "name its folder in `tokenizer`",
+        "missing.safetensors": "cannot be read",
+        file("text.safetensors", "no tensors at all"): "cannot be read",
+    }
+    for source, reason in other.items():
+        message = refused(section_of({"keep": source}))
+        assert message.startswith(f'spectral_ds.graph.edges[0].keep = "{source}": '), message
+        assert reason in message
+        message = refused(section_of({"learn": source}))
+        assert message.startswith(f'spectral_ds.graph.edges[0].learn = "{source}": '), message
+    edge = {"keep": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "nowhere")}
+    assert "no tokenizer in" in refused(section_of(edge))
+
+
+def test_weights_in_place_of_statistics_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    message = refused(section_of({"keep": str(tmp_path / "model.safetensors")}))
+    assert "holds no statistics of activations" in message
+
+
+class Wider(CalledByIds):
+    """Another shape of one matrix, and another name of another."""
+
+    def __init__(self):
+        super().__init__()
+        mlp = self.llama.model.layers[2].mlp
+        mlp.gate_proj, mlp.up_proj = torch.nn.Linear(24, 31), torch.nn.Linear(24, 31)
+        mlp.down_proj = torch.nn.Linear(31, 24, bias=False)
+
+
+def test_statistics_of_another_model_are_refused_and_the_parameter_is_named(tmp_path):
+    file = tmp_path / "stats.safetensors"
+    plugin, _ = keeping(CalledByIds(), [random_ids(20)])
+    plugin.save_activations(file)
+    plugin.detach()
+    section = section_of({"keep": str(file), "rank": activations.RANK})
+    message = refused(section, Wider())
+    assert "layers.2.mlp.down_proj.weight" in message
+    assert "31" in message
+    message = refused(section, transformers.LlamaForCausalLM(tiny.llama_config()))
+    assert "parameter 'model.layers.0.self_attn.q_proj.weight'" in message
+    section = section_of({"keep": str(file), "rank": activations.RANK + 1})
+    message = refused(section)
+    assert f"its statistics are of rank {activations.RANK}, below {activations.RANK + 1}" in message
+
+
+def test_filtering_gradients_under_adam_is_warned_of(said):
+    model = CalledByIds()
+    for apply_to, count in (("gradient", 1), ("update", 0)):
+        section = section_of(filter={"apply_to": apply_to})
+        already = len([m for m in said() if "2604.22407" in m])
+        plugin = spectral_ds.attach(model, torch.optim.AdamW(model.parameters()), section)
+        assert len([m for m in said() if "2604.22407" in m]) - already == count
+        plugin.detach()
