@@ -5,7 +5,7 @@ whatever the number of ranks.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,21 @@ Batch = Callable[[nn.Module], None]
 
 # Of one call: few enough for any memory, enough for a CPU to be busy.
 BATCH_TOKENS = 512
+# Written at once: a step of a few costs as much as one of many.
+WRITTEN_AT_ONCE = 64
 
 
 class InputsError(ValueError):
     """A model cannot be called with what was asked for."""
 
 
-def random_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
+def random_batches(
+    model: nn.Module, samples: int, length: int, seed: int, with_head: bool = True
+) -> list[Batch]:
     """Token ids drawn from the vocabulary, each as likely.
+
+    Args:
+        with_head: whether all tokens enter the head; it is large.
 
     Raises:
         InputsError: the model has no vocabulary.
@@ -35,7 +42,8 @@ def random_batches(model: nn.Module, samples: int, length: int, seed: int) -> li
         )
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (samples, _at_most(model, length)), generator=generator)
-    return [_called_with(each, None) for each in ids.split(_sequences(ids.shape[1]))]
+    at_once = _sequences(ids.shape[1])
+    return [_called_with(each, None, with_head) for each in ids.split(at_once)]
 
 
 def generated_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
@@ -63,23 +71,24 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
     if begin is None:
         raise InputsError(f"generated begins with bos_token_id, which {type(model).__name__} lacks")
     length = _at_most(model, length)
-    at_once = _sequences(length)
+    at_once = WRITTEN_AT_ONCE
 
     def batch(first: int) -> Batch:
         def call(called: Any) -> None:
             torch.manual_seed(seed + first)
             count = min(at_once, samples - first)
-            device = next(called.parameters()).device
+            device = _device_of(called)
             called.generate(
                 torch.full((count, 1), begin, device=device),
                 attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
                 do_sample=True,
+                use_cache=True,  # every token enters once
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
                 min_new_tokens=length,
                 max_new_tokens=length,
-                pad_token_id=begin,
+                pad_token_id=int(begin == 0),  # another: nothing is padded
             )
 
         return call
@@ -88,12 +97,19 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
 
 
 def text_batches(
-    model: nn.Module, texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    with_head: bool = True,
 ) -> list[Batch]:
     """Pieces of texts, at most `samples`, evenly from all of them.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
+        with_head: whether all tokens enter the head; it is large.
 
     Raises:
         InputsError: no text has a token.
@@ -109,16 +125,32 @@ def text_batches(
     # Those of about equal length together: less padding.
     chosen = sorted((pieces[at] for at in order[:samples].tolist()), key=len)
     batches = []
-    at_once = _sequences(length)
-    for first in range(0, len(chosen), at_once):
-        held = chosen[first : first + at_once]
+    for held in _at_once(chosen, _sequences(length), _has_experts(model)):
         ids = torch.zeros(len(held), len(held[-1]), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, piece in enumerate(held):
             ids[row, : len(piece)] = torch.tensor(piece)
             mask[row, : len(piece)] = 1
-        batches.append(_called_with(ids, mask))
+        batches.append(_called_with(ids, mask, with_head))
     return batches
+
+
+def _at_once(
+    pieces: Sequence[list[int]], most: int, equal_lengths: bool
+) -> Iterator[Sequence[list[int]]]:
+    """Some pieces after others, in order; of equal lengths if asked for."""
+    first = 0
+    while first < len(pieces):
+        held = pieces[first : first + most]
+        if equal_lengths:
+            held = [piece for piece in held if len(piece) == len(held[0])]
+        yield held
+        first += len(held)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether tokens of all sequences enter a module together: padding would count there."""
+    return any("Expert" in type(module).__name__ for module in model.modules())
 
 
 def user_batches(batches: Sequence[Any]) -> list[Batch]:
@@ -126,7 +158,7 @@ def user_batches(batches: Sequence[Any]) -> list[Batch]:
 
     def batch(given: Any) -> Batch:
         def call(model: nn.Module) -> None:
-            device = next(model.parameters()).device
+            device = _device_of(model)
             if hasattr(given, "items"):
                 model(**{name: _moved(value, device) for name, value in given.items()})
             elif isinstance(given, tuple | list):
@@ -139,20 +171,26 @@ def user_batches(batches: Sequence[Any]) -> list[Batch]:
     return [batch(given) for given in batches]
 
 
-def _called_with(ids: torch.Tensor, mask: torch.Tensor | None) -> Batch:
+def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) -> Batch:
     def call(model: nn.Module) -> None:
-        device = next(model.parameters()).device
+        device = _device_of(model)
         taken = inspect.signature(model.forward).parameters
         inputs: dict[str, Any] = {"input_ids": ids.to(device)}
         if mask is not None:
             inputs["attention_mask"] = mask.to(device)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        if "logits_to_keep" in taken:  # the head is large and tells nothing
+        if "logits_to_keep" in taken and not with_head:
             inputs["logits_to_keep"] = 1
         model(**inputs)
 
     return call
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Of its parameters; of those that are not in memory, the device where inputs may start."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
 
 
 def _sequences(length: int) -> int:
