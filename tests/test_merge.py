@@ -22,6 +22,7 @@ from merged import (
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
 
+from spectral_ds.cli import main
 from spectral_ds.cli.merge import looking
 
 LENGTH = 8
@@ -252,3 +253,28 @@ def test_json_is_all_that_is_printed(folder, tmp_path):
     report = merge(own, own / "tuned", "--out", tmp_path / "out", "--samples", "4")
     state = json.loads((tmp_path / "out" / "spectral_ds_merge.json").read_text())
     assert state["report"] == report
+
+
+def test_experts_that_lie_in_one_tensor_are_the_same(folder, tmp_path, capsys):
+    own = folder / "mixtral"
+    for name in ("base", "tuned"):
+        load(own / name, "mixtral").save_pretrained(tmp_path / name, save_original_format=False)
+    shutil.copytree(own / "base", tmp_path / "base", dirs_exist_ok=True, ignore=only_tokenizer)
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK, "--out"]
+    one = merge(tmp_path, tmp_path / "tuned", *words, tmp_path / "one")
+    other = merge(own, own / "tuned", *words, tmp_path / "other")
+    stacked = tensors(tmp_path / "one")["model.layers.0.mlp.experts.gate_up_proj"]
+    assert stacked.shape == (4, 48, 16)
+    assert one["filtered"] == other["filtered"] - 2 * 4  # w1 and w3 of each expert are one matrix
+    found, expected = (
+        {n: p.double().numpy() for n, p in load(tmp_path / name, "mixtral").state_dict().items()}
+        for name in ("one", "other")
+    )
+    assert_close(found, expected, 1e-6)
+    status = main(["merge", *map(str, [own / "base", tmp_path / "tuned", "--out", tmp_path / "x"])])
+    assert status == 2
+    assert "stores it in other parts" in capsys.readouterr().err
+
+
+def only_tokenizer(_, names):
+    return [name for name in names if not name.startswith("token")]

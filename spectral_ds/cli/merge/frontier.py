@@ -1,5 +1,6 @@
 """The figure of a sweep: loss on the task against what is forgotten, a point a setting."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from spectral_ds.console.figure_style import BLUE, COLORS, GREY, RED, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LINE_LENGTH = 40  # characters beside the vertical axis
 
 
 @styled
@@ -50,7 +53,7 @@ def frontier(settings: Sequence[Setting], best: Setting | None, forgetting: str)
             label=f"recommended: {best.name}",
         )  # fmt: skip
     axes.set_xlabel("loss on the task (nats)")
-    axes.set_ylabel(forgetting)
+    axes.set_ylabel(textwrap.fill(forgetting, LINE_LENGTH))
     axes.legend()
     figure.suptitle("Task against forgetting", x=0.01, ha="left")
     return figure

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -189,7 +189,8 @@ def written_batches(batches: Sequence[Batch], model: nn.Module) -> list[Batch]:
     class Writer:
         """The model, whose words are kept; the last of them it has not read itself."""
 
-        written: ClassVar[list[torch.Tensor]] = []
+        def __init__(self) -> None:
+            self.written: list[torch.Tensor] = []
 
         def __getattr__(self, name: str) -> Any:
             return getattr(model, name)
@@ -200,7 +201,7 @@ def written_batches(batches: Sequence[Batch], model: nn.Module) -> list[Batch]:
             return ids
 
     writer = Writer()
-    with only_looking(model), progress("writing", len(batches), "batch", True) as update:
+    with only_looking(model), progress("writing", len(batches), "call", True) as update:
         for batch in batches:
             batch(cast(nn.Module, writer))
             update(1)
@@ -218,5 +219,5 @@ def look(model: nn.Module, batches: Sequence[Batch], amount: Amount, what: str) 
     """The graphs of all layers of a model, called with batches."""
     alone = Communicator.alone(torch.device("cpu"))
     sites = sites_in(model)
-    with progress(f"looking at activations ({what})", len(batches), "batch", True) as update:
+    with progress(f"looking at activations ({what})", len(batches), "call", True) as update:
         return calibrate(model, sites, batches, amount.rank, SEED, alone, update)

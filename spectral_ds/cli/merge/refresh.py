@@ -96,7 +96,7 @@ class Refresh:
         batches = sum(len(each or ()) for each in self._streams)
         with (
             ExitStack() as stack,
-            progress("merging block by block", (2 * count + 2) * batches, "batch", True) as update,
+            progress("merging block by block", (2 * count + 2) * batches, "call", True) as update,
         ):
             for model in self._models:
                 stack.enter_context(only_looking(model))

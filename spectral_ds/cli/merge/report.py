@@ -17,11 +17,11 @@ def show(report: Mapping[str, Any], rest: float, folder: Path) -> None:
     print_ = partial(make_console().print, soft_wrap=True)
     print_(
         f"{report['filtered']} matrices filtered; {report['scaled']} tensors without inputs x "
-        f"{rest:g}; {report['unchanged']} unchanged in training; {len(report['taken'])} as only "
-        "the tuned model has them"
+        f"{rest:g}; {report['unchanged']} unchanged in training; {len(report['taken'])} taken "
+        "as they are from the tuned model"
     )
     for key, words in (
-        ("taken", "taken whole from the tuned model"),
+        ("taken", "only in the tuned model, or no numbers to scale"),
         ("unseen", f"no input to keep has entered these matrices, so x {rest:g}"),
         ("unlearned", "no input to learn has entered these matrices, so T = I"),
         ("blind", f"what enters these matrices cannot be watched, so x {rest:g}"),
