@@ -15,15 +15,17 @@ from spectral_ds.cli.check import add_parser as add_check
 from spectral_ds.cli.env import add_parser as add_env
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.inspect import add_parser as add_inspect
+from spectral_ds.cli.merge import add_parser as add_merge
 from spectral_ds.cli.plan import add_parser as add_plan
 from spectral_ds.config import SpectralConfigError
 
-COMMANDS = (add_inspect, add_plan, add_add, add_check, add_env)
+COMMANDS = (add_inspect, add_plan, add_merge, add_add, add_check, add_env)
 EXAMPLES = """examples:
   spectral-ds env                                    what works here, and how to get the rest
   spectral-ds inspect ./model                        graph and spectrum of a model's parameters
   spectral-ds inspect ./model --data reviews.tsv     which graph separates signal from noise
   spectral-ds plan --model llama-3-8b --engine zero3 --world-size 64    what each rank would take
+  spectral-ds merge ./base ./tuned --out ./merged    a tuned model that forgets less
   spectral-ds add ds_config.json --preset retain     a DeepSpeed config with the section added
   spectral-ds check --nodes 2 --node-rank 0 ...      do all nodes have the same packages and config
 """

@@ -11,7 +11,7 @@ from spectral_ds.coactivation.acting import (
     Held,
     responses_within,
 )
-from spectral_ds.coactivation.calibrate import calibrate
+from spectral_ds.coactivation.calibrate import calibrate, only_looking
 from spectral_ds.coactivation.cut_rows import Key
 from spectral_ds.coactivation.graph import Coactivation, summed
 from spectral_ds.coactivation.inputs import (
@@ -22,6 +22,7 @@ from spectral_ds.coactivation.inputs import (
     text_batches,
     user_batches,
 )
+from spectral_ds.coactivation.joint import functions_of
 from spectral_ds.coactivation.moments import Moments, Projections, is_exact, sketch_columns
 from spectral_ds.coactivation.observer import Observer
 from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOperator
@@ -52,10 +53,12 @@ __all__ = [
     "by_role",
     "calibrate",
     "function_of",
+    "functions_of",
     "generated_batches",
     "is_exact",
     "largest",
     "most_active",
+    "only_looking",
     "random_batches",
     "responses_within",
     "sites_of",

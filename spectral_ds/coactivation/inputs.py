@@ -5,7 +5,7 @@ whatever the number of ranks.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
         def call(called: Any) -> None:
             torch.manual_seed(seed + first)
             count = min(at_once, samples - first)
-            device = next(called.parameters()).device
+            device = _device_of(called)
             called.generate(
                 torch.full((count, 1), begin, device=device),
                 attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
@@ -125,9 +125,7 @@ def text_batches(
     # Those of about equal length together: less padding.
     chosen = sorted((pieces[at] for at in order[:samples].tolist()), key=len)
     batches = []
-    at_once = _sequences(length)
-    for first in range(0, len(chosen), at_once):
-        held = chosen[first : first + at_once]
+    for held in _at_once(chosen, _sequences(length), _has_experts(model)):
         ids = torch.zeros(len(held), len(held[-1]), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, piece in enumerate(held):
@@ -137,12 +135,30 @@ def text_batches(
     return batches
 
 
+def _at_once(
+    pieces: Sequence[list[int]], most: int, equal_lengths: bool
+) -> Iterator[Sequence[list[int]]]:
+    """Some pieces after others, in order; of equal lengths if asked for."""
+    first = 0
+    while first < len(pieces):
+        held = pieces[first : first + most]
+        if equal_lengths:
+            held = [piece for piece in held if len(piece) == len(held[0])]
+        yield held
+        first += len(held)
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether tokens of all sequences enter a module together: padding would count there."""
+    return any("Expert" in type(module).__name__ for module in model.modules())
+
+
 def user_batches(batches: Sequence[Any]) -> list[Batch]:
     """Batches of the user's, each the keyword arguments of the model, or its one argument."""
 
     def batch(given: Any) -> Batch:
         def call(model: nn.Module) -> None:
-            device = next(model.parameters()).device
+            device = _device_of(model)
             if hasattr(given, "items"):
                 model(**{name: _moved(value, device) for name, value in given.items()})
             elif isinstance(given, tuple | list):
@@ -157,7 +173,7 @@ def user_batches(batches: Sequence[Any]) -> list[Batch]:
 
 def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) -> Batch:
     def call(model: nn.Module) -> None:
-        device = next(model.parameters()).device
+        device = _device_of(model)
         taken = inspect.signature(model.forward).parameters
         inputs: dict[str, Any] = {"input_ids": ids.to(device)}
         if mask is not None:
@@ -169,6 +185,12 @@ def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) 
         model(**inputs)
 
     return call
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Of its parameters; of those that are not in memory, the device where inputs may start."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
 
 
 def _sequences(length: int) -> int:

@@ -7,7 +7,7 @@ E_learn‖(X − Y)x‖² + τ·E_keep‖Yx‖² (RegMean, arXiv 2212.09849, wit
 two).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,9 +56,9 @@ def function_of(response: Response, keep: Spectrum, learn: Spectrum | None) -> S
         constant = float(response(np.array([keep.rest]))[0])
         core = np.diag(response(keep.values) - constant)
         return SubspaceFunction(constant, keep.vectors.astype(np.float64), core)
-    basis = _joint_basis(keep, learn)
+    basis = joint_basis((keep, learn))
     constant = float(response(np.array([(keep.rest + RIDGE) / (learn.rest + RIDGE)]))[0])
-    r, t = _within(basis, keep), _within(basis, learn)
+    r, t = within(basis, keep), within(basis, learn)
     # (R, R + T) have common eigenvectors: R v = ρ (R + T) v with ρ in (0, 1), R/T = ρ/(1 − ρ).
     rho, vectors = scipy.linalg.eigh(r, r + t)
     rho = np.clip(rho, 0, 1)
@@ -68,14 +68,14 @@ def function_of(response: Response, keep: Spectrum, learn: Spectrum | None) -> S
     return SubspaceFunction(constant, basis, core - constant * np.eye(basis.shape[1]))
 
 
-def _joint_basis(keep: Spectrum, learn: Spectrum) -> Values:
-    """An orthonormal basis of both graphs' directions."""
-    both = np.concatenate((keep.vectors, learn.vectors), axis=1).astype(np.float64)
-    basis, singular, _ = np.linalg.svd(both, full_matrices=False)
+def joint_basis(spectra: Sequence[Spectrum]) -> Values:
+    """An orthonormal basis of all graphs' directions, (n, k), float64."""
+    together = np.concatenate([each.vectors for each in spectra], axis=1).astype(np.float64)
+    basis, singular, _ = np.linalg.svd(together, full_matrices=False)
     return np.ascontiguousarray(basis[:, singular > DEPENDENT * singular[0]])
 
 
-def _within(basis: Values, spectrum: Spectrum) -> Values:
+def within(basis: Values, spectrum: Spectrum) -> Values:
     """PᵀAP + ε, A a graph whose directions all lie in P."""
     inside = basis.T @ spectrum.vectors
     whole = inside * (spectrum.values - spectrum.rest) @ inside.T

@@ -1,0 +1,214 @@
+"""Adapters: a folder of peft (LoRA, DoRA, …) on the base model, read as the whole model it makes.
+
+Layer by layer: a base weight is loaded, peft merges the adapter into it, and it is forgotten.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.merge.architecture import Architecture, class_of
+from spectral_ds.cli.merge.folder import Folder, Stored, fingerprint_of
+
+CONFIG = "adapter_config.json"
+# The name that peft gives an adapter.
+NAME = "default"
+
+
+class Adapter:
+    """An adapter as a whole model, in the dtype of the base model.
+
+    Raises:
+        UserError: peft is missing, cannot read it, or it changes what the base stores in parts.
+    """
+
+    def __init__(self, given: str, base: Folder) -> None:
+        self.given, self.path, self._base = given, Path(given), base
+        peft = _peft(given)
+        self._settings = _read(given, lambda: peft.PeftConfig.from_pretrained(given))
+        self._saved: dict[str, torch.Tensor] = _read(
+            given, lambda: peft.load_peft_weights(given, device="cpu")
+        )
+        self.config = _config(self._settings, base, self._saved)
+        architecture = Architecture.of(self.config, given)
+        names = {id(p): name for name, p in architecture.model.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in architecture.model.named_parameters()}
+        self._model: Any = _read(
+            given,
+            lambda: peft.PeftModel.from_pretrained(
+                architecture.model, given, low_cpu_mem_usage=True
+            ).get_base_model(),
+        )
+        self._layers, self._whole = self._changed(names)
+        self._base_name: dict[str, str] = {}
+        stored = {}
+        inside = {architecture.short(name): name for name in shapes}
+        for name, place in architecture.places(base.stored).items():
+            full = inside.get(place.parameter)
+            if full is None:  # a head that this model lacks
+                continue
+            if place.pattern and (full in self._layers or full in self._whole):
+                raise UserError(
+                    f"{given}: changes {full}, which {base.given} stores in parts ({name}); merge "
+                    "it with peft first: merge_and_unload() and save_pretrained(NEW)"
+                )
+            own = name if place.pattern else full
+            self._base_name[own] = name
+            stored[own] = base.stored[name]
+        dtype = next(iter(base.stored.values())).dtype
+        for full in [*self._layers, *self._whole]:
+            if full not in stored:
+                if full in self._layers:
+                    raise UserError(f"{given}: changes {full}, which {base.given} does not have")
+                stored[full] = Stored(shapes[full], dtype)
+        self.stored: Mapping[str, Stored] = stored
+
+    def _changed(self, names: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The layers that the adapter changes, and parameters that it has whole, by parameter."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        layers: dict[str, Any] = {}
+        whole: dict[str, torch.Tensor] = {}
+        found: dict[str, nn.Module] = dict(self._model.named_modules())
+        for path, module in found.items():
+            if isinstance(module, BaseTunerLayer):
+                weight: Any = getattr(module.get_base_layer(), "weight", None)
+                if id(weight) not in names:
+                    raise UserError(f"{self.given}: changes {path}, which has no weight of its own")
+                layers[names[id(weight)]] = path, module
+            elif isinstance(module, ModulesToSaveWrapper):
+                for name, value in module.modules_to_save[NAME].named_parameters():
+                    whole[f"{path}.{name}"] = self._saved[f"base_model.model.{path}.{name}"]
+                    del value
+        return layers, whole
+
+    def read(self, name: str) -> torch.Tensor:
+        dtype = self.stored[name].dtype
+        if name in self._whole:
+            return self._whole[name].to(dtype)
+        tensor = self._base.read(self._base_name[name])
+        if name not in self._layers:
+            return tensor
+        path, layer = self._layers[name]
+        # A copy: peft adds in place, and a file's tensor may be read again.
+        own = tensor.to(torch.float32, copy=True)
+        layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
+        self._fill(path, layer)
+        try:
+            with torch.no_grad():
+                layer.merge()
+            merged: torch.Tensor = layer.get_base_layer().weight.detach().to(dtype)
+            return merged
+        finally:
+            layer.merged_adapters.clear()
+            layer.get_base_layer().to("meta")
+
+    def _fill(self, path: str, layer: nn.Module) -> None:
+        """Put an adapter's parameters of a layer in place: peft has left them without memory."""
+        for name, parameter in list(layer.named_parameters()):
+            parts = name.split(".")
+            if NAME not in parts:
+                continue
+            at = parts.index(NAME)
+            key = ".".join(("base_model.model", path, *parts[:at], *parts[at + 1 :]))
+            saved = self._saved.get(key, self._saved.get(key.removesuffix(".weight")))
+            if saved is None or saved.shape != parameter.shape:
+                raise UserError(f"{self.given}: lacks {key}, or it has another shape")
+            owner: Any = layer.get_submodule(".".join(parts[:-1]))
+            value = nn.Parameter(saved.float(), requires_grad=False)
+            if isinstance(owner, nn.ParameterDict):
+                owner[parts[-1]] = value
+            else:
+                setattr(owner, parts[-1], value)
+
+    def fingerprint(self) -> str:
+        weights = [*self.path.glob("adapter_model.*"), self.path / CONFIG]
+        return fingerprint_of(sorted(weights))
+
+    def small_files(self) -> dict[str, Path | str]:
+        found = self._base.small_files()
+        found |= {
+            each.name: each
+            for each in sorted(self.path.glob("*"))
+            if each.is_file()
+            and ("token" in each.name or each.name in ("vocab.txt", "merges.txt", "vocab.json"))
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            self.config.save_pretrained(folder)
+            found["config.json"] = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        return found
+
+    def tokenizer_folder(self) -> Path | None:
+        own = self.path if (self.path / "tokenizer_config.json").exists() else None
+        return own or self._base.tokenizer_folder()
+
+    def whole_model(self, base: nn.Module) -> nn.Module:
+        """The model with the adapter merged into it; takes `base`, of the class of `config`."""
+        peft = _peft(self.given)
+        merged: nn.Module = peft.PeftModel.from_pretrained(base, self.given).merge_and_unload()
+        return merged
+
+
+def is_adapter(given: str) -> bool:
+    """Whether a folder is one of peft."""
+    return (Path(given) / CONFIG).exists()
+
+
+def _peft(given: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{given}: is an adapter and needs: pip install peft") from None
+    return peft
+
+
+def _read(given: str, read: Any) -> Any:
+    try:
+        return read()
+    except Exception as error:  # there is no end to what a broken file raises
+        raise UserError(f"{given}: peft cannot read it: {' '.join(str(error).split())}") from error
+
+
+# The class that peft trains for a task, by what stands in its configuration.
+CLASS_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def _config(settings: Any, base: Folder, saved: Mapping[str, torch.Tensor]) -> Any:
+    """The configuration of the model that the adapter was trained on, with its class."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**json.loads(base.config.to_json_string(False)))
+    task = getattr(settings.task_type, "value", settings.task_type)
+    if task is None:
+        kind = class_of(config)
+    else:
+        mapping = getattr(transformers, CLASS_OF_TASK[task])._model_mapping
+        try:
+            kind = mapping[type(config)]
+        except KeyError:
+            raise UserError(f"{base.given}: transformers has no model of it for {task}") from None
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = [
+            each for name, each in saved.items() if HEAD_OF_LABELS.intersection(name.split("."))
+        ]
+        if heads:
+            config.num_labels = len(heads[-1])
+    config.architectures = [kind.__name__]
+    return config
+
+
+HEAD_OF_LABELS = frozenset(("classifier", "score"))
