@@ -12,7 +12,7 @@ from spectral_ds.coactivation.acting import (
     responses_within,
 )
 from spectral_ds.coactivation.calibrate import calibrate, only_looking
-from spectral_ds.coactivation.cut_rows import Key
+from spectral_ds.coactivation.cut_rows import Key, answering_rank
 from spectral_ds.coactivation.graph import Coactivation, summed
 from spectral_ds.coactivation.inputs import (
     Batch,
@@ -25,7 +25,7 @@ from spectral_ds.coactivation.inputs import (
 from spectral_ds.coactivation.joint import functions_of
 from spectral_ds.coactivation.moments import Moments, Projections, is_exact, sketch_columns
 from spectral_ds.coactivation.observer import Observer
-from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOperator
+from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOperator, pieces_of
 from spectral_ds.coactivation.roles import RoleSpectra, by_role
 from spectral_ds.coactivation.sites import Site, sites_of
 from spectral_ds.coactivation.spectrum import Spectrum, largest, most_active, spectrum_of
@@ -50,6 +50,7 @@ __all__ = [
     "Spectrum",
     "SubspaceFunction",
     "SubspaceOperator",
+    "answering_rank",
     "by_role",
     "calibrate",
     "function_of",
@@ -59,6 +60,7 @@ __all__ = [
     "largest",
     "most_active",
     "only_looking",
+    "pieces_of",
     "random_batches",
     "responses_within",
     "sites_of",

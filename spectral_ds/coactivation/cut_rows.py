@@ -53,7 +53,11 @@ class CutRows:
             at = np.searchsorted(held[rank], self._start[key] + rows.start)
             self._first[key, rows.start] = int(at)
         self.values = torch.zeros(len(held[rank]), columns, device=device)
-        number, holder, answering = _answering(held)
+        number = np.concatenate([np.zeros(0, np.int64), *held])
+        holder = np.repeat(np.arange(len(held)), [len(numbers) for numbers in held])
+        order = np.lexsort((holder, number))
+        number, holder = number[order], holder[order]
+        answering = answering_rank(number, holder)
         shared = answering >= 0
         sends = np.flatnonzero(shared & (holder == rank) & (answering != rank))
         receives = np.flatnonzero(shared & (answering == rank) & (holder != rank))
@@ -121,13 +125,12 @@ class CutRows:
         return torch.from_numpy(np.searchsorted(self._numbers_here, numbers)).to(device)
 
 
-def _answering(held: Sequence[Indices]) -> tuple[Indices, Indices, Indices]:
-    """(number, holder, rank that answers) of each row of each rank; -1 where no rank shares it."""
-    number = np.concatenate([np.zeros(0, np.int64), *held])
-    holder = np.repeat(np.arange(len(held)), [len(numbers) for numbers in held])
-    order = np.lexsort((holder, number))
-    number, holder = number[order], holder[order]
+def answering_rank(number: Indices, holder: Indices) -> Indices:
+    """The rank that answers for each row of each rank; -1 where no other rank has a part of it.
+
+    Args:
+        number, holder: (rows,): of a row and of a rank that has a part of it, sorted so.
+    """
     distinct, first, count = np.unique(number, return_index=True, return_counts=True)
     chosen = holder[first + distinct % count] if len(distinct) else holder
-    answering = np.where(count > 1, chosen, -1)
-    return number, holder, np.repeat(answering, count)
+    return np.repeat(np.where(count > 1, chosen, -1), count)

@@ -103,7 +103,7 @@ class SubspaceOperator:
         columns: int,
     ) -> None:
         device = self._device = communicator.device
-        pieces = [list(_pieces(parameters, fragments)) for fragments in layout.fragments]
+        pieces = [list(pieces_of(parameters, fragments)) for fragments in layout.fragments]
         outputs = {p.name: p.width for p in parameters}
         self.pieces = pieces[layout.rank]
         held = [[(p.key, p.outputs) for p in each if not p.is_whole] for each in pieces]
@@ -285,7 +285,9 @@ class SubspaceOperator:
 ALL = slice(None)
 
 
-def _pieces(parameters: Sequence[ParameterNodes], fragments: Sequence[Fragment]) -> Iterator[Piece]:
+def pieces_of(
+    parameters: Sequence[ParameterNodes], fragments: Sequence[Fragment]
+) -> Iterator[Piece]:
     """The parts of a rank's fragments, matrix by matrix, in order."""
     by_name = {parameter.name: parameter for parameter in parameters}
     for index, fragment in enumerate(fragments):

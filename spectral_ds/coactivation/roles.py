@@ -17,20 +17,25 @@ class RoleSpectra:
     Attributes:
         roles: that share them, in model order.
         spectra: one a graph.
+        parameters: by name.
     """
 
     roles: tuple[str, ...]
     spectra: tuple[Spectrum, ...]
+    parameters: tuple[str, ...]
 
     @property
     def eigenvalues(self) -> Values:
-        """(k,), float64, descending: the median of the i-th largest, where half have one."""
+        """(k,), float64, descending: the median of the i-th largest.
+
+        Where fewer are known than elsewhere, the others count as their mean.
+        """
         most = max(len(each.values) for each in self.spectra)
-        table = np.full((len(self.spectra), most), np.nan)
-        for row, each in zip(table, self.spectra, strict=True):
-            row[: len(each.values)] = each.values
-        common = np.isfinite(table).mean(axis=0) >= 0.5
-        return np.asarray(np.nanmedian(table[:, common], axis=0))
+        table = [
+            np.append(each.values, np.full(most - len(each.values), each.rest))
+            for each in self.spectra
+        ]
+        return np.asarray(np.median(table, axis=0))
 
     def holding(self, share: float) -> int | None:
         """How many directions hold this share of the activity, in the median; None: more than k."""
@@ -46,10 +51,13 @@ def by_role(graphs: Coactivation, parameters: Sequence[ParameterNodes]) -> list[
     members: dict[str, list[str]] = {}
     for name in role_of:
         if name in graphs.leaders:
-            members.setdefault(graphs.leaders[name], []).append(role_of[name])
-    found: dict[tuple[str, ...], list[Spectrum]] = {}
-    for leader, roles in members.items():
-        spectra = [each for each in graphs.of(leader) if each is not None]
-        if spectra:
-            found.setdefault(tuple(dict.fromkeys(roles)), []).extend(spectra)
-    return [RoleSpectra(roles, tuple(spectra)) for roles, spectra in found.items()]
+            members.setdefault(graphs.leaders[name], []).append(name)
+    found: dict[tuple[str, ...], tuple[list[Spectrum], list[str]]] = {}
+    for leader, names in members.items():
+        own = [each for each in graphs.of(leader) if each is not None]
+        if own:
+            roles = tuple(dict.fromkeys(role_of[name] for name in names))
+            spectra, members_ = found.setdefault(roles, ([], []))
+            spectra += own
+            members_ += names
+    return [RoleSpectra(r, tuple(spectra), tuple(names)) for r, (spectra, names) in found.items()]

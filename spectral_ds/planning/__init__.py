@@ -1,5 +1,6 @@
 """What a configuration will take of each rank, from the shapes of a model alone."""
 
+from spectral_ds.planning.coactivation import PlannedCoactivation
 from spectral_ds.planning.costs import Machine
 from spectral_ds.planning.flows import Cluster
 from spectral_ds.planning.graphs import PlannedGraph, plan_graph
@@ -13,6 +14,7 @@ __all__ = [
     "Machine",
     "Model",
     "Plan",
+    "PlannedCoactivation",
     "PlannedGraph",
     "cut_parameters",
     "plan_configuration",

@@ -1,7 +1,8 @@
 """What a filter costs: arithmetic, memory traffic, time.
 
-Products are bound by memory: time is traffic over bandwidth, plus what is sent over the bandwidth
-of the link it takes, plus a latency a collective.
+Time is traffic over the bandwidth of memory, or operations over arithmetic where that is more, plus
+what is sent over the bandwidth of the link it takes, plus a latency a collective. Products with L
+are bound by memory; those with active directions may not be.
 """
 
 from collections.abc import Sequence
@@ -25,12 +26,14 @@ class Machine:
         intra, inter: bytes a second that a rank sends within its machine, and across.
         memory: bytes a second that a rank reads and writes.
         latency: seconds of a collective, however little it sends.
+        arithmetic: operations a second in float32.
     """
 
     intra: float = 300e9
     inter: float = 40e9
     memory: float = 2.5e12
     latency: float = 30e-6
+    arithmetic: float = 60e12
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Cost:
         )
 
     def computing(self, machine: Machine) -> Floats:
-        """Seconds that each rank's memory is busy."""
-        return self.traffic / machine.memory
+        """Seconds that each rank's memory, or its arithmetic, is busy."""
+        return np.maximum(self.traffic / machine.memory, self.flops / machine.arithmetic)
 
     def communicating(self, machine: Machine) -> Floats:
         """Seconds that each rank's links are busy."""

@@ -50,7 +50,12 @@ class Flow:
 
     @classmethod
     def none(cls, cluster: Cluster) -> "Flow":
-        zeros = np.zeros(cluster.world_size)
+        return cls.none_like(np.zeros(cluster.world_size))
+
+    @classmethod
+    def none_like(cls, by_rank: Floats) -> "Flow":
+        """Nothing, for as many ranks."""
+        zeros = np.zeros_like(by_rank)
         return cls(zeros, zeros, zeros, zeros)
 
     @classmethod

@@ -8,12 +8,12 @@ import torch
 
 from spectral_ds.config import SpectralConfig
 from spectral_ds.geometry.buckets import below_shard
-from spectral_ds.graph import EdgeFamily, Similarity
+from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
 from spectral_ds.laplacian import Exchange, Work
 from spectral_ds.laplacian.packing import count_exchanges
 from spectral_ds.planning.chance import reached
 from spectral_ds.planning.costs import FLOAT, Cost, function_cost
-from spectral_ds.planning.flows import Cluster, Floats
+from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, ScratchElements, packed
@@ -57,14 +57,29 @@ class PlannedGraph:
     penalty: Cost | None
 
     @property
+    def parameters(self) -> list[ParameterNodes]:
+        """All that it covers."""
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+    @property
+    def hop(self) -> Flow:
+        """What travels before a product with L."""
+        return sum((pack.hop for pack in self.packs), Flow.none_like(self.nodes))
+
+    @property
+    def transpose(self) -> Flow:
+        """What travels to transpose what is transposed, or to return it."""
+        return sum((pack.transpose for pack in self.packs), Flow.none_like(self.nodes))
+
+    @property
     def bytes_per_hop(self) -> int:
         """Bytes that all ranks send for a product with L."""
-        return FLOAT * sum(pack.hop.total for pack in self.packs)
+        return FLOAT * self.hop.total
 
     @property
     def bytes_per_transpose(self) -> int:
         """Bytes that all ranks send to transpose what is transposed, or to return it."""
-        return FLOAT * sum(pack.transpose.total for pack in self.packs)
+        return FLOAT * self.transpose.total
 
     @property
     def all_nodes(self) -> int:

@@ -6,15 +6,19 @@ In: a model's shapes, a configuration, an engine and the ranks. Out: a `Plan`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
+from torch import nn
 
 from spectral_ds.config import SpectralConfig
+from spectral_ds.graph import parameter_nodes
+from spectral_ds.planning.coactivation import PlannedCoactivation, plan_coactivation
 from spectral_ds.planning.costs import FLOAT, Cost, Machine
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph, plan_graph
 from spectral_ds.planning.layouts import EngineName, cut_parameters
-from spectral_ds.stack import ModelFacts, choose_graphs
+from spectral_ds.stack import ModelFacts, choose_graphs, facts_of, sites_among
 
 # What a rank's Python keeps of every run of every rank (measured): a fragment; and, where
 # statistics are taken, a span of nodes with its rectangles.
@@ -31,12 +35,33 @@ class Model:
         shapes: of its trainable parameters, in model order.
         elements: of all parameters.
         facts: what its modules tell of them.
+        with_inputs: names of those that multiply activations; see `coactivation.sites_of`.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     elements: int
     facts: ModelFacts = field(default_factory=ModelFacts)
+    with_inputs: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> "Model":
+        """What shapes and types of modules tell; the weights may be on the meta device."""
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        shapes = {n: tuple(parameter.shape) for n, parameter in trainable.items()}
+        facts = facts_of([module], trainable)
+        nodes = parameter_nodes(shapes, "column", facts.storage).values()
+        sites = sites_among([module], trainable, nodes)
+        return cls(
+            name,
+            shapes,
+            sum(parameter.numel() for parameter in module.parameters()),
+            facts,
+            frozenset(site.parameter for site in sites),
+        )
+
+
+AnyPlannedGraph: TypeAlias = PlannedGraph | PlannedCoactivation
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +74,7 @@ class Plan:
         elements: how many are filtered, by rank.
         device_memory, host_memory: bytes by what for; by rank.
         cost: of one step in which the filter acts.
+        calibration: bytes on each rank's device while activations are looked at, before training.
     """
 
     model: Model
@@ -57,11 +83,12 @@ class Plan:
     cluster: Cluster
     machine: Machine
     bucket_elements: int
-    graphs: tuple[PlannedGraph, ...]
+    graphs: tuple[AnyPlannedGraph, ...]
     elements: Floats
     device_memory: dict[str, Floats]
     host_memory: dict[str, Floats]
     cost: Cost
+    calibration: int
 
     @property
     def bytes_sent(self) -> int:
@@ -107,11 +134,13 @@ def plan_configuration(
     """
     cuts = cut_parameters(engine, model.shapes, cluster.world_size, groups)
     choices = choose_graphs(model.shapes, config, model.facts)
-    graphs = [
-        plan_graph(choice, config, cuts, cluster, bucket_elements, is_first=index == 0)
+    graphs: list[AnyPlannedGraph] = [
+        plan_coactivation(choice, config, cuts, cluster, bucket_elements, model.with_inputs)
+        if choice.is_coactivation
+        else plan_graph(choice, config, cuts, cluster, bucket_elements, is_first=index == 0)
         for index, choice in enumerate(choices)
     ]
-    filtered = {p.name for graph in graphs for group in graph.groups for p in group.parameters}
+    filtered = {parameter.name for graph in graphs for parameter in graph.parameters}
     elements = sum(
         (cluster.by_rank(cuts[n].rank, np.diff(cuts[n].bounds)) for n in sorted(filtered)),
         np.zeros(cluster.world_size),
@@ -132,11 +161,13 @@ def plan_configuration(
         device,
         host,
         _cost(graphs, config, elements, cluster),
+        # One graph after another is looked at.
+        max((g.calibration for g in graphs if isinstance(g, PlannedCoactivation)), default=0),
     )
 
 
 def _memory(
-    graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats
+    graphs: Sequence[AnyPlannedGraph], config: SpectralConfig, elements: Floats
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Bytes by what for, by rank: on the device, and on its host."""
     shard, none = FLOAT * elements, np.zeros_like(elements)
@@ -144,10 +175,13 @@ def _memory(
     has_reference = regularizer.strength > 0 and regularizer.reference == "pretrained"
 
     def of_graphs(kind: str) -> Floats:
-        return sum((graph.memory[kind] for graph in graphs), none)
+        return sum((graph.memory.get(kind, none) for graph in graphs), none)
 
     device = {kind: of_graphs(kind) for kind in ("kernels", "scratch", "statistics")}
     host = {"edges": of_graphs("edges")}
+    if config.has_activations:
+        device["directions"] = of_graphs("directions")
+        host["known directions"] = of_graphs("known directions")
     if has_reference:
         (host if regularizer.reference_device == "cpu" else device)["reference"] = shard
     if config.filter.apply_to == "update":
@@ -158,7 +192,7 @@ def _memory(
 
 
 def _cost(
-    graphs: Sequence[PlannedGraph], config: SpectralConfig, elements: Floats, cluster: Cluster
+    graphs: Sequence[AnyPlannedGraph], config: SpectralConfig, elements: Floats, cluster: Cluster
 ) -> Cost:
     """What one step costs. Passes over all elements are counted by what they read and write."""
     cost = Cost(Flow.none(cluster), np.zeros_like(elements), np.zeros_like(elements), 0)

@@ -3,10 +3,11 @@
 In: the settings of an edge, and an engine. Out: the graphs of the inputs to keep, or to learn.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectral_ds.coactivation import (
@@ -32,9 +33,24 @@ from spectral_ds.text import DataError, read_texts
 
 def sites_of_graph(engine: Engine, parameters: Iterable[ParameterNodes]) -> list[Site]:
     """Where the parameters of a graph multiply activations."""
+    return sites_among(engine.holders, engine.named, parameters)
+
+
+def sites_among(
+    holders: Iterable[object],
+    named: Mapping[str, torch.Tensor],
+    parameters: Iterable[ParameterNodes],
+) -> list[Site]:
+    """`sites_of_graph`, of a model that no engine trains.
+
+    Args:
+        holders: modules, and whatever else may hold some.
+        named: parameters by name, at least these.
+        parameters: whose nodes are columns.
+    """
     shapes = {p.name: (p.matrices, p.width, p.nodes_of_matrix) for p in parameters}
-    named = {name: engine.named[name] for name in shapes}
-    return sites_of(modules_of(engine.holders), named, shapes)
+    asked = {name: named[name] for name in shapes}
+    return sites_of(modules_of(holders), asked, shapes)
 
 
 def graphs_of(

@@ -108,7 +108,11 @@ class Recommendation:
 
 
 def candidates(stack: tuple[GraphConfig, ...]) -> list[Candidate]:
-    """The usual graphs over the parameters of the configured one, and those that it adds."""
+    """The usual graphs over the parameters of the configured one, and those that it adds.
+
+    Graphs of activations are none of them: they are not there to tell signal from noise, which is
+    what candidates are judged by. `activity` looks at them.
+    """
     first = stack[0]
     neighbours = next((e.neighbours for e in first.edges if e.family == "similarity"), 8)
     weights = EdgeConfig(neighbours=neighbours)
@@ -131,7 +135,8 @@ def candidates(stack: tuple[GraphConfig, ...]) -> list[Candidate]:
     known = {replace(candidate.graph, refresh_interval=0) for candidate in found}
     for index, graph in enumerate(stack):
         # An element's signal is one number: there is no noise to average.
-        if graph.node != "element" and replace(graph, refresh_interval=0) not in known:
+        is_judged = graph.node != "element" and graph.edges[0].family != "activations"
+        if is_judged and replace(graph, refresh_interval=0) not in known:
             name = "configured" if len(stack) == 1 else f"configured, graphs[{index}]"
             found.append(Candidate(name, graph))
     return found

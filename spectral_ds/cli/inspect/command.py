@@ -41,7 +41,8 @@ def add_parser(commands: Any) -> None:
         summary="graph and spectrum of a model's parameters; with --data, which graph to use",
         description="Builds the parameter graph of a configuration and measures it, without\n"
         "training. With --data, also measures which graph separates signal from noise in the\n"
-        "gradient, and says what to put into the configuration.",
+        "gradient, says what to put into the configuration, and tells how much of the gradient\n"
+        "goes along the directions that the inputs of layers use most.",
         examples=EXAMPLES,
     )
     add = parser.add_argument
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: an argument cannot be used.
         SpectralConfigError: the configuration cannot.
     """
+    from spectral_ds.cli.inspect.activity import said_of_activity
     from spectral_ds.cli.inspect.candidates import recommend
     from spectral_ds.cli.inspect.inspection import Inspection
     from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
@@ -82,10 +84,14 @@ def run(arguments: argparse.Namespace) -> int:
     module, is_causal = load_model(source, trains=has_data)
     model = ModelUnderTest(module, config.seed)
     inspection = Inspection(model, config, arguments.eigenvalues)
+    batches: list[Batch] = []
     if has_data:
-        inspection.take_means(_batches(arguments, source, module, is_causal, config.seed))
+        batches = _batches(arguments, source, module, is_causal, config.seed)
+        inspection.take_means(batches)
+    inspection.look_at_activations(batches)
     graphs = inspection.graphs()
     results = inspection.candidate_results() if has_data else None
+    activities = inspection.activities()
     candidates = {candidate.name: candidate.graph for candidate in inspection.candidates}
     report = InspectReport(
         model=arguments.model,
@@ -95,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         graphs=graphs,
         candidates=results,
         recommendation=None if results is None else recommend(results, candidates),
+        activity=activities,
+        activity_words=said_of_activity(activities),
         seconds=time.perf_counter() - started,
     )
     _deliver(report, arguments)

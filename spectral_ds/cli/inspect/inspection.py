@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from spectral_ds.cli.inspect.activity import ActivityMeasurement, ActivityReport
+from spectral_ds.cli.inspect.activity_sources import of_configuration, of_data
 from spectral_ds.cli.inspect.batches import Batch
 from spectral_ds.cli.inspect.candidates import (
     Candidate,
@@ -49,7 +51,10 @@ class Inspection:
 
     def __init__(self, model: ModelUnderTest, config: SpectralConfig, eigenvalues: int) -> None:
         self._model, self._config, self._eigenvalues = model, config, eigenvalues
-        self._graphs = model.graphs(config)
+        choices = model.graphs(config)
+        self._graphs = {c.key: c.settings for c in choices if not c.is_coactivation}
+        self._of_activations = [choice for choice in choices if choice.is_coactivation]
+        self._activities: list[ActivityMeasurement] = []
         self.candidates: list[Candidate] = candidates(config.stack)
         self._means: dict[GraphConfig, MeanGradient] = {}
         self._made: dict[tuple[GraphConfig, GraphConfig], ParameterGraph] = {}
@@ -71,6 +76,24 @@ class Inspection:
         for gradients in self._gradients(batches[:half], "gradients that make graphs"):
             for mean in by_key.values():
                 mean.observe(gradients)
+
+    def look_at_activations(self, batches: Sequence[Batch] = ()) -> None:
+        """Look at the activations of the text, of random tokens, and of what is configured.
+
+        Args:
+            batches: of the text, of which the first half is looked at; none without data.
+        """
+        seed = self._config.seed
+        if batches:
+            half = batches[: len(batches) // 2]
+            self._activities += of_data(self._model, self._config.stack[0], half, seed)
+        self._activities += of_configuration(
+            self._model, self._of_activations, has_data=bool(batches), seed=seed
+        )
+
+    def activities(self) -> list[ActivityReport]:
+        """What directions are active, and how much of the judging gradients goes along them."""
+        return [each.report() for each in self._activities]
 
     def graphs(self) -> list[GraphReport]:
         """What the configured graphs are like."""
@@ -112,6 +135,8 @@ class Inspection:
         for gradients in self._gradients(self._judging, "gradients that judge graphs"):
             for _, statistics in running.values():
                 statistics.observe(gradients, 1.0)
+            for activity in self._activities:
+                activity.observe(gradients)
         for name, (graph, statistics) in running.items():
             found = statistics.signal_to_noise()
             results.append(measured_result(name, graph.num_edges, found, graph.lambda_max))

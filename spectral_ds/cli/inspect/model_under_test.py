@@ -7,12 +7,21 @@ from functools import cached_property
 import torch
 
 from spectral_ds.cli.errors import UserError
+from spectral_ds.coactivation import Site
 from spectral_ds.config import GraphConfig, SpectralConfig
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.laplacian import ParameterGraph
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches import FeatureSource, WeightFeatures, no_features
-from spectral_ds.stack import ModelFacts, choose_graphs, choose_parameters, edge_families, facts_of
+from spectral_ds.stack import (
+    GraphChoice,
+    ModelFacts,
+    choose_graphs,
+    choose_parameters,
+    edge_families,
+    facts_of,
+    sites_among,
+)
 
 # Edges are kept as 24 bytes each: beyond so many nodes a graph does not fit into usual memory.
 MAX_NODES = 2**24
@@ -62,8 +71,8 @@ class ModelUnderTest:
         """What the model's modules tell of its parameters."""
         return facts_of([self.module], self.trainable)
 
-    def graphs(self, config: SpectralConfig) -> dict[str, GraphConfig]:
-        """The graphs of a configuration by their keys, once it is clear that they can be built.
+    def graphs(self, config: SpectralConfig) -> list[GraphChoice]:
+        """The graphs of a configuration, once it is clear that they can be built.
 
         Raises:
             SpectralConfigError: one cannot; see `choose_graphs`.
@@ -71,8 +80,9 @@ class ModelUnderTest:
         """
         choices = choose_graphs(self._shapes, config, self.facts)
         for choice in choices:
-            _refuse_too_many(choice.parameters, choice.key)
-        return {choice.key: choice.settings for choice in choices}
+            if not choice.is_coactivation:  # which stores no edges
+                _refuse_too_many(choice.parameters, choice.key)
+        return choices
 
     def nodes(self, config: GraphConfig) -> list[ParameterNodes]:
         """The nodes of the parameters that a graph covers.
@@ -84,6 +94,18 @@ class ModelUnderTest:
         chosen, _ = choose_parameters(self._shapes, config, "graph", self.facts)
         _refuse_too_many(chosen, "graph")
         return chosen
+
+    def with_inputs(
+        self, parameters: Sequence[ParameterNodes]
+    ) -> tuple[list[ParameterNodes], list[Site]]:
+        """Those of some parameters whose inputs can be seen, and where.
+
+        Args:
+            parameters: whose nodes are columns.
+        """
+        sites = sites_among([self.module], self.trainable, parameters)
+        names = {site.parameter for site in sites}
+        return [parameter for parameter in parameters if parameter.name in names], sites
 
     def build(
         self,

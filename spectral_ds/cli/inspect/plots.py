@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spectral_ds.cli.inspect.activity_plot import activity_figure
 from spectral_ds.cli.inspect.candidates import CandidateResult
 from spectral_ds.cli.inspect.graph_properties import GraphProperties
 from spectral_ds.cli.inspect.report import GraphReport, InspectReport
@@ -33,14 +34,20 @@ PANEL_HEIGHT, LINE_HEIGHT = 1.3, 0.3
 def draw(report: InspectReport, folder: Path) -> list[Path]:
     """Draw all figures into a folder; their paths.
 
-    `density.png`, `eigenvalues.png`, `degrees.png`, `roughness.png` and, with data, `snr.png`.
+    `density.png`, `eigenvalues.png`, `degrees.png`, `roughness.png` of graphs of edges; with data,
+    `snr.png`; of activations, `activity.png`.
     """
-    figures: dict[str, Callable[[], Figure]] = {
-        "density": lambda: role_densities(report.graphs),
-        "eigenvalues": lambda: role_eigenvalues(report.graphs),
-        "degrees": lambda: degree_histograms(report.graphs),
-        "roughness": lambda: role_roughness(report.graphs),
-    }
+    figures: dict[str, Callable[[], Figure]] = {}
+    if report.graphs:
+        figures = {
+            "density": lambda: role_densities(report.graphs),
+            "eigenvalues": lambda: role_eigenvalues(report.graphs),
+            "degrees": lambda: degree_histograms(report.graphs),
+            "roughness": lambda: role_roughness(report.graphs),
+        }
+    activities = [each for each in report.activity if each.roles]
+    if activities:
+        figures["activity"] = lambda: activity_figure(activities)
     results = [each for each in report.candidates or () if each.kept_over_total is not None]
     if results:
         figures["snr"] = lambda: candidate_ratios(results)

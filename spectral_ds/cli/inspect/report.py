@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from spectral_ds.cli.inspect.activity import ActivityReport
 from spectral_ds.cli.inspect.candidates import CandidateResult, Recommendation
 from spectral_ds.cli.inspect.graph_properties import GraphProperties
 
@@ -38,10 +39,12 @@ class InspectReport:
         model: as the user named it.
         parameters, elements: trainable ones, and their elements.
         config: the whole configuration in use.
-        graphs: those that the configuration stacks.
+        graphs: those of edges that the configuration stacks.
         candidates: best first; None without data.
         recommendation: None without data.
         seconds: that it took.
+        activity: of the inputs that were looked at: with data, and of graphs of activations.
+        activity_words: one sentence on it; None without data.
     """
 
     model: str
@@ -52,6 +55,8 @@ class InspectReport:
     candidates: list[CandidateResult] | None
     recommendation: Recommendation | None
     seconds: float
+    activity: list[ActivityReport] = field(default_factory=list)
+    activity_words: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Dicts, lists, strings and finite numbers; None stands for what is not a number."""

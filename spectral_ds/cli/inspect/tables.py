@@ -1,12 +1,13 @@
 """What `spectral-ds inspect` has found, as tables on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from spectral_ds.cli.inspect.activity import ActivityReport
 from spectral_ds.cli.inspect.candidates import CandidateResult
 from spectral_ds.cli.inspect.graph_properties import GraphProperties
 from spectral_ds.cli.inspect.report import GraphReport, InspectReport
@@ -30,11 +31,18 @@ def show(report: InspectReport, written: Sequence[Path]) -> None:
         for dimensions in sorted(set(graph.dimensions.values())):
             roles = [role for role, theirs in graph.dimensions.items() if theirs == dimensions]
             print_(f"stored as {dimensions}; a row is one output: {', '.join(roles)}")
-    print_(
-        "degree: least, median, mean, most. λ₁: the lowest eigenvalues above 0. density: of "
-        "eigenvalues over [0, bound].\nroughness: xᵀLx/xᵀx of the weights over that of random "
-        "directions; below 1 is smoother than chance."
-    )
+    if report.graphs:
+        _explain_graphs(print_)
+    for activity in report.activity:
+        console.print(_activity_table(activity))
+    if report.activity:
+        print_(
+            "a: activity of a direction of a layer's inputs, 1 is average. 50 %, 90 %: how many "
+            "directions hold so much of all activity.\nalong: share of the gradient's energy along "
+            "the most active directions (by chance: of one that points anywhere)."
+        )
+    if report.activity_words is not None:
+        print_(f"\n{report.activity_words}.\n")
     if report.candidates is not None and report.recommendation is not None:
         print_()
         console.print(_candidate_table(report.candidates))
@@ -47,6 +55,43 @@ def show(report: InspectReport, written: Sequence[Path]) -> None:
         print_(report.recommendation.yaml)
     if written:
         print_("written: " + ", ".join(str(path) for path in written))
+
+
+def _explain_graphs(print_: Callable[..., None]) -> None:
+    print_(
+        "degree: least, median, mean, most. λ₁: the lowest eigenvalues above 0. density: of "
+        "eigenvalues over [0, bound].\nroughness: xᵀLx/xᵀx of the weights over that of random "
+        "directions; below 1 is smoother than chance."
+    )
+
+
+def _activity_table(report: ActivityReport) -> Table:
+    along = [f"along {k} (by chance)" for k in report.directions]
+    table = make_table(
+        f"activity of {report.name}",
+        ("matrices of equal inputs", "inputs", "graphs", "largest a", "50 %", "90 %", *along),
+    )
+    for role in report.roles:
+        known, held = len(role.eigenvalues), (role.holding_half, role.holding_most)
+        table.add_row(
+            ", ".join(role.roles),
+            f"{role.inputs:,}",
+            f"{role.graphs:,}",
+            f"{role.eigenvalues[0]:.3g}",
+            *(f"> {known}" if n is None else str(n) for n in held),
+            *_along(role.gradient, role.by_chance),
+        )
+    if report.gradient is not None and report.by_chance is not None:
+        table.add_section()
+        table.add_row("all", "", "", "", "", "", *_along(report.gradient, report.by_chance))
+    return table
+
+
+def _along(shares: Sequence[float] | None, by_chance: Sequence[float]) -> list[str]:
+    if shares is None:
+        return [f"– ({percent(chance)})" for chance in by_chance]
+    pairs = zip(shares, by_chance, strict=True)
+    return [f"{percent(share)} ({percent(chance)})" for share, chance in pairs]
 
 
 def _graph_table(graph: GraphReport) -> Table:

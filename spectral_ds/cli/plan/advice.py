@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from spectral_ds.cli.terminal import duration, size
 from spectral_ds.config import SpectralConfig
+from spectral_ds.planning.coactivation import PlannedCoactivation
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.layouts import EngineName
 from spectral_ds.planning.planner import Plan
@@ -32,6 +33,8 @@ def _of_sending(plan: Plan, others: Mapping[EngineName, Plan]) -> str:
             return "One rank holds all neighbours."
         acts = any(graph.filter or graph.penalty for graph in plan.graphs)
         reason = "every edge joins what one rank owns" if acts else "no graph acts on a signal"
+        if acts and all(isinstance(graph, PlannedCoactivation) for graph in plan.graphs):
+            reason = "no shard edge cuts a row"
         return f"Nothing is sent under {plan.engine}: {reason}."
     if plan.bytes_sent < LITTLE * FLOAT * float(plan.elements.sum()):
         return f"Next to nothing is sent under {plan.engine}: {_sent(plan)}."

@@ -53,6 +53,8 @@ def add_parser(commands: Any) -> None:
         help="of a rank to other machines (default: 40)")  # fmt: skip
     add("--memory-bandwidth", metavar="GB/s", default=2500, **positive,
         help="of a rank (default: 2500)")  # fmt: skip
+    add("--flops-float32", metavar="TFLOPS", default=60, **positive,
+        help="that a rank does a second in float32, as filters do (default: 60)")  # fmt: skip
     add("--latency", metavar="µs", default=30, **positive, help="of a collective (default: 30)")
     add("--device", choices=("cuda", "cpu"), default="cuda",
         help="where ranks compute: buckets are larger on cuda (default)")  # fmt: skip
@@ -109,6 +111,7 @@ def _report(arguments: argparse.Namespace, config: SpectralConfig, machines: int
             inter=arguments.bandwidth_inter * 1e9,
             memory=arguments.memory_bandwidth * 1e9,
             latency=arguments.latency * 1e-6,
+            arithmetic=arguments.flops_float32 * 1e12,
         ),
         bucket_elements(torch.device(arguments.device)),
     )

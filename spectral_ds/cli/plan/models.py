@@ -6,7 +6,6 @@ import torch
 
 from spectral_ds.cli.models import CAUSAL, Source
 from spectral_ds.planning.planner import Model
-from spectral_ds.stack import facts_of
 
 _LLAMA_3 = {
     "vocab_size": 128256,
@@ -64,7 +63,4 @@ def model_of(given: str) -> Model:
         # Classes of one architecture have no public `from_config`.
         make = getattr(kind, "from_config", None) or kind._from_config
         module: torch.nn.Module = make(settings)
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(parameter.shape) for name, parameter in trainable.items()}
-    elements = sum(parameter.numel() for parameter in module.parameters())
-    return Model(given, shapes, elements, facts_of([module], trainable))
+    return Model.of(given, module)

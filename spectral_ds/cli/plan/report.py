@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from spectral_ds.cli.plan.advice import advice
+from spectral_ds.planning.coactivation import PlannedCoactivation
 from spectral_ds.planning.costs import FLOAT
 from spectral_ds.planning.flows import Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph
@@ -41,7 +42,10 @@ def plan_report(
         "engine": plan.engine,
         "world_size": plan.cluster.world_size,
         "nodes": plan.cluster.machines,
-        "graphs": [_graph(plan, graph) for graph in plan.graphs],
+        "graphs": [
+            _coactivation(graph) if isinstance(graph, PlannedCoactivation) else _graph(graph)
+            for graph in plan.graphs
+        ],
         "bytes_per_step": plan.bytes_sent,
         "collectives_per_step": plan.cost.collectives,
         "per_rank": _per_rank(plan),
@@ -64,7 +68,40 @@ def plan_report(
     }
 
 
-def _graph(plan: Plan, graph: PlannedGraph) -> dict[str, Any]:
+def _coactivation(graph: PlannedCoactivation) -> dict[str, Any]:
+    """A graph of activations; it has no hops and no λ_max that shapes tell."""
+    expected, most = graph.graphs
+    edge = graph.edge
+    return {
+        "family": "activations",
+        "nodes": graph.all_nodes,
+        # By names, query, key and value share their inputs.
+        "graphs": {"expected": expected, "most": most},
+        "directions": edge.rank,
+        "keep": edge.keep,
+        "learn": edge.learn,
+        "bytes_per_evaluation": graph.bytes_per_evaluation,
+        "groups": _inputs_groups(graph),
+    }
+
+
+def _inputs_groups(graph: PlannedCoactivation) -> list[dict[str, Any]]:
+    """Matrices of equal roles that share their inputs, together."""
+    count: dict[Any, int] = defaultdict(int)
+    sent: dict[Any, int] = defaultdict(int)
+    for group in graph.groups:
+        key = tuple(dict.fromkeys(parameter.role for parameter in group))
+        count[key] += group[0].matrices
+        rows = sum(graph.cut.sent[parameter.name] for parameter in group)
+        sent[key] += FLOAT * graph.columns * rows * graph.evaluations
+    return [
+        {"roles": list(roles), "meets": "cut rows" if sent[roles] else "local", "count": number,
+         "bytes_per_step": sent[roles]}
+        for roles, number in count.items()
+    ]  # fmt: skip
+
+
+def _graph(graph: PlannedGraph) -> dict[str, Any]:
     expected, least, most = map(round, graph.edges)
     penalty = graph.transfers.penalty
     return {
@@ -103,8 +140,8 @@ def _groups(graph: PlannedGraph) -> list[dict[str, Any]]:
 
 def _per_rank(plan: Plan) -> dict[str, Any]:
     none = Flow.none(plan.cluster)
-    hop = sum((pack.hop for graph in plan.graphs for pack in graph.packs), none)
-    transpose = sum((pack.transpose for graph in plan.graphs for pack in graph.packs), none)
+    hop = sum((graph.hop for graph in plan.graphs), none)
+    transpose = sum((graph.transpose for graph in plan.graphs), none)
     computing = plan.cost.computing(plan.machine)
     communicating = plan.cost.communicating(plan.machine)
     return {
@@ -113,6 +150,8 @@ def _per_rank(plan: Plan) -> dict[str, Any]:
         "edges": _figures(sum((s.edges_held for s in plan.graphs), np.zeros_like(plan.elements))),
         "device_bytes": _memory(plan.device_memory),
         "host_bytes": _memory(plan.host_memory),
+        # Of the device too, but before training.
+        "calibration_bytes": plan.calibration,
         "boundary_bytes_per_hop": _bytes(hop),
         "transposed_bytes_per_move": _bytes(transpose),
         "bytes_per_step": _bytes(plan.cost.flow),

@@ -15,6 +15,10 @@ def show(report: dict[str, Any]) -> None:
         f"{report['world_size']:,} ranks on {report['nodes']:,} machines"
     )
     for graph in report["graphs"]:
+        if graph.get("family") == "activations":
+            console.print(f"\n{_words_of_activations(graph)}", soft_wrap=True)
+            console.print(_groups_table(graph["groups"], "matrices of equal inputs"))
+            continue
         edges, hops = graph["edges"], graph["hops"]
         is_known = edges["least"] == edges["most"]
         range_ = "" if is_known else f" (expected; {edges['least']:,} to {edges['most']:,})"
@@ -36,8 +40,20 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"\n{report['advice']}", soft_wrap=True)
 
 
-def _groups_table(groups: list[dict[str, Any]]) -> Table:
-    table = make_table("", ("joined parameters", "meet by", "groups", "sent a step"), words=2)
+def _words_of_activations(graph: dict[str, Any]) -> str:
+    count, learn = graph["graphs"], graph["learn"]
+    learned = "" if learn == "none" else f", learn {learn}"
+    others = count["most"] - count["expected"]
+    known = f" by names; {count['most']:,} if no two matrices share their inputs" if others else ""
+    return (
+        f"{graph['nodes']:,} inputs of layers in {count['expected']:,} graphs of activations"
+        f"{known}; the {graph['directions']} most active directions of each (keep {graph['keep']}"
+        f"{learned})"
+    )
+
+
+def _groups_table(groups: list[dict[str, Any]], first: str = "joined parameters") -> Table:
+    table = make_table("", (first, "meet by", "groups", "sent a step"), words=2)
     alone = [group for group in groups if group["meets"] == "local"]
     for group in groups:
         if group["meets"] != "local":
@@ -61,7 +77,8 @@ def _ranks_table(figures: dict[str, Any]) -> Table:
         return f"{count:,.0f}"
 
     for name in ("elements", "nodes", "edges"):
-        add("graph", name, figures[name], whole)
+        if name != "edges" or figures[name]["worst"]:  # pairs of inputs are not stored
+            add("graph", name, figures[name], whole)
     parts = {
         "device memory": ("device_bytes", size),
         "host memory": ("host_bytes", size),
@@ -74,6 +91,9 @@ def _ranks_table(figures: dict[str, Any]) -> Table:
         shown = {name: both for name, both in figures[key].items() if both["worst"]}
         for name, both in (shown or {"total": figures[key]["total"]}).items():
             add(part, name.replace("_", " "), both, show)
+    if held := figures["calibration_bytes"]:
+        table.add_section()
+        table.add_row("device memory", "while looking at activations", size(held), size(held))
     table.add_section()
     add("a step", "operations", figures["flops_per_step"], lambda n: size(n).removesuffix("B"))
     add("a step", "memory traffic", figures["traffic_bytes_per_step"], size)
