@@ -242,10 +242,10 @@ def test_source_is_left_as_it_was() -> None:
         ("paper", "similarity by weights", {"filter.response": "heat", "filter.strength": 0.5}),
         (
             "retain",
-            "depth by weights",
-            {"graph.laplacian": "combinatorial", "filter.response": "window",
-             "filter.alpha": 0.4, "filter.apply_to": "update",
-             "regularizer.coupling": "decoupled"},
+            "activations by weights",
+            {"graph.node": "column", "graph.exclude": ("*lm_head*", "*classifier*", "*pooler*"),
+             "filter.response": "tikhonov", "filter.tau": 1.0, "filter.strength": 1.0,
+             "filter.apply_to": "update", "filter.rest": 1.0},
         ),
         (
             "denoise",

@@ -137,8 +137,9 @@ class Job:
         return Graphs(found, self._sites, source)
 
     def _save(self, path: Path, found: Coactivation, source: str) -> None:
+        rank = self._amount.rank
         try:
-            write_whole(path, lambda unfinished: statistics.save(unfinished, found, source))
+            write_whole(path, lambda unfinished: statistics.save(unfinished, found, source, rank))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
 

@@ -77,9 +77,9 @@ def read(path: Path, rank: int, sites: Mapping[str, Site]) -> Graphs:
         UserError: it is none, or of another model.
     """
     try:
-        return Graphs(statistics.load(path).of_rank(rank), sites, str(path))
+        return Graphs(statistics.load(path, rank), sites, str(path))
     except InputsError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{path}: {error}") from error
 
 
 class Functions:
