@@ -324,10 +324,15 @@ ADAM = functools.partial(torch.optim.AdamW, eps=1e-3, weight_decay=0.0)
 RETAIN_RATES = (7e-4, 3.5e-4)
 RETAIN_STEPS = 4
 
+SMOOTH_AND_PULL = {
+    "preset": "gradient_smoothing",
+    "regularizer": {"strength": 300.0, "ridge": 0.4, "coupling": "decoupled"},
+}
+
 
 def retained(name):
-    """Weights after some steps of AdamW with the preset `retain`."""
-    training = Training(CELLS[name], {"preset": "retain"}, ADAM, RETAIN_RATES)
+    """Weights after some steps of AdamW, smoothed over depth and pulled back."""
+    training = Training(CELLS[name], SMOOTH_AND_PULL, ADAM, RETAIN_RATES)
     for index in range(RETAIN_STEPS):
         training.step(index)
     weights = training.snapshot()
@@ -385,16 +390,16 @@ def by_hand(ranks):
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2-offload", "zero3", "fsdp2", "ddp"])
-def test_preset_retain_smooths_updates_over_depth_and_pulls_back(ranks, by_hand, name):
+def test_updates_are_smoothed_over_depth_and_pulled_back(ranks, by_hand, name):
     for weights in ranks(2).run(retained, name):
         assert distance(by_hand, weights) <= 1e-6
 
 
 FUSED = functools.partial(torch.optim.AdamW, fused=True)
 LEAVES_TRACES = {
-    "preset": "retain",
+    **SMOOTH_AND_PULL,
     "filter": {"temporal": {"decay": 0.5, "amplify": 1.0}},
-    "regularizer": {"reference": "zero", "strength": 30.0},
+    "regularizer": {**SMOOTH_AND_PULL["regularizer"], "reference": "zero", "strength": 30.0},
 }
 
 
