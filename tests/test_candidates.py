@@ -60,7 +60,7 @@ def test_summary_and_figures_are_written(judged):
     summary, out = judged
     assert json.loads((out / "summary.json").read_text()) == summary
     assert {path.stem for path in out.glob("*.png")} == {
-        "degrees", "density", "eigenvalues", "roughness", "snr",
+        "activity", "degrees", "density", "eigenvalues", "roughness", "snr",
     }  # fmt: skip
     for path in out.glob("*.png"):
         pixels = image.imread(path)

@@ -125,6 +125,28 @@ def test_a_difference_names_the_node_the_thing_and_both_values():
     assert len(problems) == check.MOST_LISTED + 1
 
 
+def test_inputs_of_a_graph_of_activations_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = {"node": "column", "edges": [{"family": "activations", "keep": "texts.txt"}]}
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"spectral_ds": {"graph": section}}))
+    missing = check.look_here(2, config)
+    [line] = missing.trouble
+    assert line == 'spectral_ds.graph.edges[0].keep = "texts.txt": no such file or folder'
+    seen = []
+    for text in ("one", "one", "another"):
+        (tmp_path / "texts.txt").write_text(text)
+        seen.append(check.look_here(2, config))
+    assert check.compare(seen[:2], 1.0).problems == []
+    [problem] = check.compare(seen[1:], 1.0).problems
+    assert "content of texts.txt is SHA-256" in problem
+    assert check.compare([seen[0], missing], 1.0).problems == [f"node 1 ({missing.host}): {line}"]
+    (tmp_path / "texts.txt").unlink()
+    (tmp_path / "texts.txt").mkdir()
+    (tmp_path / "texts.txt" / "part").write_text("one")
+    assert len(check.compare([seen[0], check.look_here(2, config)], 1.0).problems) == 1
+
+
 def test_the_file_of_the_environment_goes_over_the_section(tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text('{"spectral_ds": {"seed": 1}, "a": {"b": [true]}}')
     (tmp_path / "section.yaml").write_text("seed: 2")

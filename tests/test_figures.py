@@ -15,6 +15,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from spectral_ds.cli.inspect import plots
+from spectral_ds.cli.inspect.activity import ActivityReport, RoleActivity
+from spectral_ds.cli.inspect.activity_plot import activity_figure
 from spectral_ds.cli.inspect.candidates import CandidateResult
 from spectral_ds.cli.inspect.graph_properties import Distribution, GraphProperties, Roughness
 from spectral_ds.cli.inspect.report import GraphReport
@@ -203,6 +205,31 @@ def candidate_result(name, seed):
     return CandidateResult(name, 10, 8, signal, noise, 0.3, 0.2, 1.5, {}, "")
 
 
+def activity_report(name, gradient=(0.1, 0.2, 0.3)):
+    roles = [
+        RoleActivity([role], 3, 64, 4, None, powers(64, seed).tolist(), None, [0.125, 0.5, 1.0])
+        for seed, role in enumerate(EXPERTS)
+    ]
+    shares_ = None if gradient is None else list(gradient)
+    return ActivityReport(name, [8, 32, 64], roles, shares_, shares_ and [0.125, 0.5, 1.0])
+
+
+def test_the_gradient_along_active_directions_is_drawn_beside_chance():
+    figure = activity_figure([activity_report("the data"), activity_report("others", (0, 0.5, 1))])
+    *panels, last = figure.axes
+    assert [axes.get_title(loc="left").partition(" (")[0] for axes in panels] == [
+        "the data",
+        "others",
+    ]
+    np.testing.assert_allclose(panels[0].lines[0].get_ydata(), powers(64))
+    heights = [100 * np.array(h) for h in ((0.1, 0.2, 0.3), (0, 0.5, 1), (0.125, 0.5, 1.0))]
+    np.testing.assert_allclose([found[0] for found in bars(last)], heights)
+    names = [text.get_text() for text in last.get_legend().get_texts()]
+    assert names == ["the data", "others", "by chance"]
+    [alone] = activity_figure([activity_report("others", None)]).axes
+    assert "more roles are not shown" in alone.get_title(loc="left")
+
+
 FAMILIES = "edges[0]: similarity of weights, 8 neighbours within the parameter", "edges[0]: ring"
 GRAPHS = [graph_report(f"graphs[{i}]", family) for i, family in enumerate(FAMILIES)]
 CANDIDATES = [candidate_result(f"gradient similarity, rows {i}", i) for i in range(9)]
@@ -212,6 +239,7 @@ PLOTS = {
     "degrees": lambda: plots.degree_histograms(GRAPHS),
     "roughness": lambda: plots.role_roughness(GRAPHS),
     "snr": lambda: plots.candidate_ratios(CANDIDATES),
+    "activity": lambda: activity_figure([activity_report("the data"), activity_report("others")]),
 }
 
 
@@ -223,7 +251,7 @@ def test_a_plot_of_inspect_can_be_read(name):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert figure.get_suptitle() in words or all(title in words for title in titles)
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
-    assert len(panels) == (1 if name == "snr" else len(GRAPHS))
+    assert len(panels) == {"snr": 1, "activity": 3}.get(name, len(GRAPHS))
     assert all(axes.get_xlabel() in words for axes in panels)
     assert all(axes.get_ylabel() in words for axes in figure.axes)
     if name == "eigenvalues":

@@ -52,6 +52,40 @@ def test_a_folder_is_planned_like_the_model_in_it(tmp_path, capsys):
     assert 0 < within < across
 
 
+ACTIVATIONS = """graph: {node: column, edges: [{family: activations, rank: 8, keep: random}]}
+filter: {response: tikhonov, strength: 1.0, apply_to: update}
+"""
+
+
+def test_graphs_of_activations_are_planned_from_shapes(tmp_path, capsys):
+    config = tmp_path / "activations.yaml"
+    config.write_text(ACTIVATIONS)
+    words = ["--model", "smollm2-135m", "--world-size", "64", "--config", str(config)]
+    found = plan_by_command(capsys, *words, "--engine", "zero3")
+    [graph] = found["graphs"]
+    inputs = 30 * (3 * 576 + 1536)
+    assert graph["nodes"] == inputs
+    assert graph["graphs"] == {"expected": 30 * 4, "most": 30 * 7}
+    # Float64 sums of 16 columns, and what they are projected on.
+    assert found["per_rank"]["calibration_bytes"] == 8 * 16 * inputs + 4 * 16 * (576 + 1536)
+    device = found["per_rank"]["device_bytes"]
+    assert device["directions"]["worst"] == 3 * 4 * 8 * inputs
+    # Keys and values have 192 rows of 576, of which 64 ranks have 3 each: no row is cut.
+    assert found["bytes_per_step"] == 0
+    assert "no shard edge cuts a row" in found["advice"]
+    flat = plan_by_command(capsys, *words, "--engine", "zero2")
+    assert 0 < flat["bytes_per_step"] < 64 * 4 * 8 * 4
+    assert (
+        sum(group["bytes_per_step"] for group in flat["graphs"][0]["groups"])
+        == (flat["bytes_per_step"])
+    )
+    assert main(["plan", *words, "--engine", "zero2"]) == 0
+    out = capsys.readouterr().out
+    assert "97,920 inputs of layers in 120 graphs of activations by names; 210 if no two" in out
+    assert "cut rows" in out
+    assert "while looking at activations" in out
+
+
 def test_wrong_input_is_one_line(tmp_path, capsys):
     words = ["--model", "llama-3-8b", "--engine", "zero3", "--world-size", "12"]
     config = tmp_path / "wrong.yaml"

@@ -26,13 +26,15 @@ from spectral_ds.attach.runner import VARIABLE
 from spectral_ds.cli.arguments import add_command
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.packages import installed_version
-from spectral_ds.config import SECTION, SpectralConfigError, load_config, read_json
+from spectral_ds.config import KEEP, LEARN, SECTION, SpectralConfigError, load_config, read_json
 
 PACKAGES = ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse")
 SOURCES = (".py", ".yaml")
 # Beyond what node 0 waits for nodes that do not come; how long it waits for those to read.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
+# Of a file, read at once.
+PIECE_BYTES = 2**20
 # Differences of one node that are listed; the others are counted.
 MOST_LISTED = 10
 EXAMPLES = """examples, on two nodes:
@@ -49,8 +51,9 @@ def add_parser(commands: Any) -> None:
         run,
         summary="before a training on several nodes: do all have the same packages and config",
         description="Started on every node, compares Python, packages, the source of spectral_ds "
-        "and the configuration\nwith those of node 0. All nodes print the same; exit status 0, or "
-        "1 on all if something differs\nor a node does not come. launch/multinode.sh does it.",
+        "and the configuration\nwith those of node 0, and files whose activations it keeps or "
+        "learns. All nodes print the same;\nexit status 0, or 1 on all if something differs or a "
+        "node does not come. launch/multinode.sh\ndoes it.",
         examples=EXAMPLES,
     )
     add = parser.add_argument
@@ -151,7 +154,9 @@ def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) 
     values |= dict(_digests(Path(str(importlib.resources.files("spectral_ds")))))
     trouble = []
     try:
-        values |= dict(_flat(_configuration(config)))
+        found = _configuration(config)
+        values |= dict(_flat(found))
+        values |= dict(_inputs(found.get(SECTION, {})))
     except SpectralConfigError as error:
         trouble = str(error).splitlines()
     return TrainingNode(platform.node(), values, trouble)
@@ -180,6 +185,39 @@ def _configuration(path: Path | None) -> dict[str, Any]:
     if source is None:
         return dict(content)
     return {**content, SECTION: asdict(load_config(source))}
+
+
+def _inputs(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and digest of each file or folder that a graph of activations looks at.
+
+    Raises:
+        SpectralConfigError: there is none.
+    """
+    graphs = {f"graphs[{i}]": graph for i, graph in enumerate(section.get("graphs", ()))}
+    for key, graph in (graphs or {"graph": section.get("graph", {})}).items():
+        for index, edge in enumerate(graph.get("edges", ())):
+            for name, words in {"keep": KEEP, "learn": LEARN}.items():
+                source = edge[name]
+                if source in words:
+                    continue
+                path = Path(source)
+                if not path.exists():
+                    raise SpectralConfigError(
+                        f'{SECTION}.{key}.edges[{index}].{name} = "{source}": '
+                        "no such file or folder"
+                    )
+                yield f"content of {source}", f"SHA-256 {_digest(path)[:12]}"
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files in a folder and their names; SHA-256, hexadecimal."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
+        with file.open("rb") as content:
+            while piece := content.read(PIECE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

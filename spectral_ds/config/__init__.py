@@ -3,6 +3,8 @@
 from spectral_ds.config.loading import load_config
 from spectral_ds.config.schema import (
     ADAPTIVE,
+    KEEP,
+    LEARN,
     PRESETS,
     RESPONSES,
     CheckpointConfig,
@@ -23,6 +25,8 @@ from spectral_ds.config.sources import SECTION, SpectralConfigError, read_json
 
 __all__ = [
     "ADAPTIVE",
+    "KEEP",
+    "LEARN",
     "PRESETS",
     "RESPONSES",
     "SECTION",

@@ -1,5 +1,6 @@
 """What `spectral-ds inspect` has found, as tables on the terminal."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from spectral_ds.cli.inspect.candidates import CandidateResult
 from spectral_ds.cli.inspect.graph_properties import GraphProperties
 from spectral_ds.cli.inspect.report import GraphReport, InspectReport
 from spectral_ds.cli.terminal import make_console, make_table
+from spectral_ds.monitor.figures import shortened
 
 BARS = " ▁▂▃▄▅▆▇█"
 # Bins of the density of states as it fits into a column.
@@ -71,10 +73,12 @@ def _activity_table(report: ActivityReport) -> Table:
         f"activity of {report.name}",
         ("matrices of equal inputs", "inputs", "graphs", "largest a", "50 %", "90 %", *along),
     )
+    names, _ = shortened([name for role in report.roles for name in role.roles])
+    rest = iter(names)
     for role in report.roles:
         known, held = len(role.eigenvalues), (role.holding_half, role.holding_most)
         table.add_row(
-            ", ".join(role.roles),
+            ", ".join(itertools.islice(rest, len(role.roles))),
             f"{role.inputs:,}",
             f"{role.graphs:,}",
             f"{role.eigenvalues[0]:.3g}",
