@@ -74,9 +74,9 @@ class ExpertsInside(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.__getitem__:
             for site in self._sites:
-                if args[0] is getattr(site.module, site.attribute):
+                if args[0] is getattr(site.module, site.attribute) and _is_one(args[1]):
                     self._matrices[id(result)] = result, site, int(args[1])
-        elif func in TRANSPOSES and (found := self._matrices.get(id(args[0]))):
+        elif args and func in TRANSPOSES and (found := self._matrices.get(id(args[0]))):
             self._matrices[id(result)] = result, *found[1:]
         elif func in PRODUCTS:
             operands = args[PRODUCTS[func] :]
@@ -85,3 +85,9 @@ class ExpertsInside(TorchFunctionMode):
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     self._add(site, x.reshape(-1, site.inputs), None, matrix)
         return result
+
+
+def _is_one(index: Any) -> bool:
+    """Whether an index takes one matrix out of several."""
+    is_number = isinstance(index, torch.Tensor) and index.numel() == 1 and index.dtype == torch.long
+    return is_number or type(index) is int
