@@ -225,10 +225,47 @@ def test_an_expert_has_the_graph_of_the_tokens_routed_to_it(kind, implementation
             expected[f"{name}.{attribute}", expert] = operator_of(x, RANK)
     assert len([key for key in expected if "down_proj" in key[0]]) < 8  # some got no token
     before = model(input_ids=ids).logits
-    plugin, _ = keeping(model, [{"input_ids": ids}])
+    plugin, optimizer = keeping(model, [{"input_ids": ids}])
     assert_operators(plugin.graph, expected)
     assert model.get_experts_implementation() == {"": implementation}
     assert torch.equal(model(input_ids=ids).logits, before)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if n[-5:] == "_proj"}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, weight in weights.items():
+        moved = (weight - model.get_parameter(name).detach()) / RATE
+        for expert in range(4):  # one that got no token stays free
+            is_free = torch.allclose(moved[expert], torch.ones(()))
+            assert is_free == ((name, expert) not in expected)
+    plugin.detach()
+
+
+class BatchedExperts(nn.Module):
+    """All at once, in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        chosen = torch.arange(len(x)) % 3
+        first = nn.functional.linear(x, self.up_proj[-1])  # one, from the end
+        return first + torch.einsum("bi,boi->bo", x, self.up_proj[chosen]) + self.up_proj[:2].sum()
+
+
+def test_experts_that_compute_otherwise_are_named_where_nothing_of_them_is_seen(caplog):
+    caplog.set_level(logging.WARNING, "spectral_ds")
+    model, x = nn.Sequential(BatchedExperts(), nn.Linear(4, 4)), torch.randn(9, 5)
+    plugin, _ = keeping(model, [x])
+    wanted = operator_of(x.double().numpy(), RANK)
+    inner = operator_of(model[0](x).detach().double().numpy(), RANK)
+    assert_operators(plugin.graph, {("0.up_proj", 2): wanted, ("1.weight", 0): inner})
+    plugin.detach()
+    model[0].forward = lambda x: torch.einsum("bi,oi->bo", x, model[0].up_proj.sum(0))
+    plugin, _ = keeping(model, [x])
+    assert "no activation has entered 0.up_proj" in caplog.records[-1].getMessage()
     plugin.detach()
 
 

@@ -145,6 +145,24 @@ def test_every_source_makes_the_same_graph_on_ranks(ranks, sources, name, world_
             same(found[source], operators, 1e-6)
 
 
+def of_experts(name, kind):
+    """Operators of stacked experts, of three sequences of six random ids."""
+    section = section_of({"rank": 8, "samples": 3, "length": 6})
+    training = Training(name, section, model=functools.partial(tiny.experts, kind))
+    found = operators_of(training.plugin.graph)
+    training.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_are_seen_inside_of_sharded_modules(ranks, kind):
+    [expected] = ranks(1).run(of_experts, "plain", kind)
+    assert len([key for key in expected if "experts.down_proj" in key[0]]) > 1
+    for name in ("zero3", "fsdp2"):
+        for found in ranks(2).run(of_experts, name, kind):
+            same(found, expected, 1e-6)
+
+
 def uses(name, file):
     """Operators of a file of statistics."""
     training = Training(name, section_of({"rank": 8, "keep": str(file)}), model=Writer)

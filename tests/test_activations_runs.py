@@ -164,6 +164,27 @@ def test_a_compiled_model_is_learned_from(is_called):
     plugin.detach()
 
 
+def test_experts_are_learned_from_while_they_are_trained():
+    """All at once, as transformers computes them: not while they are watched."""
+    model = tiny.experts("Mixtral").train()
+    model.set_experts_implementation("grouped_mm")
+    ids = random_ids(20, 9, vocabulary=13)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = spectral_ds.attach(model, optimizer, section_of({"rank": 8, "keep": "given"}))
+    given.calibrate([{"input_ids": ids}])
+    wanted = {key: given.graph.operator(*key) for key in given.graph.held.graph_of}
+    given.detach()
+    plugin = spectral_ds.attach(model, optimizer, section_of({**LEARNS, "keep": "given"}))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    for (name, matrix), operator in wanted.items():
+        got = plugin.graph.learn.of(name)[matrix].matrix()
+        np.testing.assert_allclose(got, operator, atol=1e-5 * operator.max())
+    assert any("experts" in name for name, _ in wanted)
+    assert model.get_experts_implementation() == {"": "grouped_mm"}
+    plugin.detach()
+
+
 def test_at_a_rebuild_what_was_learned_is_used_until_it_is_known_anew():
     section = section_of(LEARNS, filter={"tau": 0.5})
     section["graph"]["refresh_interval"] = 2

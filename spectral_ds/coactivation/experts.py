@@ -8,20 +8,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from spectral_ds.coactivation.sites import Site
 
-# What multiplies activations by a matrix.
-PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+# What multiplies activations by a matrix, and which of its arguments are the activations: ZeRO-3
+# puts `addmm` and `matmul` with the transposed matrix in place of `functional.linear`.
+PRODUCTS: dict[Callable[..., Any], int] = {
+    torch._C._nn.linear: 0,
+    torch.matmul: 0,
+    torch.mm: 0,
+    torch.Tensor.matmul: 0,
+    torch.Tensor.mm: 0,
+    torch.Tensor.__matmul__: 0,
+    torch.addmm: 1,
+}
+TRANSPOSES: frozenset[Callable[..., Any]] = frozenset(
     (
-        functional.linear,
-        torch.matmul,
-        torch.mm,
-        torch.Tensor.matmul,
-        torch.Tensor.mm,
-        torch.Tensor.__matmul__,
+        torch.t,
+        torch.transpose,
+        torch.Tensor.t,
+        torch.Tensor.transpose,
+        torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
     )
 )
 
@@ -65,10 +74,20 @@ class ExpertsInside(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.__getitem__:
             for site in self._sites:
-                if args[0] is getattr(site.module, site.attribute):
+                if args[0] is getattr(site.module, site.attribute) and _is_one(args[1]):
                     self._matrices[id(result)] = result, site, int(args[1])
-        elif func in PRODUCTS and len(args) > 1 and (found := self._matrices.get(id(args[1]))):
-            _, site, matrix = found
-            with torch.no_grad(), torch._C.DisableTorchFunction():
-                self._add(site, args[0].reshape(-1, site.inputs), None, matrix)
+        elif args and func in TRANSPOSES and (found := self._matrices.get(id(args[0]))):
+            self._matrices[id(result)] = result, *found[1:]
+        elif func in PRODUCTS:
+            operands = args[PRODUCTS[func] :]
+            if len(operands) > 1 and (found := self._matrices.get(id(operands[1]))):
+                (_, site, matrix), x = found, operands[0]
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    self._add(site, x.reshape(-1, site.inputs), None, matrix)
         return result
+
+
+def _is_one(index: Any) -> bool:
+    """Whether an index takes one matrix out of several."""
+    is_number = isinstance(index, torch.Tensor) and index.numel() == 1 and index.dtype == torch.long
+    return is_number or type(index) is int

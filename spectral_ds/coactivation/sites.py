@@ -70,7 +70,9 @@ def sites_of(
                 continue
             matrices, _, inputs = shapes[name]
             unfold = _unfold_of(module) if attribute == "weight" else None
-            if unfold is not None or (matrices > 1 and parameter.dim() == 3):
+            # Under ZeRO-3 a parameter is flat, or empty, and knows its shape by another name.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if unfold is not None or (matrices > 1 and len(shape) == 3):
                 found[name] = Site(name, module, inputs, unfold, attribute, matrices)
     return list(found.values())
 
