@@ -69,7 +69,7 @@ def test_graphs_of_activations_are_planned_from_shapes(tmp_path, capsys):
     # Float64 sums of 16 columns, and what they are projected on.
     assert found["per_rank"]["calibration_bytes"] == 8 * 16 * inputs + 4 * 16 * (576 + 1536)
     device = found["per_rank"]["device_bytes"]
-    assert device["directions"]["worst"] == 3 * 4 * 8 * inputs
+    assert device["directions"]["worst"] == 2 * 4 * 8 * inputs
     # Keys and values have 192 rows of 576, of which 64 ranks have 3 each: no row is cut.
     assert found["bytes_per_step"] == 0
     assert "no shard edge cuts a row" in found["advice"]

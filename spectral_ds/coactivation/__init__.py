@@ -8,6 +8,7 @@ known by its most active directions.
 from spectral_ds.coactivation.acting import (
     CoactivationFilter,
     CoactivationPenalty,
+    Function,
     Held,
     responses_within,
 )
@@ -29,7 +30,7 @@ from spectral_ds.coactivation.operator import Energy, Factors, Piece, SubspaceOp
 from spectral_ds.coactivation.roles import RoleSpectra, by_role
 from spectral_ds.coactivation.sites import Site, sites_of
 from spectral_ds.coactivation.spectrum import Spectrum, largest, most_active, spectrum_of
-from spectral_ds.coactivation.subspace import SubspaceFunction, function_of
+from spectral_ds.coactivation.subspace import Response, SubspaceFunction, function_of
 
 __all__ = [
     "Batch",
@@ -38,6 +39,7 @@ __all__ = [
     "CoactivationPenalty",
     "Energy",
     "Factors",
+    "Function",
     "Held",
     "InputsError",
     "Key",
@@ -45,6 +47,7 @@ __all__ = [
     "Observer",
     "Piece",
     "Projections",
+    "Response",
     "RoleSpectra",
     "Site",
     "Spectrum",

@@ -5,8 +5,8 @@ covers and has no inputs (embeddings, norms, biases) counts as of average activi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +29,25 @@ class Held:
         graph_of: by matrix of a parameter, the matrix of the site whose graph it has.
         others: numbers of the fragments of those that have none.
         device: where factors are kept.
+        directions: of R, of the graphs that something acts on.
     """
 
     operator: SubspaceOperator
     graph_of: Mapping[Key, Key]
     others: Sequence[int]
     device: torch.device
+    directions: dict[Key, torch.Tensor] = field(default_factory=dict)
 
     def graphs(self) -> list[Key]:
         """The graphs that some piece of this rank has."""
         found = (self.graph_of.get(piece.key) for piece in self.operator.pieces)
         return list(dict.fromkeys(key for key in found if key is not None))
+
+    def directions_of(self, key: Key, spectrum: Spectrum) -> torch.Tensor:
+        """U of a graph, (inputs, k); all that acts on it shares the memory."""
+        if key not in self.directions:
+            self.directions[key] = self.on_device(spectrum.vectors)
+        return self.directions[key]
 
     def factors_of(self, factors: Mapping[Key, Factors]) -> FactorsOf:
         """By piece, from those by graph."""
@@ -53,6 +61,31 @@ class Held:
     def on_device(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """In float32."""
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+
+
+class Function(NamedTuple):
+    """G = c I + P M Pᵀ of one graph, on the device.
+
+    Attributes:
+        constant: c.
+        basis: (inputs, k), float32: P.
+        core: (k, k), float64: M.
+    """
+
+    constant: float
+    basis: torch.Tensor
+    core: torch.Tensor
+
+    @classmethod
+    def of(cls, function: SubspaceFunction, basis: torch.Tensor) -> "Function":
+        """A function whose P is on the device."""
+        core = torch.from_numpy(function.core).to(basis.device)
+        return cls(function.constant, basis, core)
+
+    def factors(self, constant: float, factor: float) -> Factors:
+        """Those of constant · I + factor · G."""
+        product = (factor * self.core).float() @ self.basis.T
+        return Factors(constant + factor * self.constant, self.basis, product)
 
 
 class CoactivationFilter:
@@ -69,7 +102,7 @@ class CoactivationFilter:
     def __init__(
         self,
         held: Held,
-        functions: Mapping[Key, SubspaceFunction],
+        functions: Mapping[Key, Function],
         transfer: Transfer,
         rest: float,
         is_ready: bool,
@@ -77,7 +110,6 @@ class CoactivationFilter:
         self.transfer, self.is_ready = transfer, is_ready
         self._held, self._rest = held, rest
         self._functions = functions
-        self._bases = {key: held.on_device(f.basis) for key, f in functions.items()}
         self._strength: float | None = None
         self._factors: dict[Key, Factors] = {}
 
@@ -107,12 +139,7 @@ class CoactivationFilter:
             return
         self._strength = strength
         for key, function in self._functions.items():
-            product = strength * function.core @ function.basis.T
-            self._factors[key] = Factors(
-                1 - strength + strength * function.constant,
-                self._bases[key],
-                self._held.on_device(product),
-            )
+            self._factors[key] = function.factors(1 - strength, strength)
 
 
 class CoactivationPenalty:
@@ -139,7 +166,7 @@ class CoactivationPenalty:
         self._response = response
         self._spectra = {
             key: _Acting(
-                held.on_device(spectrum.vectors),
+                held.directions_of(key, spectrum),
                 held.on_device(response(spectrum.values)),
                 self._at(spectrum.rest),
             )

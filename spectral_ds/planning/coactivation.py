@@ -156,15 +156,14 @@ def _directions(
     has_penalty: bool,
 ) -> dict[str, Floats]:
     """Bytes of directions: on the device those of what a rank holds, all of them on its host."""
-    copies = 1.0 * held.known  # what the monitor projects on
+    copies = 1.0 * held.known  # U, which all share that act by R alone
     if acts:
-        copies = copies + 2 * held.of_filter  # P and Q
+        copies = copies + held.of_filter * (1 if edge.learn == "none" else 2)  # Q; P and Q
     if has_penalty:
-        copies = copies + 3 * held.known  # U, Q, and Q of the step's learning rate
+        copies = copies + 2 * held.known  # Q, and Q of the step's learning rate
     known = sum(p.nodes * min(edge.rank, p.nodes_of_matrix) for p, *_ in groups)
     sources = 1 if edge.learn == "none" else 2
-    of_filter = DOUBLE * held.of_filter * acts
-    on_host = np.asarray(of_filter + FLOAT * known * sources)
+    on_host = np.full_like(copies, FLOAT * known * sources)
     return {"directions": FLOAT * copies, "known directions": on_host}
 
 

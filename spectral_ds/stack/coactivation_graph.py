@@ -21,9 +21,11 @@ from spectral_ds.coactivation import (
     CoactivationPenalty,
     Energy,
     Factors,
+    Function,
     Held,
     Key,
     Projections,
+    Response,
     Spectrum,
     SubspaceOperator,
     calibrate,
@@ -225,18 +227,18 @@ class CoactivationGraph:
             for key in self.held.graphs()
             if (spectrum := keep.of(key[0])[key[1]]) is not None
         }
+        # What the monitor projects on.
+        self._directions = {
+            key: Factors(0.0, self.held.directions_of(key, spectrum), torch.empty(0, device=device))
+            for key, spectrum in spectra_here.items()
+        }
         response = responses_within(transfers.filter, top)
         functions = {}
         if self.is_ready and not transfers.filter.is_identity:
             functions = {
-                key: function_of(response, spectrum, self._learned(key))
+                key: self._function(response, key, spectrum)
                 for key, spectrum in spectra_here.items()
             }
-        # What the monitor projects on; the filter has the same without a graph of what is learned.
-        self._directions = {
-            key: Factors(0.0, self.held.on_device(spectrum.vectors), torch.empty(0, device=device))
-            for key, spectrum in spectra_here.items()
-        }
         rest = self._whole.filter.rest
         self.filter = CoactivationFilter(
             self.held, functions, transfers.filter, rest, self.is_ready
@@ -249,6 +251,14 @@ class CoactivationGraph:
             )
         if self.keep is not None:
             self._warn_of_unseen(known)
+
+    def _function(self, response: Response, key: Key, keep: Spectrum) -> Function:
+        """G of a graph."""
+        learn = self._learned(key)
+        found = function_of(response, keep, learn)
+        if learn is None:
+            return Function.of(found, self.held.directions_of(key, keep))
+        return Function.of(found, self.held.on_device(found.basis))
 
     def _learned(self, key: tuple[str, int]) -> Spectrum | None:
         """T of a graph; what was never trained with counts as learned like anything."""
