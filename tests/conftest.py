@@ -1,4 +1,4 @@
-"""What tests share in a session: pools of ranks, and one run of the quickstart.
+"""What tests share in a session: pools of ranks.
 
 With pytest-xdist (`-n 2 --dist loadfile`) each worker, and all that it starts, stays on a core of
 its own: ranks that hand each other small messages gain nothing from a second one. With `--fast`,
@@ -9,12 +9,8 @@ import multiprocessing.process
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import corpus
 import pytest
-from filelock import FileLock
-from quickstart_run import run_quickstart
 from ranks import RankPool
 from ring_steps import SECTION as RING
 
@@ -76,25 +72,6 @@ def ranks(processes: None) -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
-
-
-@pytest.fixture(scope="session")
-def quickstart(processes: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of the quickstart's results on a tiny model, and what it printed.
-
-    With SPECTRAL_DS_QUICKSTART=runs/quickstart the folder of a run that there is already.
-    """
-    if there := os.environ.get("SPECTRAL_DS_QUICKSTART"):
-        return Path(there).resolve(), ""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quickstart"
-    printed = folder / "printed.txt"
-    with FileLock(f"{folder}.lock"):  # of several workers, the first runs it
-        if not printed.exists():
-            folder.mkdir()
-            corpus.write(folder)
-            printed.write_text(run_quickstart(folder))
-    return folder / "runs", printed.read_text()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import corpus
 import pytest
 from launching import forked
-from quickstart_run import STEPS
+from quickstart_run import STEPS, run_quickstart
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -38,6 +38,13 @@ def finetune(folder, *arguments, data="reviews.tsv", config="spectral.json"):
 
 def summary(folder, name):
     return json.loads((folder / name / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quickstart(folder):
+    """The folder of the quickstart's results on a tiny model, and what it printed."""
+    printed = run_quickstart(folder)
+    return folder / "runs", printed
 
 
 COMMON_KEYS = {"final_loss", "losses", "perturbation", "step_seconds", "world_size", "zero_stage"}

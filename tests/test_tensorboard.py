@@ -1,8 +1,8 @@
-"""TensorBoard: what a run wrote, and what a browser shows of the quickstart.
+"""TensorBoard: what a run wrote, and what a browser shows of it.
 
-The README's pictures, of a quickstart on its own model, are made by
+The README's pictures, of a run on a real model, are made by
 
-    SPECTRAL_DS_QUICKSTART=runs/quickstart SPECTRAL_DS_PICTURES=.github/figures \\
+    SPECTRAL_DS_RUNS=runs/quickstart SPECTRAL_DS_PICTURES=.github/figures \\
         pytest tests/test_tensorboard.py -k browser
 """
 
@@ -85,10 +85,25 @@ def runs(ranks, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def events(runs):
-    [file] = runs.rglob("events.out.tfevents.*")  # one file, DeepSpeed's own scalars in it
-    events = EventAccumulator(str(file.parent), size_guidance={"images": 0, "tensors": 0})
-    events.Reload()
-    return events
+    assert len(list(runs.rglob("events.out.tfevents.*"))) == 1  # DeepSpeed's own scalars in it
+    return events_of(runs)
+
+
+def events_of(runs):
+    """What is in the file that the plugin has written to; of others, if any, nothing."""
+    for file in runs.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file.parent), size_guidance={"images": 0, "tensors": 0})
+        events.Reload()
+        if ours(events, "scalars"):
+            return events
+    raise AssertionError(f"nothing of the plugin in {runs}")
+
+
+def layout(events):
+    """The category of the plugin's charts."""
+    [event] = events.Tensors("custom_scalars__config__")[-1:]
+    [category] = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    return category
 
 
 def ours(events, kind):
@@ -164,16 +179,12 @@ def test_a_tag_is_of_one_kind(events):
 
 
 def test_the_layout_holds_every_chart_and_only_scalars_that_exist(events):
-    [event] = events.Tensors("custom_scalars__config__")[-1:]
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    [category] = layout.category
+    category = layout(events)
     assert category.title == "spectral_ds"
     found = {chart.title: set(chart.multiline.tag) for chart in category.chart}
     assert found == {t: {f"spectral_ds/{tag}" for tag in tags} for t, tags in CHARTS.items()}
 
 
-# Of the quickstart: no adaptive response and no regularizer.
-SHOWN_FIGURES = FIGURES - {"gains", "perturbation_by_block"}
 IN_README = ("energy_over_time", "signal_to_noise")
 
 
@@ -187,10 +198,11 @@ def wait_for(condition, what, seconds=40):
 
 
 @contextmanager
-def tensorboard(runs, log):
+def tensorboard(runs, figures, log):
     """The address of a server that has read everything.
 
     Args:
+        figures: how many there are.
         log: file for what the server says.
     """
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", runs.name, "--port", "0"]
@@ -204,7 +216,7 @@ def tensorboard(runs, log):
             with urllib.request.urlopen(f"{address}/data/plugin/images/tags", timeout=10) as reply:
                 return [tag for tags in json.load(reply).values() for tag in tags]
 
-        wait_for(lambda: len(images()) == len(SHOWN_FIGURES), images)
+        wait_for(lambda: len(images()) == figures, images)
         yield address
     finally:
         server.terminate()
@@ -257,38 +269,43 @@ return find(document, card).map(e => [
     find(e.shadowRoot, mark).filter(isDrawn).length,
 ]);
 """
-# Dashboard as its address has it: the element of a card, that of a mark, and marks a card.
-DASHBOARDS = {
-    "scalars&tagFilter=%5Espectral_ds%2Fgradient_norm%2F": (
-        "tf-scalar-card",
-        "path.line",
-        dict.fromkeys((f"spectral_ds/gradient_norm/{x}" for x in ("after", "all", "before")), 1),
-    ),
-    "custom_scalars": (
-        "tf-custom-scalar-multi-line-chart-card",
-        "path.line",
-        {title: len(tags) for title, tags in CHARTS.items() if title != "regularizer"},
-    ),
-    "histograms": (
-        "tf-histogram-loader",
-        "path.outline",
-        dict.fromkeys((f"spectral_ds/{name}" for name in HISTOGRAMS), 1),
-    ),
-    "images": (
-        "tf-image-loader",
-        "img",
-        dict.fromkeys((f"spectral_ds/{name}" for name in SHOWN_FIGURES), 1),
-    ),
-}
 
 
-def test_a_browser_shows_the_quickstart_without_an_error(quickstart, tmp_path, monkeypatch):
-    runs, _ = quickstart
+def dashboards(events):
+    """By address of a dashboard: the element of a card, that of a mark, and marks a card."""
+
+    def one_each(names):
+        return dict.fromkeys((f"spectral_ds/{name}" for name in names), 1)
+
+    norms = [name for name in ours(events, "scalars") if name.startswith("gradient_norm/")]
+    charts = {chart.title: len(chart.multiline.tag) for chart in layout(events).chart}
+    return {
+        "scalars&tagFilter=%5Espectral_ds%2Fgradient_norm%2F": (
+            "tf-scalar-card",
+            "path.line",
+            one_each(norms),
+        ),
+        "custom_scalars": ("tf-custom-scalar-multi-line-chart-card", "path.line", charts),
+        "histograms": (
+            "tf-histogram-loader",
+            "path.outline",
+            one_each(ours(events, "histograms")),
+        ),
+        "images": ("tf-image-loader", "img", one_each(ours(events, "images"))),
+    }
+
+
+def test_a_browser_shows_all_that_is_written_without_an_error(
+    request, processes, tmp_path, monkeypatch
+):
+    given = os.environ.get("SPECTRAL_DS_RUNS")
+    runs = Path(given).resolve() if given else request.getfixturevalue("runs")
+    events = events_of(runs)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-    server = tensorboard(runs, tmp_path / "server.log")
+    server = tensorboard(runs, len(ours(events, "images")), tmp_path / "server.log")
     with chromium(tmp_path / "profile") as browser, server as address:
-        for place, (card, mark, expected) in DASHBOARDS.items():
+        for place, (card, mark, expected) in dashboards(events).items():
             browser.get(f"{address}/#{place}")
 
             def is_shown(card=card, mark=mark, expected=expected):
@@ -305,17 +322,9 @@ def test_a_browser_shows_the_quickstart_without_an_error(quickstart, tmp_path, m
             picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
             assert picture.size == (1280, 800)
             picture.save(Path(folder) / "tensorboard.png", optimize=True)
-            save_figures(runs, Path(folder))
-
-
-def save_figures(runs, folder):
-    """The last of each figure that the README shows."""
-    [file] = (runs / "spectral").rglob("events.out.tfevents.*")
-    events = EventAccumulator(str(file.parent), size_guidance={"images": 0})
-    events.Reload()
-    for name in IN_README:
-        image = events.Images(f"spectral_ds/{name}")[-1]
-        (folder / f"{name}.png").write_bytes(image.encoded_image_string)
+            for name in IN_README:  # the last of each
+                image = events.Images(f"spectral_ds/{name}")[-1]
+                (Path(folder) / f"{name}.png").write_bytes(image.encoded_image_string)
 
 
 def console(browser):
