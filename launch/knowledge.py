@@ -164,14 +164,16 @@ def moved_by(model: torch.nn.Module, start: dict[str, Tensor], share: float) -> 
     model.load_state_dict(own)
 
 
-def load(source: str, task: str, classes: int) -> Any:
-    """A model in float32."""
+def load(source: str, task: str, classes: int, tokenizer: Any) -> Any:
+    """A model in float32 that knows what padding is."""
     kind: Any = transformers.AutoModelForCausalLM
     settings: dict[str, Any] = {}
     if task == "classification":
         kind = transformers.AutoModelForSequenceClassification
         settings = {"num_labels": classes}
-    return Source.of(source).load(kind, dtype=torch.float32, **settings)
+    model = Source.of(source).load(kind, dtype=torch.float32, **settings)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def make_batches(
@@ -214,18 +216,20 @@ def examine(
     try:
         corpus = load_corpus(arguments.data, labelled=classifies)
         tokenizer = load_tokenizer(Source.of(folder_of_model(next(iter(runs.values())))))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         task, general = make_batches(arguments, corpus, tokenizer)
     except DataError as error:
         raise UserError(f"{arguments.data} or {arguments.general}: {error}") from error
     torch.manual_seed(arguments.seed)
-    base = load(arguments.base, arguments.task, corpus.num_classes)
+    base = load(arguments.base, arguments.task, corpus.num_classes, tokenizer)
     examination = Examination(task, general, classifies=classifies)
     examination.remember(base)
     start = {n: t.clone() for n, t in base.state_dict().items() if not is_head(n, base)}
     found, line = {"before": examination.of(base)}, []
     with tqdm(total=len(runs) + len(INTERPOLATED), desc="examining", unit="model") as progress:
         for name, folder in runs.items():
-            model = load(folder_of_model(folder), arguments.task, corpus.num_classes)
+            model = load(folder_of_model(folder), arguments.task, corpus.num_classes, tokenizer)
             found[name] = examination.of(model)._replace(step_seconds=step_seconds(folder))
             progress.update()
             if len(found) == 2:

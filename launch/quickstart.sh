@@ -47,7 +47,7 @@ while (($#)); do
             printf -v "$name" %s "$2"
             shift 2 ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) die "unknown argument $1 (see --help)" ;;
+        *) die "unknown argument $1 (known: --smollm2, --steps N, --model M, --task T, --data D, --general G, --tokens N, --held-out N, --out DIR)" ;;
     esac
 done
 mkdir -p "$out" || die "--out $out: cannot make this folder"

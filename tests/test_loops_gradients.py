@@ -309,9 +309,11 @@ def by_torch(model):
 
 def by_deepspeed(model):
     """An engine of ZeRO 0 around no more than it looks at."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     engine = SimpleNamespace(
         module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        optimizer=optimizer,
+        basic_optimizer=optimizer,
         device="cpu",
         data_parallel_group=None,
         monitor=SimpleNamespace(enabled=False),
