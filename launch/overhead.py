@@ -72,7 +72,7 @@ def time_plugin(clock: Clock) -> list[float]:
 
         return run
 
-    for name in ("before_step", "after_update"):
+    for name in ("begin_step", "before_step", "after_update"):
         call = getattr(spectral_ds.SpectralPlugin, name)
         setattr(spectral_ds.SpectralPlugin, name, timed(call))
     return times

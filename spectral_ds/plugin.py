@@ -120,10 +120,13 @@ class SpectralPlugin(Study):
         """What the engine calls when the base optimizer has moved its most precise weights."""
         step = self._step
         if self._updates is not None and not self.stack.filter.is_idle(step):
-            with self._updates.of(self._filtered_weights()) as moved:
-                updates = self._of_used(moved)
-                with self.monitor.around_filter(step, "update", updates, 1.0):
-                    self.stack.filter.apply(updates, step)
+            weights = self._filtered_weights()
+            now, before = self._of_used(weights), self._of_used(self._updates.before)
+            if self.monitor.is_due(step) or not self.stack.filter.move(now, before, step):
+                with self._updates.of(weights) as moved:
+                    updates = self._of_used(moved)
+                    with self.monitor.around_filter(step, "update", updates, 1.0):
+                        self.stack.filter.apply(updates, step)
         if self.stack.regularizer is not None and self._pulls:
             self.stack.regularizer.pull(self.stack.weights(), self.engine.learning_rates())
 

@@ -243,7 +243,7 @@ def test_source_is_left_as_it_was() -> None:
         (
             "retain",
             "activations by weights",
-            {"graph.node": "column", "graph.exclude": ("*lm_head*", "*classifier*", "*pooler*"),
+            {"graph.node": "column", "monitor.interval": 20,
              "filter.response": "tikhonov", "filter.tau": 1.0, "filter.strength": 1.0,
              "filter.apply_to": "update", "filter.rest": 1.0},
         ),

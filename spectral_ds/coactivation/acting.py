@@ -134,6 +134,21 @@ class CoactivationFilter:
         if found and self._rest != 1:
             torch._foreach_mul_(found, 1 - strength + strength * self._rest)
 
+    def move(self, weights: Signal, before: Signal, strength: float) -> bool:
+        """See `StackedFilter.move`: θ ← θ_0 + (θ − θ_0)·G, in one pass over memory."""
+        if self.is_identity(strength):
+            return True
+        if not self.transfer.is_identity:
+            self._set(strength)
+            factors_of = self._held.factors_of(self._factors)
+            self._held.operator.contract(weights, before, factors_of)
+        factor = 1 - strength + strength * self._rest
+        for index in self._held.others if factor != 1 else ():
+            weight, start = weights[index], before[index]
+            if weight is not None and start is not None:
+                weight.sub_(start).mul_(factor).add_(start)
+        return True
+
     def _set(self, strength: float) -> None:
         if strength == self._strength:
             return

@@ -169,8 +169,12 @@ class SubspaceOperator:
             view = self._view(piece, rows, signal)
             if reference is None:
                 view.copy_(result)
+                return
+            start = self._view(piece, rows, reference)
+            if start.device == view.device == result.device:
+                torch.add(start, result, out=view)
             else:
-                view.copy_(self._view(piece, rows, reference)).add_(result.to(view.device))
+                view.copy_(start).add_(result.to(view.device))
 
         self._run(signal, factors_of, self._difference(signal, reference), write)
 
@@ -267,10 +271,14 @@ class SubspaceOperator:
     def _difference(self, signal: Signal, reference: Signal | None) -> Read:
         def read(piece: Piece, rows: slice) -> torch.Tensor:
             view = self._view(piece, rows, signal)
-            moved = self._stage(view.shape).copy_(view)
-            if reference is not None:
-                moved.sub_(self._view(piece, rows, reference).to(self._device))
-            return moved
+            moved = self._stage(view.shape)
+            if reference is None:
+                return moved.copy_(view)
+            start = self._view(piece, rows, reference)
+            is_plain = view.dtype == start.dtype == moved.dtype
+            if is_plain and view.device == start.device == moved.device:
+                return torch.sub(view, start, out=moved)
+            return moved.copy_(view).sub_(start.to(self._device))
 
         return read
 

@@ -23,6 +23,13 @@ class StackedFilter(Protocol):
     def is_identity(self, strength: float) -> bool:
         """Whether this strength leaves every signal as it is."""
 
+    def move(self, weights: Signal, before: Signal, strength: float) -> bool:
+        """Filter what weights have moved, in place, without an update in between (collective).
+
+        Returns:
+            False where that is not faster: nothing has happened then.
+        """
+
 
 class GraphFilter:
     """(1 − s) + s · h(L) on one graph, bucket by bucket.
@@ -64,6 +71,10 @@ class GraphFilter:
         """Whether this strength leaves every signal as it is."""
         return strength == 0 or not self.is_ready or self.transfer.is_identity
 
+    def move(self, weights: Signal, before: Signal, strength: float) -> bool:
+        """See `StackedFilter.move`."""
+        return False
+
 
 class SpectralFilter:
     """Everything that happens to a signal at a step: graphs one after another, then the rest.
@@ -91,6 +102,22 @@ class SpectralFilter:
         """Whether nothing at all happens at this step."""
         strength = self.schedule.at(step)
         return self.temporal is None and all(g.is_identity(strength) for g in self._graphs())
+
+    def move(self, weights: Signal, before: Signal, step: int) -> bool:
+        """Filter what weights have moved, if one graph alone acts, and can (collective).
+
+        Args:
+            weights: this rank's fragments, flat; None stays as it is.
+            before: the same before the base optimizer's step.
+            step: optimizer step, from 0, equal on all ranks.
+
+        Returns:
+            False if nothing has happened: the updates are to be filtered.
+        """
+        graphs = self._graphs()
+        if len(graphs) > 1 or self._norms is not None or self.temporal is not None:
+            return False
+        return graphs[0].move(weights, before, self.schedule.at(step))
 
     def apply(
         self,

@@ -11,22 +11,25 @@ class Updates:
 
     Args:
         weights: this rank's fragments, flat.
+
+    Attributes:
+        before: those weights, flat.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:
-        self._before = [torch.empty_like(each) for each in weights]
+        self.before = [torch.empty_like(each) for each in weights]
 
     def remember(self, weights: Sequence[torch.Tensor]) -> None:
         """Take the weights before the base optimizer's step."""
-        if self._before:
-            torch._foreach_copy_(self._before, list(weights))
+        if self.before:
+            torch._foreach_copy_(self.before, list(weights))
 
     @contextmanager
     def of(self, weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """The updates, writable, in place of the weights; these follow when the body ends."""
         updates = list(weights)
         if updates:
-            torch._foreach_sub_(updates, self._before)
+            torch._foreach_sub_(updates, self.before)
         yield updates
         if updates:
-            torch._foreach_add_(updates, self._before)
+            torch._foreach_add_(updates, self.before)
