@@ -116,7 +116,7 @@ def plan_coactivation(
     acts = config.filter.strength > 0 and not transfers.filter.is_identity
     has_penalty = transfers.penalty is not None
     held = _held(groups, edge.rank, columns, cuts, cluster)
-    stages = config.monitor.enabled or has_penalty
+    stages = config.monitor.enabled or has_penalty or (acts and _moves(config))
     memory = {
         "scratch": FLOAT * _scratch(cut, rows, inputs, columns, stages),
         **_directions(groups, edge, held, acts, has_penalty),
@@ -139,6 +139,13 @@ def plan_coactivation(
         sum(parts[1:], parts[0]) if parts else None,
         _cost(elements, known, rows, cut, columns) if has_penalty else None,
     )
+
+
+def _moves(config: SpectralConfig) -> bool:
+    """Whether weights are moved without an update in between; see `StackedFilter.move`."""
+    settings = config.filter
+    is_alone = len(config.stack) == 1 and settings.temporal is None
+    return is_alone and settings.rescale == "none" and settings.apply_to == "update"
 
 
 def _scratch(cut: CutMatrices, rows: Floats, inputs: int, columns: int, stages: bool) -> Floats:
