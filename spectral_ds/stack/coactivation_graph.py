@@ -6,7 +6,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from spectral_ds.coactivation import (
     SubspaceOperator,
     calibrate,
     function_of,
-    largest,
     responses_within,
 )
 from spectral_ds.coactivation import file as statistics
@@ -39,18 +38,18 @@ from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.graph import Edges
 from spectral_ds.sharding import ShardLayout, Signal
-from spectral_ds.spectrum import Density, Eigenpairs, SignalToNoise
 from spectral_ds.stack.activations import graphs_of, sites_of_graph
 from spectral_ds.stack.choices import GraphChoice
 from spectral_ds.stack.coactivation_state import restored, sizes_of, state_of
 from spectral_ds.stack.learning import Learning
 from spectral_ds.stack.names import listed
 from spectral_ds.stack.responses import choose_transfers
+from spectral_ds.stack.told_graph import ToldGraph
 
 KEPT, LEARNED = "keep", "learn"
 
 
-class CoactivationGraph:
+class CoactivationGraph(ToldGraph):
     """The co-activation graphs of a model's layers. Made and rebuilt collectively.
 
     Args:
@@ -303,124 +302,19 @@ class CoactivationGraph:
     def take_over(self, other: object, names: Collection[str]) -> None:
         """It was made with what the other knows."""
 
-    # Telling
-
     @property
     def graph(self) -> "CoactivationGraph":
         """Itself: it has `num_nodes`, `num_edges` and `describe`, as `ParameterGraph` has."""
         return self
 
-    @property
-    def lambda_max(self) -> float:
-        """The largest eigenvalue of R of any layer."""
-        return largest([] if self.keep is None else self.keep.all_spectra())
-
-    @property
-    def is_relative(self) -> bool:
-        """Whether the response is one of activity in what is kept over that in what is learned."""
-        return self._edge.learn != "none"
-
-    @property
-    def rank(self) -> int:
-        """The most directions that are known of a layer."""
-        return self._edge.rank
-
     def energies(self, signal: Signal) -> dict[Key, Energy]:
         """The energy of a signal along active directions of R; see `SubspaceOperator.measure`."""
         return self.held.operator.measure(signal, None, self.held.factors_of(self._directions))
-
-    @property
-    def num_nodes(self) -> int:
-        """Inputs of all layers; those that share their input count once."""
-        found = [] if self.keep is None else self.keep.all_spectra()
-        return sum(spectrum.inputs for spectrum in found)
-
-    @property
-    def num_edges(self) -> int:
-        """Pairs of inputs of one layer."""
-        found = [] if self.keep is None else self.keep.all_spectra()
-        return sum(spectrum.inputs * (spectrum.inputs - 1) // 2 for spectrum in found)
-
-    def operator(self, parameter: str, matrix: int = 0) -> np.ndarray:
-        """R of a parameter's layer, (inputs, inputs), float64: for study of small models.
-
-        Raises:
-            ValueError: the graph has none.
-        """
-        spectra = [] if self.keep is None else self.keep.of(parameter)
-        if matrix >= len(spectra) or (spectrum := spectra[matrix]) is None:
-            raise ValueError(f"no graph of the inputs of {parameter!r}, matrix {matrix}")
-        return spectrum.matrix()
-
-    def describe(self) -> str:
-        """What it is and how it filters, for people."""
-        edge, whole = self._edge, self._whole
-        if self.keep is None:
-            return "co-activation, until calibrate() gives inputs to keep"
-        spectra = self.keep.all_spectra()
-        shares = [min(s.values.sum() / s.inputs, 1.0) for s in spectra]
-        inputs = sorted({s.inputs for s in spectra})
-        widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
-        others = len({self._engine.fragments[i].parameter for i in self.held.others})
-        with_inputs = len({name for name, _ in self.held.graph_of})
-        learn = "" if edge.learn == "none" else f", learn {edge.learn}"
-        return (
-            f"co-activation of {with_inputs} parameters, {len(spectra)} graphs of "
-            f"{widths} inputs, whose {edge.rank} most active directions hold "
-            f"{100 * float(np.mean(shares)) if shares else 0:.0f} % of the activity (keep "
-            f"{edge.keep}{learn}); {others} parameters without inputs x {whole.filter.rest:g}; "
-            f"filter {whole.filter.response}; {self._bytes_of_function / 2**20:.2f} MiB a step "
-            f"over all ranks; scratch {self._operator.scratch_bytes / 2**20:.1f} MiB on this rank"
-        )
 
     def bytes_sent(self, strength: float) -> int:
         """Bytes that all ranks together send in one step at this strength of the filter."""
         acts = not self.filter.is_identity(strength) and not self.filter.transfer.is_identity
         return self._bytes_of_function * (int(acts) + int(self.penalty is not None))
-
-    def eigenpairs(self, k: int) -> list[Eigenpairs]:
-        """The k most active directions of each graph; the first rank has them, others none."""
-        if k < 1:
-            raise ValueError(f"k = {k!r}: must be an integer >= 1")
-        found = []
-        is_first = self._engine.communicator.rank == 0
-        for leader, members in self._members().items():
-            for spectrum in () if self.keep is None else self.keep.spectra[leader]:
-                if spectrum is not None:
-                    rows = np.arange(spectrum.inputs if is_first else 0)
-                    vectors = spectrum.vectors[rows, :k].astype(np.float64)
-                    values = spectrum.values[:k]
-                    found.append(
-                        Eigenpairs(members, 1, values, rows, vectors, np.zeros(len(values)))
-                    )
-        return found
-
-    def density(self, bins: int) -> Density:
-        """Share of the eigenvalues in equal bins of [0, λ_max]; unknown ones lie at their mean."""
-        if bins < 1:
-            raise ValueError(f"bins = {bins!r}: must be an integer >= 1")
-        edges = np.linspace(0, self.lambda_max, bins + 1)
-        counts = np.zeros(bins)
-        for spectrum in () if self.keep is None else self.keep.all_spectra():
-            counts += np.histogram(spectrum.values, edges)[0]
-            others = spectrum.inputs - len(spectrum.values)
-            counts += others * np.histogram([spectrum.rest], edges)[0]
-        return Density(edges, counts / max(counts.sum(), 1))
-
-    def signal_to_noise(self) -> SignalToNoise:
-        """It is not measured.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError("signal and noise are not measured on a graph of family activations")
-
-    def _members(self) -> Mapping[str, tuple[str, ...]]:
-        """By the site that leads, the parameters of its graph."""
-        found: dict[str, tuple[str, ...]] = {}
-        for name, leader in ({} if self.keep is None else self.keep.leaders).items():
-            found[leader] = (*found.get(leader, ()), name)
-        return found
 
     # Checkpoints
 
