@@ -5,7 +5,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "quickstart.sh"
 STEPS, HELD_OUT = 11, 64
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 
 
 def run_quickstart(folder: Path) -> str:
