@@ -198,6 +198,28 @@ def refused(folder):
     return found
 
 
+def failed_calls():
+    """Errors of a model that takes no token ids, and of a batch that only one rank gets."""
+    found = []
+    training = Training("zero2", None, model=CalledByIds)
+    forward, training.module.forward = training.module.forward, lambda pixels: pixels
+    try:
+        training.attach(section_of({"keep": "random"}))
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+    training.module.forward = forward
+    training.attach(section_of({"keep": "given"}))
+    ids = torch.randint(53, (2, 5), generator=torch.Generator().manual_seed(0))
+    try:
+        training.plugin.calibrate([ids, {"pixels": ids}])
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+    training.plugin.calibrate([ids, ids])
+    found.append(training.plugin.graph.is_ready)
+    training.close()
+    return found
+
+
 def hooks_of(module):
     return sum(len(each._forward_pre_hooks) for each in module.modules())
 
@@ -215,6 +237,17 @@ def test_what_one_rank_cannot_use_is_refused_on_all(ranks, tmp_path):
         assert "no such file or folder" in missing
         assert speechless.startswith("SpectralConfigError: spectral_ds.graph.edges[0].keep")
         assert "TinyLlama has no config.vocab_size" in speechless
+
+
+def test_a_call_that_fails_on_one_rank_fails_on_all(ranks):
+    for rank, (refused, failed, is_ready) in enumerate(ranks(2).run(failed_calls)):
+        assert refused.startswith("SpectralConfigError: spectral_ds.graph.edges[0].keep")
+        assert "CalledByIds cannot be called with it" in refused
+        assert "plugin.calibrate(batches)" in refused
+        assert failed.startswith("TypeError: ")
+        assert "pixels" in failed
+        assert ("rank 1 failed: " in failed) == (rank == 0)
+        assert is_ready  # and a further try works
 
 
 # Checkpoints

@@ -68,7 +68,7 @@ class Function(NamedTuple):
 
     Attributes:
         constant: c.
-        basis: (inputs, k), float32: P.
+        basis: (inputs, k): P; to act on shards in float32.
         core: (k, k), float64: M.
     """
 
@@ -84,7 +84,7 @@ class Function(NamedTuple):
 
     def factors(self, constant: float, factor: float) -> Factors:
         """Those of constant · I + factor · G."""
-        product = (factor * self.core).float() @ self.basis.T
+        product = (factor * self.core).to(self.basis.dtype) @ self.basis.T
         return Factors(constant + factor * self.constant, self.basis, product)
 
 
@@ -188,6 +188,8 @@ class CoactivationPenalty:
             for key, spectrum in spectra.items()
         }
         self._of_others = self._at(1.0)
+        # Q of a step, by the number of its learning rate: memory that all steps use.
+        self._of_step: dict[tuple[Key, int], torch.Tensor] = {}
         self._factors = {
             key: Factors(
                 each.rest + ridge, each.vectors, _thin(each.vectors, each.values, each.rest)
@@ -214,6 +216,7 @@ class CoactivationPenalty:
             steps: learning rate · strength, of each fragment.
         """
         before, held = reference.fragments, self._held
+        numbers = {step: number for number, step in enumerate(dict.fromkeys(steps))}
         made: dict[tuple[Key, float], Factors] = {}
 
         def factors_of(piece: Piece) -> Factors | None:
@@ -224,8 +227,9 @@ class CoactivationPenalty:
                 acting = self._spectra[graph]
                 rest = 1 / (1 + step * (acting.rest + self._ridge))
                 values = 1 / (1 + step * (acting.values + self._ridge))
-                product = _thin(acting.vectors, values, rest)
-                made[graph, step] = Factors(rest, acting.vectors, product)
+                memory = self._memory(graph, numbers[step])
+                torch.mul(acting.vectors.T, (values - rest)[:, None], out=memory)
+                made[graph, step] = Factors(rest, acting.vectors, memory)
             return made[graph, step]
 
         held.operator.contract(weights, before, factors_of)
@@ -234,6 +238,12 @@ class CoactivationPenalty:
             if moved is not None and weight is not None:
                 step = steps[index] * (self._of_others + self._ridge)
                 weight.add_(moved.to(weight.device), alpha=1 / (1 + step) - 1)
+
+    def _memory(self, graph: Key, number: int) -> torch.Tensor:
+        """For Q of a graph at one of the learning rates of a step; made once."""
+        if (graph, number) not in self._of_step:
+            self._of_step[graph, number] = torch.empty_like(self._factors[graph].product)
+        return self._of_step[graph, number]
 
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
         """tr(Δ (r(R) + ρI) Δᵀ) of what this rank answers for, float64, 0-D (collective)."""

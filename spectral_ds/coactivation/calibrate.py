@@ -38,6 +38,10 @@ def calibrate(
         seed: of the sketches.
         everyone: the ranks that train together.
         progress: told of the batches done since its last call.
+
+    Raises:
+        Exception: what the model raises of a batch, on all ranks; where ranks gather weights of
+            each other in the call, if it raises on all of them.
     """
     projections = Projections(rank, seed, everyone.device)
     observer = Observer(model, sites, projections, everyone.device)
@@ -47,7 +51,8 @@ def calibrate(
             for first in range(0, len(batches), everyone.world_size):
                 own = first + everyone.rank
                 observer.is_counting = own < len(batches)
-                batches[min(own, len(batches) - 1)](model)
+                with everyone.all_or_none():
+                    batches[min(own, len(batches) - 1)](model)
                 progress(min(everyone.world_size, len(batches) - first))
     finally:
         observer.stop()

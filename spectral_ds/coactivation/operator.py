@@ -19,7 +19,7 @@ from spectral_ds.sharding import Communicator, Fragment, ShardLayout, Signal
 
 
 class Factors(NamedTuple):
-    """G of one matrix, float32, on the device; Q = M Pᵀ.
+    """G = cI + P Q of one matrix; Q = M Pᵀ. For an operator in float32, on the device.
 
     Attributes:
         constant: c.
@@ -30,6 +30,11 @@ class Factors(NamedTuple):
     constant: float
     basis: torch.Tensor
     product: torch.Tensor
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """X·G of whole rows, (rows, inputs), in the dtype of X (it allocates)."""
+        filtered = (x @ self.basis.to(x.dtype)) @ self.product.to(x.dtype)
+        return filtered.add_(x, alpha=self.constant)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The graphs of a configuration: choosing what they are made of, and what acts by each."""
 
-from spectral_ds.stack.activations import read_or_calibrate, sites_among
+from spectral_ds.stack.activations import graphs_of, sites_among
 from spectral_ds.stack.choices import (
     GraphChoice,
     choose_graphs,
@@ -24,6 +24,6 @@ __all__ = [
     "choose_parameters",
     "edge_families",
     "facts_of",
-    "read_or_calibrate",
+    "graphs_of",
     "sites_among",
 ]

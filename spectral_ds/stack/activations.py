@@ -54,23 +54,6 @@ def sites_among(
 
 
 def graphs_of(
-    source: str, key: str, edge: EdgeConfig, sites: Sequence[Site], engine: Engine, seed: int
-) -> Coactivation:
-    """The graphs of some inputs (collective).
-
-    Args:
-        source: random, generated, or the name of a file of texts or of statistics.
-        key: where it stands in the configuration.
-        edge: how much of it to look at.
-
-    Raises:
-        SpectralConfigError: the model cannot be called with it, or the file cannot be used; on all
-            ranks.
-    """
-    return read_or_calibrate(source, key, edge, sites, engine.module, engine.everyone, seed)
-
-
-def read_or_calibrate(
     source: str,
     key: str,
     edge: EdgeConfig,
@@ -79,7 +62,21 @@ def read_or_calibrate(
     everyone: Communicator,
     seed: int,
 ) -> Coactivation:
-    """`graphs_of`, of a model that no engine trains."""
+    """The graphs of some inputs (collective).
+
+    Args:
+        source: random, generated, or the name of a file of texts or of statistics.
+        key: where it stands in the configuration.
+        edge: how much of it to look at.
+        sites: whose graphs are wanted.
+        model: the module itself, not compiled.
+        everyone: the ranks that train it together.
+        seed: of inputs and sketches.
+
+    Raises:
+        SpectralConfigError: the model cannot be called with it, or the file cannot be used; on all
+            ranks.
+    """
     found: Coactivation | None = None
     batches: list[Batch] = []
     with everyone.all_or_none():
@@ -96,7 +93,14 @@ def read_or_calibrate(
         return found
     shown = everyone.rank == 0
     with progress(f"looking at activations ({source})", len(batches), "call", shown) as update:
-        return calibrate(model, sites, batches, edge.rank, seed, everyone, update)
+        try:
+            return calibrate(model, sites, batches, edge.rank, seed, everyone, update)
+        except (TypeError, ValueError, RuntimeError) as error:  # of the model; on all ranks
+            raise SpectralConfigError(
+                f'{key} = "{source}": {type(model).__name__} cannot be called with it '
+                f"({type(error).__name__}: {error}); call it yourself: keep: given, and "
+                "plugin.calibrate(batches)"
+            ) from error
 
 
 def _require_all(graphs: Coactivation, sites: Sequence[Site]) -> None:

@@ -145,12 +145,14 @@ class CoactivationGraph(ToldGraph):
 
     def _of_source(self, what: str, source: str, known: Coactivation | None) -> Coactivation:
         """The graphs of some inputs; of what is known already, as it is."""
-        known = known or Coactivation()
+        known, engine = known or Coactivation(), self._engine
         missing = [site for site in self._sites if site.parameter not in known.leaders]
         if not missing:
             return known
         key = f"spectral_ds.{self._choice.key}.edges[0].{what}"
-        found = graphs_of(source, key, self._edge, missing, self._engine, self._whole.seed)
+        found = graphs_of(
+            source, key, self._edge, missing, engine.module, engine.everyone, self._whole.seed
+        )
         return known | found
 
     def calibrate(self, batches: Sequence[Batch]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from spectral_ds.coactivation import Coactivation, Held, SubspaceOperator, largest
 from spectral_ds.config import EdgeConfig, SpectralConfig
 from spectral_ds.engines import Engine
+from spectral_ds.graph import ParameterNodes
 from spectral_ds.spectrum import Density, Eigenpairs, SignalToNoise
 
 
@@ -15,10 +16,12 @@ class ToldGraph:
 
     Attributes:
         keep: R; None until it is known.
+        parameters: that the graph covers, in model order.
         held: what this rank holds of the graph's parameters.
     """
 
     keep: Coactivation | None
+    parameters: tuple[ParameterNodes, ...]
     held: Held
     _edge: EdgeConfig
     _whole: SpectralConfig
@@ -73,8 +76,8 @@ class ToldGraph:
         shares = [min(s.values.sum() / s.inputs, 1.0) for s in spectra]
         inputs = sorted({s.inputs for s in spectra})
         widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
-        others = len({self._engine.fragments[i].parameter for i in self.held.others})
         with_inputs = len({name for name, _ in self.held.graph_of})
+        others = len(self.parameters) - with_inputs
         learn = "" if edge.learn == "none" else f", learn {edge.learn}"
         return (
             f"co-activation of {with_inputs} parameters, {len(spectra)} graphs of "

@@ -10,7 +10,7 @@ from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.coactivation import InputsError, calibrate, random_batches, user_batches
 from spectral_ds.config import GraphConfig
 from spectral_ds.console.progress import progress
-from spectral_ds.stack import GraphChoice, read_or_calibrate
+from spectral_ds.stack import GraphChoice, graphs_of
 
 # Inputs that are not there before a training.
 LATER = ("none", "training", "given")
@@ -63,9 +63,7 @@ def of_configuration(
                 continue
             key = f"spectral_ds.{choice.key}.edges[0].{what}"
             more = replace(edge, rank=max(edge.rank, RANK))
-            graphs = read_or_calibrate(
-                source, key, more, sites, model.module, model.communicator, seed
-            )
+            graphs = graphs_of(source, key, more, sites, model.module, model.communicator, seed)
             name = f"{choice.key}, {what} {source}"
             found.append(ActivityMeasurement(name, model, parameters, graphs))
     return found

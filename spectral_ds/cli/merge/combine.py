@@ -1,39 +1,13 @@
 """Combining: a tensor of the base model and its changes in tuned ones, filtered into one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from spectral_ds.coactivation import SubspaceFunction
+from spectral_ds.coactivation import Factors
 
 # Elements that are worked on at once: bounds the memory beyond the tensors themselves.
 AT_ONCE = 2**24
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """X ↦ cX + (XP)Q of a change X, in float64.
-
-    Attributes:
-        constant: c.
-        basis: (inputs, k): P.
-        product: (k, inputs): Q.
-    """
-
-    constant: float
-    basis: torch.Tensor
-    product: torch.Tensor
-
-    @classmethod
-    def of(cls, function: SubspaceFunction) -> "Factors":
-        product = function.core @ function.basis.T
-        return cls(function.constant, torch.from_numpy(function.basis), torch.from_numpy(product))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(outputs, inputs) of the same."""
-        filtered = (x @ self.basis.to(x.dtype)) @ self.product.to(x.dtype)
-        return filtered.add_(x, alpha=self.constant)
 
 
 def is_unchanged(base: torch.Tensor, tuned: Sequence[torch.Tensor]) -> bool:
@@ -73,5 +47,5 @@ def combine(
             if factors is None:
                 whole.add_(change, alpha=share)
             else:
-                whole.add_(factors[index](change))
+                whole.add_(factors[index].of_rows(change))
         out[part] = whole.to(out.dtype)

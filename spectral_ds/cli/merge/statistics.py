@@ -8,9 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
+
 from spectral_ds.cli.errors import UserError
-from spectral_ds.cli.merge.combine import Factors
-from spectral_ds.coactivation import Coactivation, InputsError, Site, Spectrum, functions_of
+from spectral_ds.coactivation import (
+    Coactivation,
+    Factors,
+    Function,
+    InputsError,
+    Site,
+    Spectrum,
+    functions_of,
+)
 from spectral_ds.coactivation import file as statistics
 
 # Functions that are kept at hand: query, key and value, gate and up have one in common.
@@ -105,7 +114,8 @@ class Functions:
         if key not in self._at_hand:
             spectra = [None if each is None else each[1] for each in learned]
             self._at_hand[key] = [
-                Factors.of(each) for each in functions_of(keep[1], spectra, self._mu)
+                Function.of(each, torch.from_numpy(each.basis)).factors(0.0, 1.0)
+                for each in functions_of(keep[1], spectra, self._mu)
             ]
             if len(self._at_hand) > AT_HAND:
                 self._at_hand.popitem(last=False)
