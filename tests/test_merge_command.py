@@ -115,6 +115,15 @@ def test_a_folder_of_another_merge_is_refused(folder, tmp_path, capsys):
     assert "is not empty" in line
 
 
+def test_a_model_of_another_architecture_is_refused(folder, tmp_path, capsys):
+    line = refusal(
+        capsys, folder / "gpt2" / "base", folder / "llama" / "tuned", "--out", tmp_path / "out"
+    )
+    assert str(folder / "llama" / "tuned") in line
+    assert "no fine-tuned version" in line
+    assert not (tmp_path / "out").exists()
+
+
 def other_shape(path, **changes):
     config = LlamaForCausalLM.config_class(
         vocab_size=len(VOCABULARY), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,

@@ -80,7 +80,8 @@ class Merging:
         left_out: names of tensors that others have and the first tuned model lacks, by model.
 
     Raises:
-        UserError: tensors differ in shape, are stored otherwise, or one model lacks some.
+        UserError: tensors differ in shape, are stored otherwise, or one model lacks some; or base
+            and tuned model have none in common.
     """
 
     def __init__(
@@ -94,6 +95,12 @@ class Merging:
         self.sources: dict[str, Sources] = {}
         for name, place in of_tuned[0].items():
             self.sources[name] = self._sources(name, place, keys, place.parameter in parts)
+        if not any(sources.base for sources in self.sources.values()):
+            raise UserError(
+                f"{tuned[0].given}: has no tensor of {base.given}, so it is no fine-tuned version "
+                f"of it: one has {next(iter(of_tuned[0]), 'none')}, the other "
+                f"{next(iter(of_base), 'none')}"
+            )
         self.left_out: dict[str, list[str]] = {}
         for model, places in zip((base, *tuned), (of_base, *of_tuned), strict=True):
             lacking = [n for n, place in places.items() if place.key not in keys[1]]
