@@ -247,3 +247,13 @@ def assert_operators(graph, expected):
 def trained(model):
     """Names of the parameters that are."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def operators(inputs, rank=RANK):
+    """By matrix, of the inputs of layers by name."""
+    return {(f"{name}.weight", 0): operator_of(x, rank) for name, x in inputs.items()}
+
+
+def ids_of(model, samples=7, length=6):
+    """Random token ids of its vocabulary."""
+    return random_ids(samples, length, 5, model.config.vocab_size)

@@ -1,8 +1,7 @@
-"""The configuration: what loads, presets, sources, digest."""
+"""The configuration: what loads, its digest, and its documentation."""
 
 import dataclasses
 import json
-import operator
 import random
 import re
 from pathlib import Path
@@ -12,18 +11,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from spectral_ds import config as config_module
 from spectral_ds.config import (
     PRESETS,
     RESPONSES,
     EdgeConfig,
-    FilterConfig,
     GraphConfig,
     SpectralConfig,
-    SpectralConfigError,
     TemporalConfig,
     load_config,
-    loading,
 )
 
 # The whole section with its defaults, as the documentation prints it.
@@ -61,17 +56,6 @@ def section_with(key: str, value: object) -> dict[str, Any]:
         value = {"edges": [value]} if part == "edges[0]" else {part: value}
     assert isinstance(value, dict)
     return value
-
-
-def message_of(section: object) -> str:
-    with pytest.raises(SpectralConfigError) as caught:
-        load_config(section)  # type: ignore[arg-type]
-    return str(caught.value)
-
-
-def write(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
 
 
 # What loads
@@ -231,198 +215,6 @@ def test_source_is_left_as_it_was() -> None:
     before = json.dumps(source)
     load_config(source)
     assert json.dumps(source) == before
-
-
-# Presets
-
-
-@pytest.mark.parametrize(
-    ("preset", "families", "keys"),
-    [
-        ("paper", "similarity by weights", {"filter.response": "heat", "filter.strength": 0.5}),
-        (
-            "retain",
-            "activations by weights",
-            {"graph.node": "column", "monitor.interval": 20,
-             "filter.response": "tikhonov", "filter.tau": 1.0, "filter.strength": 1.0,
-             "filter.apply_to": "update", "filter.rest": 1.0},
-        ),
-        (
-            "denoise",
-            "similarity by gradient",
-            {"graph.node": "column", "graph.refresh_interval": 50, "filter.response": "wiener",
-             "statistics.interval": 1, "statistics.decay": 0.98},
-        ),
-        (
-            "gradient_smoothing",
-            "depth by weights",
-            {"graph.laplacian": "combinatorial", "filter.response": "window",
-             "filter.alpha": 0.4, "filter.strength": 1.0, "filter.apply_to": "update"},
-        ),
-        (
-            "laplacian_smoothing",
-            "ring by weights",
-            {"graph.node": "element", "graph.exclude": (), "graph.laplacian": "combinatorial",
-             "filter.response": "tikhonov", "filter.tau": 1.0, "filter.strength": 1.0},
-        ),
-        (
-            "grokfast",
-            "depth by weights",
-            {"graph.exclude": (), "filter.response": "identity",
-             "filter.temporal": TemporalConfig(0.98, 2.0)},
-        ),
-        (
-            "whiten",
-            "similarity by gradient",
-            {"graph.node": "row", "graph.refresh_interval": 50, "filter.response": "whiten",
-             "filter.power": 0.5},
-        ),
-        ("observe", "similarity by weights", {"filter.response": "identity"}),
-    ],
-)  # fmt: skip
-def test_preset_sets_its_keys(preset: str, families: str, keys: dict[str, object]) -> None:
-    config = load_config({"preset": preset})
-    assert config.preset == preset
-    assert [f"{e.family} by {e.features}" for e in config.graph.edges] == [families]
-    assert {key: operator.attrgetter(key)(config) for key in keys} == keys
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_is_itself_a_valid_section(preset: str) -> None:
-    path = Path(config_module.__file__).parent / "presets" / f"{preset}.yaml"
-    keys = yaml.safe_load(path.read_text())
-    assert load_config({**keys, "preset": preset}) == load_config({"preset": preset})
-
-
-def test_every_preset_has_a_file_and_every_file_is_a_preset() -> None:
-    folder = Path(config_module.__file__).parent / "presets"
-    assert {path.stem for path in folder.iterdir()} == set(PRESETS)
-
-
-def test_key_the_user_wrote_wins_over_the_preset() -> None:
-    config = load_config({"preset": "observe", "filter": {"response": "heat", "tau": 3.0}})
-    assert (config.preset, config.filter.response, config.filter.tau) == ("observe", "heat", 3.0)
-
-
-def test_edges_the_user_wrote_replace_the_list_of_the_preset() -> None:
-    config = load_config({"graph": {"edges": [{"family": "depth"}]}})
-    assert config.graph.edges == (EdgeConfig("depth"),)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("response", ["identity", "heat", "lowpass", "tikhonov"])
-def test_every_preset_takes_another_response(preset: str, response: str) -> None:
-    assert load_config({"preset": preset, "filter": {"response": response}}).filter.response == (
-        response
-    )
-
-
-def test_parameters_of_the_preset_response_are_dropped_with_the_response(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    preset = {"filter": {"response": "heat", "tau": 5.0, "strength": 0.9}}
-    monkeypatch.setattr(
-        loading, "_read_preset", lambda name: OmegaConf.to_container(OmegaConf.create(preset))
-    )
-    assert load_config({"filter": {"response": "heat"}}).filter.tau == 5.0
-    window = load_config({"filter": {"response": "window"}}).filter
-    assert (window.tau, window.strength) == (FilterConfig.tau, 0.9)
-
-
-# Sources
-
-
-SECTION_OF_ALL_SOURCES = {"filter": {"response": "tikhonov", "tau": 2.0, "tolerance": 1e-4}}
-
-
-def test_section_is_found_in_a_whole_deepspeed_dict() -> None:
-    whole = {"train_batch_size": 8, "spectral_ds": SECTION_OF_ALL_SOURCES}
-    assert load_config(whole) == load_config(SECTION_OF_ALL_SOURCES)
-
-
-def test_dict_may_hold_omegaconf_sections() -> None:
-    section = OmegaConf.create(SECTION_OF_ALL_SOURCES)
-    assert load_config(section) == load_config(SECTION_OF_ALL_SOURCES)
-    assert load_config({"spectral_ds": section}) == load_config(SECTION_OF_ALL_SOURCES)
-
-
-@pytest.mark.parametrize("as_path", [str, Path])
-def test_section_is_found_in_a_deepspeed_json(tmp_path: Path, as_path: Any) -> None:
-    whole = {"zero_optimization": {"stage": 2}, "spectral_ds": SECTION_OF_ALL_SOURCES}
-    path = write(tmp_path / "ds.json", json.dumps(whole))
-    assert load_config(as_path(path)) == load_config(SECTION_OF_ALL_SOURCES)
-
-
-def test_deepspeed_json_may_hold_comments_as_deepspeed_allows(tmp_path: Path) -> None:
-    text = '{\n  // why\n  "train_batch_size": 8,\n  # and\n  "spectral_ds": {"seed": 3},\n}'
-    assert load_config(write(tmp_path / "ds.json", text)).seed == 3
-
-
-@pytest.mark.parametrize("under_key", [True, False])
-@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
-def test_yaml_holds_the_section_bare_or_under_its_key(
-    tmp_path: Path, suffix: str, under_key: bool
-) -> None:
-    content: Any = {"spectral_ds": SECTION_OF_ALL_SOURCES} if under_key else SECTION_OF_ALL_SOURCES
-    path = write(tmp_path / f"section{suffix}", yaml.safe_dump(content))
-    assert load_config(path) == load_config(SECTION_OF_ALL_SOURCES)
-
-
-def test_yaml_number_without_a_point_is_a_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "section.yaml", "filter: {tolerance: 1e-2}")
-    assert load_config(path).filter.tolerance == 0.01
-
-
-def test_yaml_interpolation_is_resolved(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", "t: 3.0\nspectral_ds: {filter: {tau: '${t}'}}")
-    assert load_config(path).filter.tau == 3.0
-
-
-@pytest.mark.parametrize("name", ["missing.json", "missing.yaml"])
-def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    assert str(tmp_path / name) in message_of(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("broken.json", '{"spectral_ds": {'),
-        ("broken.yaml", "spectral_ds: {filter: [}"),
-        ("list.json", "[1, 2]"),
-        ("list.yaml", "[1, 2]"),
-        ("number.yaml", "3"),
-        ("unresolved.yaml", "seed: ${nothing}"),
-        ("twice.json", '{"spectral_ds": {"seed": 1, "seed": 2}}'),
-        ("twice.yaml", "seed: 1\nseed: 2"),
-    ],
-)
-def test_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str) -> None:
-    path = write(tmp_path / name, text)
-    assert str(path) in message_of(path)
-
-
-@pytest.mark.parametrize(
-    "key", ["train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization"]
-)
-def test_deepspeed_dict_without_the_section_says_so(key: str) -> None:
-    assert 'the section "spectral_ds" is missing' in message_of({key: 1})
-
-
-def test_json_without_the_section_says_so(tmp_path: Path) -> None:
-    path = write(tmp_path / "ds.json", '{"seed": 1}')
-    message = message_of(path)
-    assert str(path) in message
-    assert 'the section "spectral_ds" is missing' in message
-
-
-def test_misspelt_section_is_recognized() -> None:
-    message = message_of({"spectral-ds": {}, "train_batch_size": 8})
-    assert 'the section "spectral_ds" is missing; nearest key there: spectral-ds' in message
-
-
-@pytest.mark.parametrize("source", [None, 3, ["a"]])
-def test_source_of_another_type_is_refused(source: object) -> None:
-    assert "must be a mapping or a path" in message_of(source)
 
 
 # Digest
