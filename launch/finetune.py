@@ -28,14 +28,6 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from examples import (
-    Batch,
-    Corpus,
-    batches,
-    classification_examples,
-    language_modelling_examples,
-    load_corpus,
-)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,6 +35,14 @@ import spectral_ds
 from spectral_ds.checkpoint import CheckpointError
 from spectral_ds.cli.arguments import at_least
 from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.examples import (
+    Batch,
+    Corpus,
+    batches,
+    classification_examples,
+    language_modelling_examples,
+    load_corpus,
+)
 from spectral_ds.cli.models import Source, load_tokenizer, refuse_longer
 from spectral_ds.config import read_json
 from spectral_ds.text import DataError

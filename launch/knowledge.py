@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
-from examples import (
-    Batch,
-    Corpus,
-    classification_examples,
-    language_modelling_examples,
-    load_corpus,
-)
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
 from spectral_ds.cli.arguments import at_least
 from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.examples import (
+    Batch,
+    Corpus,
+    classification_examples,
+    language_modelling_examples,
+    load_corpus,
+)
 from spectral_ds.cli.models import Source, load_tokenizer
 from spectral_ds.console.figure_style import BLUE, COLORS, GREY, new_figure, styled
 from spectral_ds.text import DataError, read_texts

@@ -11,8 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
-from examples import batches, load_corpus
-
+from spectral_ds.cli.examples import batches, load_corpus
 from spectral_ds.text import DataError
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]

@@ -5,17 +5,16 @@ type, out of range or without effect raises `SpectralConfigError`.
 """
 
 import copy
-import difflib
 import importlib.resources
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
+from spectral_ds.config.checking import check, frozen
 from spectral_ds.config.schema import (
     ADAPTIVE,
     BOUNDED,
@@ -46,7 +45,7 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     2.0
     """
     problems: list[str] = []
-    user = _check_section(SpectralConfig, read_section(source), SECTION, problems)
+    user = check(SpectralConfig, read_section(source), SECTION, problems, _everywhere())
     preset = _read_preset(user.get("preset", SpectralConfig.preset))
     usual = preset.get("filter", {}).get("response", FilterConfig.response)
     response = user.get("filter", {}).get("response", usual)
@@ -77,7 +76,7 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     if problems:
         raise SpectralConfigError("\n".join(problems))
     merged = OmegaConf.to_container(OmegaConf.merge(preset, user))
-    config: SpectralConfig = _frozen(SpectralConfig, merged)
+    config: SpectralConfig = frozen(SpectralConfig, merged)
     problems += _contradictions(config)
     if problems:
         raise SpectralConfigError("\n".join(problems))
@@ -151,101 +150,9 @@ def _checked_preset(name: str) -> dict[str, Any]:
     path = importlib.resources.files("spectral_ds") / "config" / "presets" / f"{name}.yaml"
     problems: list[str] = []
     preset = plain(OmegaConf.create(path.read_text("utf-8")))
-    checked = _check_section(SpectralConfig, preset, SECTION, problems)
+    checked = check(SpectralConfig, preset, SECTION, problems)
     assert not problems, problems
     return checked
-
-
-class _RefusedError(ValueError):
-    """What is wrong with one value."""
-
-
-def _check_section(schema: Any, raw: Any, key: str, problems: list[str]) -> dict[str, Any]:
-    """The keys of raw whose values are valid and available; the rest goes to problems."""
-    rules = {rule.name: rule for rule in fields(schema)}
-    allowed = ", ".join(rules)
-    if not isinstance(raw, Mapping):
-        problems.append(f"{key} = {show(raw)}: must be a mapping with keys out of {allowed}")
-        return {}
-    hints = get_type_hints(schema)
-    valid = {}
-    for name, value in raw.items():
-        full = f"{key}.{name}"
-        if name not in rules:
-            nearest = _nearest(str(name), key, list(rules))
-            problems.append(
-                f"{full} = {show(value)}: unknown key; nearest: {nearest} (allowed: {allowed})"
-            )
-            continue
-        try:
-            checked = _check_value(hints[name], rules[name].metadata, value, full, problems)
-            valid[name] = checked
-        except _RefusedError as refused:
-            problems.append(f"{full} = {show(value)}: {refused}")
-    return valid
-
-
-def _check_value(
-    hint: Any, rule: Mapping[str, Any], raw: Any, key: str, problems: list[str]
-) -> Any:
-    """Raw as the type of its field, or `_RefusedError`; sections report to problems."""
-    schema = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
-    is_list = get_origin(hint) is tuple
-    if schema and not is_list:
-        is_null = raw is None and type(None) in get_args(hint)
-        return None if is_null else _check_section(schema, raw, key, problems)
-    if isinstance(raw, str):
-        raw = rule.get("synonyms", {}).get(raw, raw)
-    try:
-        value = tuple(_sequence(raw)) if schema else _typed(hint, raw)
-        valid = rule["test"](value) if rule else True
-    except (TypeError, OverflowError):
-        valid = False
-    if not valid:
-        raise _RefusedError(f"must be {rule.get('allowed', 'true or false')}")
-    if schema:
-        sections = enumerate(value)
-        return tuple(_check_section(schema, e, f"{key}[{i}]", problems) for i, e in sections)
-    return value
-
-
-def _typed(hint: Any, raw: Any) -> Any:
-    """The value as the annotated type, without conversion other than int to float."""
-    if get_origin(hint) is tuple:
-        return tuple(_typed(get_args(hint)[0], element) for element in _sequence(raw))
-    accepted = _accepted_types(hint)
-    if type(raw) in accepted and type(raw) is not float:
-        return raw
-    is_number = isinstance(raw, int | float) and not isinstance(raw, bool)
-    if float in accepted and is_number and math.isfinite(raw):
-        return float(raw)
-    raise TypeError
-
-
-def _accepted_types(hint: Any) -> tuple[type, ...]:
-    """The types of a hint's values; those of a Literal are for the field's own test to compare."""
-    if get_origin(hint) is Literal:
-        return tuple({type(value) for value in get_args(hint)})
-    parts = get_args(hint)
-    return tuple(kind for part in parts for kind in _accepted_types(part)) if parts else (hint,)
-
-
-def _sequence(raw: Any) -> list[Any] | tuple[Any, ...]:
-    if isinstance(raw, list | tuple):
-        return raw
-    raise TypeError
-
-
-def _frozen(hint: Any, value: Any) -> Any:
-    """Checked values as the annotated dataclasses and tuples."""
-    # Not OmegaConf.to_object: OmegaConf 2.3 cannot merge into a schema of frozen dataclasses.
-    if isinstance(value, dict):
-        schema = next(part for part in (hint, *get_args(hint)) if is_dataclass(part))
-        hints = get_type_hints(schema)
-        return schema(**{name: _frozen(hints[name], each) for name, each in value.items()})  # type: ignore[operator]
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(get_args(hint)[0], each) for each in value)
-    return value
 
 
 def _unused(
@@ -276,13 +183,10 @@ def _of_edges_alone(key: str, index: int, graph: Mapping[str, Any]) -> Iterator[
             yield f"{name} = {show(value)}: belongs to families of edges, not to activations"
 
 
-def _nearest(name: str, key: str, siblings: list[str]) -> str:
-    """The key that was probably meant: a similar one here, else one elsewhere, else any here."""
-    similar = difflib.get_close_matches(name, siblings, n=1)
-    elsewhere = {full.rpartition(".")[2]: full for full in _all_keys(SpectralConfig, SECTION)}
-    if not similar and (found := difflib.get_close_matches(name, elsewhere, n=1)):
-        return elsewhere[found[0]]
-    return f"{key}.{(similar or difflib.get_close_matches(name, siblings, n=1, cutoff=0.0))[0]}"
+@cache
+def _everywhere() -> dict[str, str]:
+    """Every key of the section, by its last name."""
+    return {full.rpartition(".")[2]: full for full in _all_keys(SpectralConfig, SECTION)}
 
 
 def _all_keys(schema: Any, key: str) -> Iterator[str]:

@@ -7,9 +7,18 @@ Valid for `OmegaConf.structured` too. `loading.py` reads and checks what a user 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+from spectral_ds.config.fields import (
+    BEST,
+    SYNONYMS,
+    choice,
+    integer,
+    not_negative,
+    rule,
+    unit_interval,
+)
 
 Family = Literal["depth", "similarity", "pair", "ring", "activations"]
 Features = Literal["weights", "gradient"]
@@ -68,42 +77,8 @@ KEEP = ("random", "generated", "given")
 LEARN = ("none", "training")
 
 
-# What is chosen for the user. The Trainer of Hugging Face and Accelerate take every "auto" in a
-# DeepSpeed JSON as theirs to fill, and stop; where they do not come first, it means the same.
-BEST = "best"
-SYNONYMS = {"auto": BEST}
-
-
-def _rule(
-    default: object,
-    allowed: str,
-    test: Callable[[Any], bool],
-    synonyms: Mapping[str, str] | None = None,
-) -> Any:
-    metadata = {"allowed": allowed, "test": test, "synonyms": synonyms or {}}
-    return field(default=default, metadata=metadata)
-
-
-def _choice(default: str, choices: Any) -> Any:
-    allowed = get_args(choices)
-    synonyms = SYNONYMS if BEST in allowed else None
-    return _rule(default, f"one of {', '.join(allowed)}", lambda value: value in allowed, synonyms)
-
-
-def _integer(default: int, at_least: int) -> Any:
-    return _rule(default, f"an integer >= {at_least}", lambda value: value >= at_least)
-
-
-def _not_negative(default: float) -> Any:
-    return _rule(default, "a finite number >= 0", lambda value: value >= 0)
-
-
-def _unit_interval(default: float) -> Any:
-    return _rule(default, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-
-
 def _inputs(default: str, words: tuple[str, ...]) -> Any:
-    return _rule(default, f"{', '.join(words)} or the name of a file or folder", bool)
+    return rule(default, f"{', '.join(words)} or the name of a file or folder", bool)
 
 
 def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
@@ -112,7 +87,7 @@ def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
         return all(p and "${" not in p and p != "???" for p in patterns)
 
     kind = "list" if may_be_empty else "non-empty list"
-    return _rule(
+    return rule(
         default,
         f"a {kind} of shell patterns: strings which are not empty, not ??? and without ${{",
         lambda value: test(value) and (may_be_empty or len(value) > 0),
@@ -123,20 +98,20 @@ def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
 class EdgeConfig:
     """One edge family of the parameter graph."""
 
-    family: Family = _choice("similarity", Family)
-    features: Features = _choice("weights", Features)  # what similarity compares
-    neighbours: int = _integer(8, at_least=1)  # nearest nodes each node is joined to
-    scope: Scope = _choice("parameter", Scope)  # where neighbours are looked for
-    sketch_width: int = _integer(64, at_least=0)  # length of a projected feature; 0 = never project
+    family: Family = choice("similarity", Family)
+    features: Features = choice("weights", Features)  # what similarity compares
+    neighbours: int = integer(8, at_least=1)  # nearest nodes each node is joined to
+    scope: Scope = choice("parameter", Scope)  # where neighbours are looked for
+    sketch_width: int = integer(64, at_least=0)  # length of a projected feature; 0 = never project
     # pair: rows of an attention head; 0 = from the model's own config
-    head_width: int = _integer(0, at_least=0)
-    rank: int = _integer(64, at_least=1)  # activations: most active directions of each layer
+    head_width: int = integer(0, at_least=0)
+    rank: int = integer(64, at_least=1)  # activations: most active directions of each layer
     keep: str = _inputs("random", KEEP)  # activations: what the model is to keep
     learn: str = _inputs("none", LEARN)  # activations: what it is to learn
-    samples: int = _integer(256, at_least=1)  # activations: sequences that are looked at
-    length: int = _integer(64, at_least=1)  # activations: tokens of each
+    samples: int = integer(256, at_least=1)  # activations: sequences that are looked at
+    length: int = integer(64, at_least=1)  # activations: tokens of each
     tokenizer: str = ""  # activations: folder or name; "" = the model's own
-    weight: float = _rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
+    weight: float = rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
 
 
 @dataclass(frozen=True)
@@ -146,59 +121,59 @@ class GraphConfig:
     A pattern that stands in `GraphConfig()` is a default and may match no parameter.
     """
 
-    node: Node = _choice("row", Node)
+    node: Node = choice("row", Node)
     include: tuple[str, ...] = _patterns(("*",), may_be_empty=False)
     exclude: tuple[str, ...] = _patterns(
         ("*embed*", "*lm_head*", "*classifier*", "*pooler*"), may_be_empty=True
     )
-    edges: tuple[EdgeConfig, ...] = _rule((EdgeConfig(),), "a non-empty list of mappings", bool)
-    laplacian: LaplacianKind = _choice("normalized", LaplacianKind)
-    refresh_interval: int = _integer(0, at_least=0)  # steps between rebuilds; 0 = built once
+    edges: tuple[EdgeConfig, ...] = rule((EdgeConfig(),), "a non-empty list of mappings", bool)
+    laplacian: LaplacianKind = choice("normalized", LaplacianKind)
+    refresh_interval: int = integer(0, at_least=0)  # steps between rebuilds; 0 = built once
 
 
 @dataclass(frozen=True)
 class TemporalConfig:
     """Adds amplify x the running mean of the filtered gradient (arXiv 2405.20233)."""
 
-    decay: float = _rule(0.98, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
-    amplify: float = _not_negative(2.0)
+    decay: float = rule(0.98, "a number >= 0 and < 1", lambda value: 0 <= value < 1)
+    amplify: float = not_negative(2.0)
 
 
 @dataclass(frozen=True)
 class FilterConfig:
     """The response h, where and how strongly it acts: Y = (1 - strength) X + strength h(L) X."""
 
-    response: ResponseName = _choice("heat", ResponseName)
-    tau: float = _not_negative(1.0)  # heat exp(-tau lambda), tikhonov 1 / (1 + tau lambda)
+    response: ResponseName = choice("heat", ResponseName)
+    tau: float = not_negative(1.0)  # heat exp(-tau lambda), tikhonov 1 / (1 + tau lambda)
     # window 1 - (alpha / 2) lambda; up to 1 it is >= 0 on [0, 2], the normalized spectrum
-    alpha: float = _unit_interval(0.4)
+    alpha: float = unit_interval(0.4)
     # polynomial: of lambda^0, lambda^1, ...
-    coefficients: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    coefficients: tuple[float, ...] = rule((), "a list of finite numbers", lambda value: True)
     # lowpass keeps, highpass drops what is below this share of [0, lambda_max]
-    cutoff: float = _unit_interval(0.25)
-    low: float = _unit_interval(0.0)  # bandpass keeps what is between these shares
-    high: float = _unit_interval(0.5)
+    cutoff: float = unit_interval(0.25)
+    low: float = unit_interval(0.0)  # bandpass keeps what is between these shares
+    high: float = unit_interval(0.5)
     # bands: of equal bands of [0, lambda_max], lowest first
-    gains: tuple[float, ...] = _rule((), "a list of finite numbers", lambda value: True)
+    gains: tuple[float, ...] = rule((), "a list of finite numbers", lambda value: True)
     # wiener, whiten: equal bands with a gain each
-    bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
-    power: float = _not_negative(0.5)  # whiten: the gain of a band is its power to the minus this
-    order: int | Literal["best"] = _rule(  # Chebyshev order; best = the least within tolerance
+    bands: int = rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
+    power: float = not_negative(0.5)  # whiten: the gain of a band is its power to the minus this
+    order: int | Literal["best"] = rule(  # Chebyshev order; best = the least within tolerance
         BEST,
         "best or an integer from 1 to 512",
         lambda value: value == BEST if isinstance(value, str) else 1 <= value <= 512,
         SYNONYMS,
     )
     # largest error of h on the spectrum under order best
-    tolerance: float = _rule(1e-3, "a number > 0 and < 1", lambda value: 0 < value < 1)
-    strength: float = _unit_interval(0.5)
-    rescale: Rescaling = _choice("none", Rescaling)
-    apply_to: Filtered = _choice("gradient", Filtered)
+    tolerance: float = rule(1e-3, "a number > 0 and < 1", lambda value: 0 < value < 1)
+    strength: float = unit_interval(0.5)
+    rescale: Rescaling = choice("none", Rescaling)
+    apply_to: Filtered = choice("gradient", Filtered)
     # family activations: factor on what it covers that has no inputs: norms, biases, embeddings
-    rest: float = _not_negative(1.0)
-    warmup_steps: int = _integer(0, at_least=0)  # optimizer steps until full strength
-    decay_steps: int = _integer(0, at_least=0)  # steps of its fall to 0 after that; 0 = it stays
-    interval: int = _integer(1, at_least=1)  # filter every so many optimizer steps
+    rest: float = not_negative(1.0)
+    warmup_steps: int = integer(0, at_least=0)  # optimizer steps until full strength
+    decay_steps: int = integer(0, at_least=0)  # steps of its fall to 0 after that; 0 = it stays
+    interval: int = integer(1, at_least=1)  # filter every so many optimizer steps
     temporal: TemporalConfig | None = None
 
 
@@ -206,20 +181,20 @@ class FilterConfig:
 class StatisticsConfig:
     """Running means of gradients, for similarity of gradients, adaptive responses and `snr`."""
 
-    interval: int = _integer(10, at_least=1)  # optimizer steps between samples
-    decay: float = _rule(0.99, "a number > 0 and < 1", lambda value: 0 < value < 1)  # a sample
+    interval: int = integer(10, at_least=1)  # optimizer steps between samples
+    decay: float = rule(0.99, "a number > 0 and < 1", lambda value: 0 < value < 1)  # a sample
 
 
 @dataclass(frozen=True)
 class RegularizerConfig:
     """The term strength x 1/2 tr(D^T (r(L) + ridge I) D), D = weights - reference."""
 
-    strength: float = _not_negative(0.0)
-    response: PenaltyName = _choice("laplacian", PenaltyName)  # r
-    ridge: float = _not_negative(0.0)
-    coupling: Coupling = _choice("joint", Coupling)
-    reference: ReferenceName = _choice("pretrained", ReferenceName)
-    reference_device: ReferenceDevice = _choice("same", ReferenceDevice)
+    strength: float = not_negative(0.0)
+    response: PenaltyName = choice("laplacian", PenaltyName)  # r
+    ridge: float = not_negative(0.0)
+    coupling: Coupling = choice("joint", Coupling)
+    reference: ReferenceName = choice("pretrained", ReferenceName)
+    reference_device: ReferenceDevice = choice("same", ReferenceDevice)
 
 
 @dataclass(frozen=True)
@@ -227,10 +202,10 @@ class MonitorConfig:
     """What goes to TensorBoard, and how often."""
 
     enabled: bool = True
-    interval: int = _integer(10, at_least=1)  # optimizer steps between records
+    interval: int = integer(10, at_least=1)  # optimizer steps between records
     # equal bands of frequency; the order of the band filters grows with their number
-    bands: int = _rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
-    figures_interval: int = _integer(100, at_least=1)  # optimizer steps between figures
+    bands: int = rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
+    figures_interval: int = integer(100, at_least=1)  # optimizer steps between figures
     folder: str = ""  # for TensorBoard files of its own; "" = where the engine writes
 
 
@@ -238,8 +213,8 @@ class MonitorConfig:
 class OperatorConfig:
     """How y = L x is computed on shards."""
 
-    kernel: KernelName = _choice(BEST, KernelName)  # best = the faster one
-    exchange: ExchangeName = _choice(BEST, ExchangeName)
+    kernel: KernelName = choice(BEST, KernelName)  # best = the faster one
+    exchange: ExchangeName = choice(BEST, ExchangeName)
 
 
 @dataclass(frozen=True)
@@ -255,16 +230,16 @@ class SpectralConfig:
     """The whole section. Build it with `load_config`, which validates; frozen afterwards."""
 
     enabled: bool = True
-    preset: PresetName = _choice("paper", PresetName)
+    preset: PresetName = choice("paper", PresetName)
     graph: GraphConfig = GraphConfig()
-    graphs: tuple[GraphConfig, ...] = _rule((), "a list of mappings", lambda value: True)  # stacked
+    graphs: tuple[GraphConfig, ...] = rule((), "a list of mappings", lambda value: True)  # stacked
     filter: FilterConfig = FilterConfig()
     statistics: StatisticsConfig = StatisticsConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
     monitor: MonitorConfig = MonitorConfig()
     operator: OperatorConfig = OperatorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: int = _rule(0, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
+    seed: int = rule(0, "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63)
 
     @property
     def stack(self) -> tuple[GraphConfig, ...]:

@@ -5,7 +5,7 @@ first is the loss, with the accuracy; the second is of how many texts the neares
 longer the base model's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from torch import nn
 from torch.nn import functional
 
 from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.knowledge import (
+    NEIGHBOURS,
+    class_scores,
+    loss_on,
+    neighbours_of,
+    share_kept,
+)
 from spectral_ds.cli.merge.looking import SEED, Amount
 from spectral_ds.cli.models import CAUSAL
-from spectral_ds.coactivation import only_looking
 from spectral_ds.text import DataError, read_labelled_texts, read_texts
 
 CLASSIFIER = "ForSequenceClassification"
-# Nearest neighbours of a text, by the cosine of mean hidden states.
-NEIGHBOURS = 10
-BATCH_TOKENS = 512
 # Texts of the second half, in turn: statistics of the same file are of the first.
 HELD_OUT = 1
 
@@ -88,10 +91,10 @@ class _LanguageModels:
         self._of_base: float | None = None
 
     def __call__(self, model: nn.Module) -> Judgement:
-        general = _loss(model, self._general)
+        general = loss_on(model, self._general)
         if self._of_base is None:
             self._of_base = general
-        return Judgement(_loss(model, self._task), None, general, general - self._of_base)
+        return Judgement(loss_on(model, self._task), None, general, general - self._of_base)
 
 
 class _Classifiers:
@@ -104,61 +107,14 @@ class _Classifiers:
         self._of_base: torch.Tensor | None = None
 
     def __call__(self, model: nn.Module) -> Judgement:
-        with only_looking(model):
-            logits = torch.cat(
-                [
-                    model(input_ids=ids, attention_mask=mask).logits
-                    for ids, mask in _batches(self._task)
-                ]
-            ).float()
-        loss = float(functional.cross_entropy(logits, self._labels))
-        accuracy = float((logits.argmax(1) == self._labels).double().mean())
-        nearest = self._nearest(model)
+        scores = class_scores(model, self._task)
+        loss = float(functional.cross_entropy(scores, self._labels))
+        accuracy = float((scores.argmax(1) == self._labels).double().mean())
+        nearest = neighbours_of(model, self._general)
         if self._of_base is None:
             self._of_base = nearest
-        same = (nearest[:, :, None] == self._of_base[:, None, :]).any(2)
-        kept = float(same.double().mean())
+        kept = share_kept(self._of_base, nearest)
         return Judgement(loss, accuracy, kept, 1 - kept)
-
-    def _nearest(self, model: nn.Module) -> torch.Tensor:
-        """(texts, NEIGHBOURS): numbers of the texts nearest to each."""
-        found = []
-        with only_looking(model):
-            for ids, mask in _batches(self._general):
-                output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-                hidden = output.hidden_states[-1].double()
-                weight = mask[:, :, None].double()
-                found.append((hidden * weight).sum(1) / weight.sum(1))
-        vectors = functional.normalize(torch.cat(found), dim=1)
-        likeness = (vectors @ vectors.T).fill_diagonal_(-2)
-        return likeness.topk(NEIGHBOURS, dim=1).indices
-
-
-def _loss(model: nn.Module, pieces: list[list[int]]) -> float:
-    """Nats a token, over all tokens but the first of each piece."""
-    total, count = 0.0, 0
-    with only_looking(model):
-        for ids, mask in _batches(pieces):
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-            total += float(
-                functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            )
-            count += int(mask[:, 1:].sum())
-    return total / count
-
-
-def _batches(pieces: Sequence[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and masks, in order, padded at their ends."""
-    at_once = max(1, BATCH_TOKENS // max(map(len, pieces)))
-    for first in range(0, len(pieces), at_once):
-        held = pieces[first : first + at_once]
-        ids = torch.zeros(len(held), max(map(len, held)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, piece in enumerate(held):
-            ids[row, : len(piece)] = torch.tensor(piece)
-            mask[row, : len(piece)] = 1
-        yield ids, mask
 
 
 def _texts(path: Path, option: str) -> list[str]:

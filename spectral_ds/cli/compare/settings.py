@@ -1,0 +1,257 @@
+"""Settings: what is compared on what, as a user writes it in a YAML file.
+
+Methods × learning rates × seeds × tasks. A method is a way to train, or something done to the
+change that another method has made. Its dials are lists of values of its own keys: every
+combination is a point of its frontier.
+"""
+
+# ruff: noqa: RUF009 - what makes a field is called in its default
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from spectral_ds.cli.errors import UserError
+from spectral_ds.config import SpectralConfigError, load_config
+from spectral_ds.config.checking import check, frozen
+from spectral_ds.config.fields import choice, integer, rule
+from spectral_ds.config.sources import plain
+
+Kind = Literal["classification", "causal-lm"]
+OptimizerName = Literal["adamw", "muon", "projection_decay", "half_whitened"]
+AdapterName = Literal["none", "lora", "bitfit", "osf"]
+AfterName = Literal["none", "by_depth", "early_stopping", "merge"]
+Change = Literal["none", "shuffled", "diagonal"]
+
+# In a path of the dial, between keys.
+DOT = "."
+
+
+def _names(allowed: str) -> Any:
+    return rule({}, allowed, lambda value: True)
+
+
+def _mapping() -> Any:
+    return rule({}, "a mapping", lambda value: True)
+
+
+def _numbers(allowed: str, test: Any) -> Any:
+    return rule((), allowed, lambda value: bool(value) and all(map(test, value)))
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned."""
+
+    data: str = rule("", "a file or folder of texts", bool)
+    steps: int = integer(96, at_least=1)  # of the optimizer
+    examples: int = integer(0, at_least=0)  # to train on, drawn by the seed; 0 = all
+    per_class: int = integer(0, at_least=0)  # classification: so many of each; 0 = as they come
+
+
+@dataclass(frozen=True)
+class GeneralConfig:
+    """What should not be forgotten."""
+
+    data: str = rule("", "a file or folder of texts", bool)
+    texts: int = integer(256, at_least=1)  # to choose by, and as many again to report
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """A file of statistics of activations, of the model before training; made once."""
+
+    keep: str = rule("random", "random, generated or a file of texts", bool)
+    change: Change = choice("none", Change)  # controls: no graph of this model any more
+    rank: int = integer(64, at_least=1)
+    samples: int = integer(256, at_least=1)
+    length: int = integer(64, at_least=1)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A way to train, or what is done `after` another."""
+
+    section: dict[str, Any] | None = rule(None, "a section spectral_ds", lambda value: True)
+    optimizer: OptimizerName = choice("adamw", OptimizerName)
+    adapter: AdapterName = choice("none", AdapterName)
+    after: str = ""  # the method whose runs it starts from
+    by: AfterName = choice("none", AfterName)  # what is done to them
+    options: dict[str, Any] = _mapping()  # of the optimizer, the adapter or `by`
+    dial: dict[str, Any] = _mapping()  # lists of values by path: section.filter.tau, options.mu
+    rate: float = rule(1.0, "a number above 0", lambda value: value > 0)  # × each learning rate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of it; checked by `load`."""
+
+    model: str = rule("", "a folder, a name on the hub or a .gguf file", bool)
+    kind: Kind = choice("classification", Kind)
+    batch_size: int = integer(32, at_least=1)
+    sequence_length: int = integer(64, at_least=2)  # tokens
+    learning_rates: tuple[float, ...] = _numbers("numbers above 0", lambda value: value > 0)
+    seeds: tuple[int, ...] = _numbers("whole numbers from 0 on", lambda value: value >= 0)
+    validation: int = integer(512, at_least=1)  # examples of each task to choose by
+    test: int = integer(1000, at_least=1)  # and to report
+    curve: int = integer(6, at_least=1)  # times that a run is looked at while it trains
+    interpolated: tuple[float, ...] = rule(  # what is left of the change that each method makes
+        (), "numbers from 0 to 1", lambda value: all(0 <= each < 1 for each in value)
+    )
+    baseline: str = "adamw"  # the method that others are held against
+    tasks: dict[str, Any] = _names("tasks by name")
+    general: dict[str, Any] = _names("texts by name")
+    statistics: dict[str, Any] = _names("statistics by name")
+    methods: dict[str, Any] = _names("methods by name")
+    quick: dict[str, Any] = _mapping()  # keys that --quick sets
+
+
+SECTIONS = {
+    "tasks": TaskConfig,
+    "general": GeneralConfig,
+    "statistics": StatisticsConfig,
+    "methods": MethodConfig,
+}
+
+
+def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison, dict[str, Any]]:
+    """Read and check a comparison.
+
+    Args:
+        path: a YAML file; `${oc.env:NAME}` stands for a variable of the environment.
+        overrides: KEY=VALUE, that win over the file.
+        quick: whether its section `quick` wins over the rest.
+
+    Returns:
+        The comparison, and the same as plain values.
+
+    Raises:
+        UserError: it cannot be used; all problems are in the message, one a line.
+    """
+    content = _read(path, overrides, quick)
+    problems: list[str] = []
+    checked = check(Comparison, content, "comparison", problems)
+    for name, schema in SECTIONS.items():
+        sections = checked.get(name, {})
+        checked[name] = {}
+        for key, raw in sections.items():
+            valid = check(schema, {} if raw is None else raw, f"{name}.{key}", problems)
+            checked[name][key] = frozen(schema, valid)
+    if not problems:
+        comparison = Comparison(**checked)
+        problems += _contradictions(comparison)
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    return comparison, content
+
+
+def _read(path: Path, overrides: Sequence[str], quick: bool) -> dict[str, Any]:
+    try:
+        content = OmegaConf.load(path)
+        if not OmegaConf.is_dict(content):
+            raise UserError(f"--config {path}: must hold a mapping")
+        if quick:
+            content = OmegaConf.merge(content, content.get("quick") or {})
+        found = plain(OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides))))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"--config {path}: cannot be read as YAML: {message}") from error
+    found.pop("quick", None)
+    plain_content: dict[str, Any] = found
+    return plain_content
+
+
+def _contradictions(comparison: Comparison) -> Iterator[str]:
+    """Problems of values that are valid each, but not together."""
+    for name in ("model", "learning_rates", "seeds", "tasks", "general", "methods"):
+        if not getattr(comparison, name):
+            yield f"{name}: is missing"
+    if comparison.baseline not in comparison.methods:
+        yield f"baseline = {comparison.baseline}: is none of {', '.join(comparison.methods)}"
+    for name, task in comparison.tasks.items():
+        if not task.data:
+            yield f"tasks.{name}.data: is missing"
+        if task.per_class and comparison.kind != "classification":
+            yield f"tasks.{name}.per_class = {task.per_class}: belongs to kind classification"
+    for name, general in comparison.general.items():
+        if not general.data:
+            yield f"general.{name}.data: is missing"
+    for name, method in comparison.methods.items():
+        yield from _of_method(name, method, comparison)
+
+
+def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Iterator[str]:
+    key = f"methods.{name}"
+    if bool(method.after) != (method.by != "none"):
+        yield f"{key}: `after` a method and `by` what go together"
+        return
+    if method.after:
+        before = comparison.methods.get(method.after)
+        if before is None or before.after or before.dial:
+            yield f"{key}.after = {method.after}: must be a method that trains and has no dial"
+        trains = [n for n in ("section", "optimizer", "adapter", "rate")
+                  if getattr(method, n) != getattr(MethodConfig, n)]  # fmt: skip
+        if trains:
+            yield f"{key}.{trains[0]}: belongs to methods that train"
+    if method.section is not None and (method.optimizer != "adamw" or method.adapter == "osf"):
+        yield f"{key}.section: not with optimizer {method.optimizer}, adapter {method.adapter}"
+    for path, values in method.dial.items():
+        if not isinstance(values, list) or not values:
+            yield f"{key}.dial.{path} = {values}: must be a list of values"
+            return
+    for setting in settings_of(method):
+        section = setting.method.section
+        if section is not None:
+            try:
+                load_config(section)
+            except SpectralConfigError as error:
+                yield from (f"{key}.section: {line}" for line in str(error).splitlines())
+                return
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with one value of each of its dials.
+
+    Attributes:
+        name: the dials, as people read them; empty without.
+        method: with these values.
+    """
+
+    name: str
+    method: MethodConfig
+
+
+def settings_of(method: MethodConfig) -> list[Setting]:
+    """All combinations of a method's dials."""
+    found = []
+    for values in product(*method.dial.values()):
+        changed = {"section": method.section, "options": method.options}
+        for path, value in zip(method.dial, values, strict=True):
+            keys = path.split(DOT)
+            changed = _with(changed, keys, value)
+        name = " ".join(
+            f"{path.rpartition(DOT)[2]}={value}"
+            for path, value in zip(method.dial, values, strict=True)
+        )
+        own = {n: getattr(method, n) for n in MethodConfig.__dataclass_fields__} | changed
+        found.append(Setting(name, MethodConfig(**own | {"dial": {}})))
+    return found
+
+
+def _with(tree: Any, keys: Sequence[str], value: Any) -> Any:
+    """A tree of mappings and lists with one value replaced."""
+    if not keys:
+        return value
+    first, *others = keys
+    if isinstance(tree, list):
+        at = int(first)
+        return [*tree[:at], _with(tree[at], others, value), *tree[at + 1 :]]
+    held: Mapping[str, Any] = tree or {}
+    return {**held, first: _with(held.get(first), others, value)}
