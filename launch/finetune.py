@@ -43,7 +43,7 @@ from spectral_ds.cli.examples import (
     language_modelling_examples,
     load_corpus,
 )
-from spectral_ds.cli.models import Source, load_tokenizer, refuse_longer
+from spectral_ds.cli.models import Source, as_plain, load_tokenizer, refuse_longer
 from spectral_ds.config import read_json
 from spectral_ds.text import DataError
 
@@ -122,9 +122,7 @@ def load_model(arguments: argparse.Namespace, num_classes: int) -> tuple[Any, An
         model = source.load(kind, dtype=torch.float32, **head)
     except UserError as error:
         raise UserError(f"--model {error}") from error
-    if source.is_gguf:  # the weights are plain fp32 now; marked as quantized they would not be
-        model.hf_quantizer = None  # saved
-        del model.config.quantization_config
+    model = as_plain(model)  # or it would not be saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

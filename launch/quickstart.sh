@@ -135,17 +135,11 @@ run() {
 }
 
 if [[ $model == *.gguf ]]; then  # as the folder of plain weights that others can read
-    [[ -d $out/base ]] || python - "$model" "$out/base" <<'PY'
-import sys
-import torch, transformers
-from spectral_ds.cli.models import Source, load_tokenizer
+    python - "$model" "$out/base" <<'PY'
+import pathlib, sys
+from spectral_ds.cli.models import Source, plain_folder
 
-source = Source.of(sys.argv[1])
-model = source.load(transformers.AutoModelForCausalLM, dtype=torch.float32)
-model.hf_quantizer = None
-del model.config.quantization_config
-load_tokenizer(source).save_pretrained(sys.argv[2])
-model.save_pretrained(sys.argv[2])
+plain_folder(Source.of(sys.argv[1]), pathlib.Path(sys.argv[2]))
 PY
     model=$out/base
 fi

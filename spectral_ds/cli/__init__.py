@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from spectral_ds.cli.add import add_parser as add_add
 from spectral_ds.cli.check import add_parser as add_check
+from spectral_ds.cli.compare import add_parser as add_compare
 from spectral_ds.cli.env import add_parser as add_env
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.inspect import add_parser as add_inspect
@@ -19,7 +20,7 @@ from spectral_ds.cli.merge import add_parser as add_merge
 from spectral_ds.cli.plan import add_parser as add_plan
 from spectral_ds.config import SpectralConfigError
 
-COMMANDS = (add_inspect, add_plan, add_merge, add_add, add_check, add_env)
+COMMANDS = (add_inspect, add_plan, add_merge, add_compare, add_add, add_check, add_env)
 EXAMPLES = """examples:
   spectral-ds env                                    what works here, and how to get the rest
   spectral-ds inspect ./model                        graph and spectrum of a model's parameters

@@ -99,6 +99,40 @@ def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
     return model, architecture.endswith(CAUSAL)
 
 
+def plain_folder(source: Source, target: Path) -> Path:
+    """A local folder of the model with plain float32 weights and its tokenizer.
+
+    Args:
+        source: a folder is taken as it is.
+        target: is written for any other, unless it is there.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import transformers
+
+    if Path(source.name).is_dir() and not source.is_gguf:
+        return Path(source.name)
+    if (target / "config.json").exists():
+        return target
+    settings = source.load(transformers.AutoConfig)
+    architecture = (settings.architectures or [f"Unnamed{CAUSAL[0]}"])[0]
+    is_causal = architecture.endswith(CAUSAL)
+    kind: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+    model = as_plain(source.load(kind, dtype=torch.float32))
+    load_tokenizer(source).save_pretrained(target)
+    model.save_pretrained(target)
+    return target
+
+
+def as_plain(model: Any) -> Any:
+    """A model that was loaded from a .gguf file, no longer marked as quantized: it is not."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    return model
+
+
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer.
 

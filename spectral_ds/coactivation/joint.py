@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.linalg
 
+from spectral_ds.coactivation.one_thread import one_thread
 from spectral_ds.coactivation.spectrum import Spectrum
 from spectral_ds.coactivation.subspace import (
     RIDGE,
@@ -20,6 +21,7 @@ from spectral_ds.coactivation.subspace import (
 )
 
 
+@one_thread
 def functions_of(
     keep: Spectrum, learn: Sequence[Spectrum | None], mu: float
 ) -> list[SubspaceFunction]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spectral_ds.coactivation.moments import Moments
+from spectral_ds.coactivation.one_thread import one_thread
 
 Values: TypeAlias = npt.NDArray[np.float64]
 
@@ -71,6 +72,7 @@ def spectrum_of(values: Values, vectors: npt.NDArray[np.float32]) -> Spectrum:
     return Spectrum(values, vectors, rest)
 
 
+@one_thread
 def most_active(moments: Moments, matrix: int, rank: int) -> Spectrum | None:
     """The `rank` most active directions of a site's matrix; None if nothing entered it.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from spectral_ds.coactivation.one_thread import one_thread
 from spectral_ds.coactivation.spectrum import Spectrum, Values
 
 # h at frequencies, (n,) float64.
@@ -44,6 +45,7 @@ class SubspaceFunction:
         return np.asarray(whole + self.constant * np.eye(len(self.basis)))
 
 
+@one_thread
 def function_of(response: Response, keep: Spectrum, learn: Spectrum | None) -> SubspaceFunction:
     """G of a response.
 

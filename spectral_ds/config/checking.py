@@ -100,6 +100,8 @@ def _accepted_types(hint: Any) -> tuple[type, ...]:
     """The types of a hint's values; those of a Literal are for the field's own test to compare."""
     if get_origin(hint) is Literal:
         return tuple({type(value) for value in get_args(hint)})
+    if get_origin(hint) is dict:
+        return (dict,)
     parts = get_args(hint)
     return tuple(kind for part in parts for kind in _accepted_types(part)) if parts else (hint,)
 

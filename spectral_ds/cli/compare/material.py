@@ -69,6 +69,11 @@ class Task:
             seed=seed,
         )  # fmt: skip
 
+    def drawn_ids(self, config: TaskConfig, seed: int) -> list[list[int]]:
+        """Token ids of the examples that a seed draws."""
+        chosen = self._drawn(config, seed)
+        return [each.tolist() if self.labels is None else each[0] for each in chosen]
+
     def _drawn(self, config: TaskConfig, seed: int) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.training), generator=generator).tolist()

@@ -28,7 +28,7 @@ def optimizers_of(
     hidden = {n: p for n, p in parameters.items() if p.ndim == 2 and is_numbered(n)}
     others = [p for n, p in parameters.items() if n not in hidden]
     matrices = list(hidden.values())
-    plain = {"lr": learning_rate, "weight_decay": 0.0}
+    plain: dict[str, Any] = {"lr": learning_rate, "weight_decay": 0.0}
     if name == "projection_decay":
         return [ProjectionDecay(list(parameters.values()), **plain, **options)]
     if name == "half_whitened":
@@ -99,5 +99,5 @@ def half_whitened(update: Tensor) -> Tensor:
     whitened = (vectors * gains) @ (vectors.T @ work)
     norm = whitened.norm()
     whitened *= work.norm() / norm if norm > 0 else 1
-    found = whitened.to(update.dtype)
+    found: Tensor = whitened.to(update.dtype)
     return found if update.shape[0] <= update.shape[1] else found.T

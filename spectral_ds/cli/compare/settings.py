@@ -8,10 +8,10 @@ combination is a point of its frontier.
 # ruff: noqa: RUF009 - what makes a field is called in its default
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.config import SpectralConfigError, load_config
-from spectral_ds.config.checking import check, frozen
+from spectral_ds.config.checking import check
 from spectral_ds.config.fields import choice, integer, rule
 from spectral_ds.config.sources import plain
 
@@ -33,12 +33,8 @@ Change = Literal["none", "shuffled", "diagonal"]
 DOT = "."
 
 
-def _names(allowed: str) -> Any:
-    return rule({}, allowed, lambda value: True)
-
-
-def _mapping() -> Any:
-    return rule({}, "a mapping", lambda value: True)
+def _mapping(allowed: str = "a mapping") -> Any:
+    return field(default_factory=dict, metadata={"allowed": allowed, "test": lambda value: True})
 
 
 def _numbers(allowed: str, test: Any) -> Any:
@@ -105,10 +101,10 @@ class Comparison:
         (), "numbers from 0 to 1", lambda value: all(0 <= each < 1 for each in value)
     )
     baseline: str = "adamw"  # the method that others are held against
-    tasks: dict[str, Any] = _names("tasks by name")
-    general: dict[str, Any] = _names("texts by name")
-    statistics: dict[str, Any] = _names("statistics by name")
-    methods: dict[str, Any] = _names("methods by name")
+    tasks: dict[str, Any] = _mapping("tasks by name")
+    general: dict[str, Any] = _mapping("texts by name")
+    statistics: dict[str, Any] = _mapping("statistics by name")
+    methods: dict[str, Any] = _mapping("methods by name")
     quick: dict[str, Any] = _mapping()  # keys that --quick sets
 
 
@@ -129,12 +125,13 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
         quick: whether its section `quick` wins over the rest.
 
     Returns:
-        The comparison, and the same as plain values.
+        The comparison, and what was written, without the values of variables.
 
     Raises:
         UserError: it cannot be used; all problems are in the message, one a line.
     """
-    content = _read(path, overrides, quick)
+    written = _read(path, overrides, quick)
+    content = _resolved(written, path)
     problems: list[str] = []
     checked = check(Comparison, content, "comparison", problems)
     for name, schema in SECTIONS.items():
@@ -142,29 +139,36 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
         checked[name] = {}
         for key, raw in sections.items():
             valid = check(schema, {} if raw is None else raw, f"{name}.{key}", problems)
-            checked[name][key] = frozen(schema, valid)
+            checked[name][key] = schema(**valid)
     if not problems:
         comparison = Comparison(**checked)
         problems += _contradictions(comparison)
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return comparison, content
+    return comparison, cast(dict[str, Any], OmegaConf.to_container(written))
 
 
-def _read(path: Path, overrides: Sequence[str], quick: bool) -> dict[str, Any]:
+def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     try:
-        content = OmegaConf.load(path)
+        content: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(content):
             raise UserError(f"--config {path}: must hold a mapping")
         if quick:
             content = OmegaConf.merge(content, content.get("quick") or {})
-        found = plain(OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides))))
+        found: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides)))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         message = " ".join(str(error).split())
         raise UserError(f"--config {path}: cannot be read as YAML: {message}") from error
     found.pop("quick", None)
-    plain_content: dict[str, Any] = found
-    return plain_content
+    return found
+
+
+def _resolved(written: Any, path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = plain(written)
+    except SpectralConfigError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    return content
 
 
 def _contradictions(comparison: Comparison) -> Iterator[str]:

@@ -1,0 +1,379 @@
+"""Analysis: from rows of results to what is to be said of each method.
+
+Whatever is chosen, a learning rate, a setting, what lies on a frontier, is chosen by means over
+seeds on validation data. What is reported is of test data.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import NamedTuple, TypeAlias
+
+from spectral_ds.cli.compare.inference import (
+    Difference,
+    Frontier,
+    between,
+    holm,
+    on_front,
+    paired,
+)
+from spectral_ds.cli.compare.material import (
+    ACCURACY,
+    FORGETTING,
+    LOSS,
+    TEST,
+    VALIDATION,
+    column,
+)
+from spectral_ds.cli.compare.results import Row
+from spectral_ds.cli.compare.settings import Comparison
+
+
+class Point(NamedTuple):
+    """A setting of a method, whose rows are those of the seeds."""
+
+    learning_rate: float
+    setting: str
+    alpha: float
+
+    def __str__(self) -> str:
+        alpha = "" if self.alpha == 1 else f"α={self.alpha:g}"
+        return " ".join(filter(None, (self.setting, alpha, f"at {self.learning_rate:g}")))
+
+
+# Of the baseline: what is made of its runs by interpolation with the weights before.
+INTERPOLATED = ", interpolated"
+
+# By seed.
+Rows: TypeAlias = dict[int, Row]
+Points: TypeAlias = dict[Point, Rows]
+
+
+@dataclass(frozen=True)
+class Best:
+    """A method where its validation loss is least, not interpolated.
+
+    Attributes:
+        point: that was chosen.
+        loss, accuracy, forgetting: on test data, means over seeds.
+        loss_difference: to the baseline at its best; negative is better.
+        accuracy_difference: likewise; positive is better. None without accuracy.
+        p: of the loss's difference, corrected.
+    """
+
+    point: Point
+    loss: float
+    accuracy: float | None
+    forgetting: float
+    loss_difference: Difference
+    accuracy_difference: Difference | None
+    p: float
+
+
+@dataclass(frozen=True)
+class Equal:
+    """A method against the baseline and its interpolations at equal forgetting.
+
+    Attributes:
+        point: where its validation loss is most below the baseline's frontier.
+        loss, forgetting: there, on test data, means over seeds.
+        difference: of its loss to the frontier's; negative is better.
+        p: of it, corrected.
+        area: mean difference of the two frontiers; None where they have no range in common.
+        area_p: of it, corrected.
+    """
+
+    point: Point
+    loss: float
+    forgetting: float
+    difference: Difference
+    p: float
+    area: Difference | None
+    area_p: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs at its best.
+
+    Attributes:
+        step: seconds of a step over the baseline's in the same process pool, means over seeds.
+        memory: bytes of training over the baseline's; None where that cannot be told.
+        perturbation: ‖W − W₀‖, mean over seeds.
+        steps_to: to the validation loss that the baseline ends with, mean over seeds that reach it.
+        reached: how many do.
+    """
+
+    step: float
+    memory: float | None
+    perturbation: float
+    steps_to: float | None
+    reached: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is to be said of a method on a task."""
+
+    method: str
+    seeds: int
+    best: Best
+    equal: Equal
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class TaskAnalysis:
+    """All methods on a task, the baseline first.
+
+    Attributes:
+        standings: of methods that have rows of at least one seed of the baseline's.
+        frontiers: by method and seed, on test data.
+        curves: by method, at its best learning rate: (step, validation losses of the seeds).
+    """
+
+    task: str
+    standings: list[Standing]
+    frontiers: dict[str, list[Frontier]]
+    curves: dict[str, list[tuple[int, list[float]]]]
+
+
+def analyse(
+    comparison: Comparison, task: str, rows: Iterable[Row], curves: Iterable[Row]
+) -> TaskAnalysis | None:
+    """What rows of a task say; None without any of the baseline."""
+    by_method: dict[str, Points] = {name: {} for name in comparison.methods}
+    for row in rows:
+        if row["task"] == task and row["method"] in by_method:
+            point = Point(row["learning_rate"], row["setting"], row["alpha"])
+            by_method[row["method"]].setdefault(point, {})[row["seed"]] = row
+    base = _complete(by_method.pop(comparison.baseline))
+    if not base:
+        return None
+    seeds = set(next(iter(base.values())))
+    own = [row for row in curves if row["task"] == task]
+    interpolated = {point: own for point, own in base.items() if 0 < point.alpha < 1}
+    methods = {comparison.baseline: base}
+    if interpolated:
+        methods[f"{comparison.baseline}{INTERPOLATED}"] = interpolated
+    for name, points in by_method.items():
+        if found := _complete(points, seeds):
+            methods[name] = found
+    standings = [_standing(comparison, name, points, base, own) for name, points in methods.items()]
+    return TaskAnalysis(
+        task,
+        _corrected(standings),
+        {
+            name: _frontiers(points, _common(points, base))
+            for name, points in methods.items()
+            if not name.endswith(INTERPOLATED)
+        },
+        {
+            name: _curve(own, comparison, name, _best(points), points)
+            for name, points in methods.items()
+        },
+    )
+
+
+def trained_by(comparison: Comparison, name: str) -> str:
+    """The method whose runs a method starts from; itself if it trains."""
+    name = name.removesuffix(INTERPOLATED)
+    return comparison.methods[name].after or name
+
+
+def _complete(points: Points, seeds: set[int] | None = None) -> Points:
+    """Points with rows of the same seeds: of those that most points have, among some."""
+    counts: dict[frozenset[int], int] = {}
+    for rows in points.values():
+        key = frozenset(rows if seeds is None else rows.keys() & seeds)
+        counts[key] = counts.get(key, 0) + 1
+    counts.pop(frozenset(), None)
+    if not counts:
+        return {}
+    most = max(counts, key=lambda key: (counts[key] * len(key), len(key)))
+    return {
+        point: {seed: rows[seed] for seed in sorted(most)}
+        for point, rows in points.items()
+        if most <= rows.keys()
+    }
+
+
+def _common(points: Points, base: Points) -> list[int]:
+    """The seeds of both."""
+    return sorted(next(iter(points.values())).keys() & next(iter(base.values())).keys())
+
+
+def _mean(rows: Rows, name: str, seeds: Sequence[int] | None = None) -> float:
+    return fmean(rows[seed][name] for seed in (rows if seeds is None else seeds))
+
+
+def _best(points: Points) -> Point:
+    """Where the mean validation loss is least, of what is not interpolated if there is any."""
+    whole = [point for point in points if point.alpha == 1] or list(points)
+    return min(whole, key=lambda point: _mean(points[point], column(VALIDATION, LOSS)))
+
+
+def _front(points: Points, seeds: Sequence[int]) -> list[Point]:
+    """Those that no other beats on validation data, by means over seeds."""
+    names = list(points)
+    places = [
+        tuple(_mean(points[p], column(VALIDATION, what), seeds) for what in (FORGETTING, LOSS))
+        for p in names
+    ]
+    return [names[at] for at in on_front(places)]  # type: ignore[arg-type]
+
+
+def _frontiers(points: Points, seeds: Sequence[int], part: str = TEST) -> list[Frontier]:
+    """Of each seed: of the points that are on the front of validation data."""
+    front = _front(points, seeds)
+    return [
+        Frontier(
+            [
+                (points[p][seed][column(part, FORGETTING)], points[p][seed][column(part, LOSS)])
+                for p in front
+            ]
+        )
+        for seed in seeds
+    ]
+
+
+def _over_frontier(
+    rows: Rows, frontiers: Sequence[Frontier], seeds: Sequence[int], part: str
+) -> list[float]:
+    """By how much the loss of a point is above frontiers, seed by seed."""
+    return [
+        rows[seed][column(part, LOSS)] - float(frontier.at(rows[seed][column(part, FORGETTING)]))
+        for seed, frontier in zip(seeds, frontiers, strict=True)
+    ]
+
+
+def _standing(
+    comparison: Comparison, name: str, points: Points, base: Points, curves: Sequence[Row]
+) -> Standing:
+    seeds = _common(points, base)
+    chosen, base_chosen = _best(points), _best(base)
+    rows, base_rows = points[chosen], base[base_chosen]
+
+    def difference(what: str) -> Difference:
+        return paired(
+            [rows[s][column(TEST, what)] - base_rows[s][column(TEST, what)] for s in seeds]
+        )
+
+    classifies = comparison.kind == "classification"
+    loss = difference(LOSS)
+    best = Best(
+        chosen,
+        _mean(rows, column(TEST, LOSS), seeds),
+        _mean(rows, column(TEST, ACCURACY), seeds) if classifies else None,
+        _mean(rows, column(TEST, FORGETTING), seeds),
+        loss,
+        difference(ACCURACY) if classifies else None,
+        loss.p,
+    )
+    return Standing(
+        name,
+        len(seeds),
+        best,
+        _equal(points, base, seeds),
+        _cost(comparison, name, points, base, seeds, curves),
+    )
+
+
+def _equal(points: Points, base: Points, seeds: Sequence[int]) -> Equal:
+    to_choose = _frontiers(base, seeds, VALIDATION)
+    chosen = min(
+        (point for point in points if point.alpha > 0),
+        key=lambda point: fmean(_over_frontier(points[point], to_choose, seeds, VALIDATION)),
+    )
+    frontiers, rows = _frontiers(base, seeds), points[chosen]
+    found = paired(_over_frontier(rows, frontiers, seeds, TEST))
+    heights = between(_frontiers(points, seeds), frontiers)
+    area = paired(heights) if heights else None
+    return Equal(
+        chosen,
+        _mean(rows, column(TEST, LOSS), seeds),
+        _mean(rows, column(TEST, FORGETTING), seeds),
+        found,
+        found.p,
+        area,
+        float("nan") if area is None else area.p,
+    )
+
+
+def _corrected(standings: list[Standing]) -> list[Standing]:
+    """The same with p-values corrected for the number of methods; the baseline's do not count."""
+    first, *others = standings
+    best = holm([each.best.p for each in others])
+    equal = holm([each.equal.p for each in others])
+    area = holm([each.equal.area_p for each in others])
+    return [
+        first,
+        *(
+            replace(
+                each,
+                best=replace(each.best, p=b),
+                equal=replace(each.equal, p=e, area_p=a),
+            )
+            for each, b, e, a in zip(others, best, equal, area, strict=True)
+        ),
+    ]
+
+
+def _cost(
+    comparison: Comparison,
+    name: str,
+    points: Points,
+    base: Points,
+    seeds: Sequence[int],
+    curves: Sequence[Row],
+) -> Cost:
+    rows, base_rows = points[_best(points)], base[_best(base)]
+    memory = [rows[seed]["memory"] for seed in seeds] + [base_rows[s]["memory"] for s in seeds]
+    known = all(memory) and min(memory) > 0
+    target = fmean(_ends(curves, comparison.baseline, _best(base), seeds))
+    trains = trained_by(comparison, name)
+    reached = [
+        min(steps)
+        for seed in seeds
+        if (
+            steps := [
+                row["step"]
+                for row in _of(curves, trains, _best(points), seed)
+                if row["loss"] <= target
+            ]
+        )
+    ]
+    return Cost(
+        _mean(rows, "step_seconds", seeds) / _mean(base_rows, "step_seconds", seeds),
+        _mean(rows, "memory", seeds) / _mean(base_rows, "memory", seeds) if known else None,
+        _mean(rows, "perturbation", seeds),
+        fmean(reached) if reached else None,
+        len(reached),
+    )
+
+
+def _of(curves: Iterable[Row], method: str, point: Point, seed: int) -> list[Row]:
+    """The curve of a run, in order; of a method after another one, that of its run."""
+    return [
+        row
+        for row in curves
+        if (row["method"], row["learning_rate"], row["seed"]) == (method, point.learning_rate, seed)
+        and row["setting"] in (point.setting, "")
+    ]
+
+
+def _ends(curves: Sequence[Row], method: str, point: Point, seeds: Sequence[int]) -> list[float]:
+    """The last validation loss of each seed."""
+    return [_of(curves, method, point, seed)[-1]["loss"] for seed in seeds]
+
+
+def _curve(
+    curves: Sequence[Row], comparison: Comparison, name: str, point: Point, points: Points
+) -> list[tuple[int, list[float]]]:
+    if trained_by(comparison, name) != name:
+        return []
+    by_step: dict[int, list[float]] = {}
+    for seed in points[point]:
+        for row in _of(curves, name, point, seed):
+            by_step.setdefault(row["step"], []).append(row["loss"])
+    return sorted(by_step.items())

@@ -1,0 +1,179 @@
+"""`spectral-ds compare`: methods × learning rates × seeds × tasks, with honest statistics."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectral_ds.cli.arguments import add_command, at_least
+from spectral_ds.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from spectral_ds.cli.compare.settings import Comparison
+
+if TYPE_CHECKING:
+    pass
+
+EXAMPLES = """examples:
+  spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick
+  spectral-ds compare --config mine.yaml --out runs/mine seeds=[0,1,2] model=./my-model
+  spectral-ds compare --config mine.yaml --out runs/mine --resume
+"""
+STATE = "comparison.json"
+# Keys that may grow when a comparison is gone on with; others belong to every row.
+GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "interpolated")
+NAMED = ("tasks", "statistics", "methods")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the command line."""
+    parser = add_command(
+        commands,
+        "compare",
+        run,
+        summary="does it help? methods of training side by side, on your model and texts",
+        description="Trains a model by several methods, learning rates and seeds. Chooses\n"
+        "on validation data, reports on test data, and says how certain it is that one is better,\n"
+        "at its best and at equal forgetting. Started again with --resume, it goes on.",
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", type=Path, required=True, help="YAML file")
+    add("--out", metavar="DIR", type=Path, required=True, help="for all results")
+    add("--resume", action="store_true", help="go on with what is in DIR")
+    add("--report", action="store_true", help="train nothing: report on what is in DIR")
+    add("--quick", action="store_true", help="with the keys under `quick` in the file")
+    add("--methods", metavar="NAME,...", help="train these only (default: all)")
+    add("--device", metavar="NAME", default="cpu", help="cpu (default) or cuda")
+    number: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
+    add("--workers", help="runs at once (default: cores / threads; 1 on cuda)", **number)
+    add("--threads", default=1, help="of each (default: 1)", **number)
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare.
+
+    Returns:
+        1 if a run failed, else 0.
+
+    Raises:
+        UserError: an argument or the configuration cannot be used.
+    """
+    from spectral_ds.cli.compare.job import CURVES, RESULTS, Workplace
+    from spectral_ds.cli.compare.jobs import jobs_of
+    from spectral_ds.cli.compare.material import Material
+    from spectral_ds.cli.compare.pool import run_jobs
+    from spectral_ds.cli.compare.prepare import prepare
+    from spectral_ds.cli.compare.report import write
+    from spectral_ds.cli.compare.results import COST, CURVE, KEY, Table, measures_of
+    from spectral_ds.cli.compare.settings import load
+    from spectral_ds.console import progress
+
+    if arguments.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it looks for others
+    comparison, content = load(arguments.config, arguments.overrides, arguments.quick)
+    out: Path = arguments.out
+    _open(out, content, arguments)
+    results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY)
+    curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"))
+    failures = []
+    if not arguments.report:
+        prepared = prepare(comparison, out, num_classes=2)
+        material = Material(comparison, prepared.tokenizer())
+        for task in comparison.tasks:
+            material.task(task)  # what cannot be used is told before anything is trained
+        jobs = jobs_of(_only(comparison, arguments.methods), results)
+        place = Workplace(comparison, prepared, out, arguments.device, arguments.threads)
+        workers = arguments.workers or _workers(arguments)
+        with progress("comparing", sum(job.rows for job in jobs), "model", True) as update:
+
+            def take(table: str, rows: list[dict[str, Any]]) -> None:
+                {RESULTS: results, CURVES: curves}[table].add(rows)
+                if table == RESULTS:
+                    update(len(rows))
+
+            failures = run_jobs(jobs, place, workers, take)
+    if results.rows:
+        print(
+            write(
+                comparison, results.rows, curves.rows, out, " ".join(("spectral-ds", *sys.argv[1:]))
+            )
+        )
+        print(f"report: {out / 'report.md'}")
+    for failure in failures:
+        print(f"spectral-ds: {failure.job.run.folder} failed: {failure.reason}")
+    return 1 if failures else 0
+
+
+def _only(comparison: "Comparison", names: str | None) -> "Comparison":
+    """The comparison with some of its methods."""
+    if names is None:
+        return comparison
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in comparison.methods:
+            known = ", ".join(comparison.methods)
+            raise UserError(f"--methods {name}: is none of {known}")
+        after = comparison.methods[name].after
+        if after and after not in chosen:
+            raise UserError(f"--methods {name}: comes after {after}, so name {after} too")
+    return replace(comparison, methods={name: comparison.methods[name] for name in chosen})
+
+
+def _workers(arguments: argparse.Namespace) -> int:
+    if arguments.device != "cpu":
+        return 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores // int(arguments.threads))
+
+
+def _open(out: Path, content: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Make the folder, or go on with it.
+
+    Raises:
+        UserError: it holds something else, or results of other settings.
+    """
+    state = out / STATE
+    goes_on = arguments.resume or arguments.report
+    if goes_on and not state.exists():
+        raise UserError(f"--out {out}: holds no comparison to go on with")
+    if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is not empty; --resume goes on with a comparison there")
+    before = json.loads(state.read_text("utf-8")) if goes_on else {}
+    if goes_on:
+        _require_same(before, content, out)
+    if arguments.report:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    merged = {
+        **content,
+        **{name: {**before.get(name, {}), **content.get(name, {})} for name in NAMED},
+    }
+    state.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    for key in dict.fromkeys([*before, *now]):
+        if key in NAMED:
+            for name in before.get(key, {}).keys() & now.get(key, {}).keys():
+                was, given = (_without_dial(each[key][name]) for each in (before, now))
+                _refuse_other(f"{key}.{name}", was, given, out)
+        elif key not in GROWING:
+            _refuse_other(key, before.get(key), now.get(key), out)
+
+
+def _without_dial(section: Any) -> Any:
+    return {k: v for k, v in section.items() if k != "dial"} if isinstance(section, dict) else {}
+
+
+def _refuse_other(key: str, was: Any, given: Any, out: Path) -> None:
+    if was != given:
+        raise UserError(
+            f"--out {out}: holds results with {key} = {json.dumps(was)}, not {json.dumps(given)}; "
+            "name another folder"
+        )

@@ -1,0 +1,127 @@
+"""Figures of a comparison: frontiers with bands, learning curves, loss against examples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spectral_ds.cli.compare.analysis import TaskAnalysis
+from spectral_ds.cli.compare.inference import GRID, Frontier
+from spectral_ds.console.figure_style import COLORS, GREY, WIDE, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEIGHT = 5.4
+# Of a band: standard errors of the mean over seeds.
+ERRORS = 1.0
+
+
+def draw(
+    analyses: Sequence[TaskAnalysis], examples: Mapping[str, int], what: str, out: Path
+) -> list[Path]:
+    """Write all figures; their paths.
+
+    Args:
+        examples: of each task that has few, to train on.
+        what: forgetting is.
+    """
+    written = []
+    for analysis in analyses:
+        for name, figure in (
+            (f"frontier-{analysis.task}.png", frontiers(analysis, what)),
+            (f"curves-{analysis.task}.png", curves(analysis)),
+        ):
+            figure.savefig(out / name)
+            written.append(out / name)
+    few = [each for each in analyses if each.task in examples]
+    if len({examples[each.task] for each in few}) > 1:
+        by_examples(few, examples).savefig(out / "examples.png")
+        written.append(out / "examples.png")
+    return written
+
+
+@styled
+def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
+    """Loss on the task against what is forgotten; lower and further left is better."""
+    figure = new_figure(HEIGHT, WIDE)
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(analysis.frontiers.items()):
+        if not found:
+            continue
+        grid = _grid(found)
+        losses = np.array([frontier.at(grid) for frontier in found])
+        _band(axes, grid, losses, name, number)
+    axes.set_xlabel(what)
+    axes.set_ylabel("loss on the task, test data (nats)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(f"Task against forgetting: {analysis.task}", x=0.01, ha="left")
+    return figure
+
+
+def _grid(found: Sequence[Frontier]) -> Any:
+    """Where all seeds have points."""
+    ends = [frontier.ends for frontier in found]
+    return np.linspace(max(low for low, _ in ends), min(high for _, high in ends), GRID)
+
+
+@styled
+def curves(analysis: TaskAnalysis) -> "Figure":
+    """Validation loss while training, each method at its best learning rate."""
+    figure = new_figure(HEIGHT, WIDE)
+    axes = figure.subplots()
+    for number, (name, curve) in enumerate(analysis.curves.items()):
+        if curve:
+            steps = np.array([step for step, _ in curve])
+            seeds = min(len(losses) for _, losses in curve)
+            losses = np.array([losses[:seeds] for _, losses in curve]).T
+            _band(axes, steps, losses, name, number, marker="o")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss on the task, validation data (nats)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(f"Learning: {analysis.task}", x=0.01, ha="left")
+    return figure
+
+
+@styled
+def by_examples(analyses: Sequence[TaskAnalysis], examples: Mapping[str, int]) -> "Figure":
+    """Loss at its best against examples to learn from, a line a method."""
+    figure = new_figure(HEIGHT, WIDE)
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for analysis in analyses:
+        for each in analysis.standings:
+            place = examples[analysis.task], each.best.loss
+            lines.setdefault(each.method, []).append(place)
+    for number, (name, places) in enumerate(lines.items()):
+        counts, losses = zip(*sorted(places), strict=True)
+        axes.plot(counts, losses, marker="o", label=name, **_look(number))
+    axes.set_xscale("log")
+    axes.set_xlabel("examples to learn from")
+    axes.set_ylabel("loss on the task, test data (nats)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle("Few examples", x=0.01, ha="left")
+    return figure
+
+
+def _band(axes: Any, x: Any, seeds: Any, name: str, number: int, **more: Any) -> None:
+    """The mean over seeds and its standard error."""
+    mean, look = seeds.mean(0), _look(number)
+    if x[0] == x[-1]:  # a frontier of one point
+        more["marker"] = "o"
+    axes.plot(x, mean, label=name, **look, **more)
+    if len(seeds) > 1:
+        error = ERRORS * seeds.std(0, ddof=1) / len(seeds) ** 0.5
+        axes.fill_between(
+            x, mean - error, mean + error, alpha=0.15, color=look["color"], linewidth=0
+        )
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Of the method with a number: the baseline is grey."""
+    if number == 0:
+        return {"color": GREY, "linestyle": "-", "linewidth": 2.5}
+    styles = ("-", "--", ":", "-.")
+    at = number - 1
+    return {"color": COLORS[at % len(COLORS)], "linestyle": styles[at // len(COLORS) % len(styles)]}

@@ -1,0 +1,50 @@
+"""Jobs: which runs a comparison asks for, and what of them is not known yet.
+
+Seeds are the outermost loop, so that whole comparisons of fewer seeds come first.
+"""
+
+from spectral_ds.cli.compare.job import Job
+from spectral_ds.cli.compare.results import Table
+from spectral_ds.cli.compare.run import Run
+from spectral_ds.cli.compare.settings import Comparison, settings_of
+
+
+def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
+    """All jobs with something left to do, in order."""
+    followers = {
+        name: {
+            other: settings_of(method)
+            for other, method in comparison.methods.items()
+            if method.after == name
+        }
+        for name in comparison.methods
+    }
+    found = []
+    for run in runs_of(comparison):
+        alphas = tuple(
+            alpha
+            for alpha in (1.0, *comparison.interpolated)
+            if run.key | {"alpha": alpha} not in known
+        )
+        after = {}
+        for name, settings in followers[run.method].items():
+            key = run.key | {"method": name, "alpha": 1.0}
+            left = [each for each in settings if key | {"setting": each.name} not in known]
+            if left:
+                after[name] = left
+        if alphas or after:
+            found.append(Job(run, alphas, after, bool(followers[run.method])))
+    return found
+
+
+def runs_of(comparison: Comparison) -> list[Run]:
+    """All trainings."""
+    return [
+        Run(task, name, setting, rate, seed)
+        for seed in comparison.seeds
+        for task in comparison.tasks
+        for rate in comparison.learning_rates
+        for name, method in comparison.methods.items()
+        if not method.after
+        for setting in settings_of(method)
+    ]

@@ -1,0 +1,105 @@
+"""Pool: several jobs at once, each in a process of its own that ends with it.
+
+So the memory of each is its own, and one that is killed takes nothing with it.
+"""
+
+import logging
+import multiprocessing
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+from spectral_ds.cli.compare.job import Job, Workplace, work
+from spectral_ds.cli.errors import UserError
+from spectral_ds.console import logger
+
+# Of messages from a job: rows of a table, or why it failed.
+FAILED = "failed"
+SECONDS_TO_END = 5.0
+# Imported once, by the process that all jobs are forked from.
+PRELOADED = ["spectral_ds.cli.compare.job", "spectral_ds.attach", "transformers"]
+
+
+class Failure(NamedTuple):
+    """A job that has no result, and why."""
+
+    job: Job
+    reason: str
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    place: Workplace,
+    workers: int,
+    take: Callable[[str, list[dict[str, Any]]], None],
+) -> list[Failure]:
+    """Do all jobs, in order as workers are free.
+
+    Args:
+        take: gets the name of a table and rows of it.
+
+    Returns:
+        Those that failed.
+    """
+    # Of numpy's linear algebra too, which is told before it is imported.
+    os.environ["OMP_NUM_THREADS"] = str(place.threads)
+    context: Any = multiprocessing.get_context("forkserver" if place.device == "cpu" else "spawn")
+    if place.device == "cpu":
+        multiprocessing.set_forkserver_preload(PRELOADED)
+    waiting, failures = list(jobs), []
+    running: dict[Connection, tuple[Job, BaseProcess]] = {}
+    with _ended(running):
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(job, place, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = job, process
+            for connection in wait(list(running)):
+                assert isinstance(connection, Connection), "of a pipe"
+                job, process = running[connection]
+                try:
+                    table, content = connection.recv()
+                except EOFError:
+                    process.join()
+                    del running[connection]
+                    if process.exitcode:
+                        failures.append(Failure(job, f"ended with status {process.exitcode}"))
+                    continue
+                if table == FAILED:
+                    failures.append(Failure(job, content))
+                else:
+                    take(table, content)
+    return failures
+
+
+@contextmanager
+def _ended(running: dict[Connection, tuple[Job, BaseProcess]]) -> Iterator[None]:
+    """No process is left, whatever happens."""
+    try:
+        yield
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
+
+
+def _child(job: Job, place: Workplace, connection: Connection) -> None:
+    logger.setLevel(logging.WARNING)  # the same of every run is no news
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself
+    try:
+        work(job, place, lambda table, rows: connection.send((table, rows)))
+    except UserError as error:
+        connection.send((FAILED, str(error)))
+    except Exception:
+        connection.send((FAILED, traceback.format_exc()))
