@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from spectral_ds.cli.errors import UserError
 
@@ -38,10 +39,7 @@ def adapted(name: str, model: Any, options: Mapping[str, Any]) -> tuple[nn.Modul
         import peft
     except ImportError:
         raise UserError(f"adapter = {name}: needs peft: pip install peft") from None
-    heads_of_modules = sorted({n.rpartition(".")[0] for n in heads})
-    settings: dict[str, Any] = {"target_modules": "all-linear", **options}
-    if heads_of_modules:
-        settings["exclude_modules"] = heads_of_modules
+    settings = {"target_modules": _linear_layers(model, heads), **options}
     kind: Any = {"lora": peft.LoraConfig, "osf": getattr(peft, "OSFConfig", None)}[name]
     if kind is None:
         raise UserError(f"adapter = {name}: peft {peft.__version__} lacks it")
@@ -50,6 +48,17 @@ def adapted(name: str, model: Any, options: Mapping[str, Any]) -> tuple[nn.Modul
         if parameter_name in heads:
             parameter.requires_grad_(True)
     return wrapped, lambda: _all_trainable(wrapped.merge_and_unload())
+
+
+def _linear_layers(model: Any, heads: set[str]) -> list[str]:
+    """Names of all layers but heads and the output embedding."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and f"{name}.weight" not in heads
+        and module is not model.get_output_embeddings()
+    ]
 
 
 def head_names(model: Any) -> set[str]:

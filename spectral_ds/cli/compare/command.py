@@ -49,7 +49,8 @@ def add_parser(commands: Any) -> None:
     add("--methods", metavar="NAME,...", help="train these only (default: all)")
     add("--device", metavar="NAME", default="cpu", help="cpu (default) or cuda")
     number: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
-    add("--workers", help="runs at once (default: cores / threads; 1 on cuda)", **number)
+    add("--workers", type=at_least(0), metavar="N",
+        help="runs at once (default: cores / threads; 1 on cuda); 0: in this process")  # fmt: skip
     add("--threads", default=1, help="of each (default: 1)", **number)
     add("overrides", metavar="KEY=VALUE", nargs="*", help="win over the file")
 
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
             material.task(task)  # what cannot be used is told before anything is trained
         jobs = jobs_of(_only(comparison, arguments.methods), results)
         place = Workplace(comparison, prepared, out, arguments.device, arguments.threads)
-        workers = arguments.workers or _workers(arguments)
+        workers = _workers(arguments)
         with progress("comparing", sum(job.rows for job in jobs), "model", True) as update:
 
             def take(table: str, rows: list[dict[str, Any]]) -> None:
@@ -125,6 +126,8 @@ def _only(comparison: "Comparison", names: str | None) -> "Comparison":
 
 
 def _workers(arguments: argparse.Namespace) -> int:
+    if arguments.workers is not None:
+        return int(arguments.workers)
     if arguments.device != "cpu":
         return 1
     has_affinity = hasattr(os, "sched_getaffinity")

@@ -8,13 +8,13 @@ import multiprocessing
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
-from spectral_ds.cli.compare.job import Job, Workplace, work
+from spectral_ds.cli.compare.job import Job, Tell, Workplace, work
 from spectral_ds.cli.errors import UserError
 from spectral_ds.console import logger
 
@@ -36,16 +36,19 @@ def run_jobs(
     jobs: Sequence[Job],
     place: Workplace,
     workers: int,
-    take: Callable[[str, list[dict[str, Any]]], None],
+    take: Tell,
 ) -> list[Failure]:
     """Do all jobs, in order as workers are free.
 
     Args:
+        workers: processes at once; 0: all in this one, one after another.
         take: gets the name of a table and rows of it.
 
     Returns:
         Those that failed.
     """
+    if workers == 0:
+        return [failure for job in jobs if (failure := _done_here(job, place, take))]
     # Of numpy's linear algebra too, which is told before it is imported.
     os.environ["OMP_NUM_THREADS"] = str(place.threads)
     context: Any = multiprocessing.get_context("forkserver" if place.device == "cpu" else "spawn")
@@ -80,6 +83,11 @@ def run_jobs(
     return failures
 
 
+def _done_here(job: Job, place: Workplace, take: Tell) -> Failure | None:
+    reason = _reason_of_failure(job, place, take)
+    return None if reason is None else Failure(job, reason)
+
+
 @contextmanager
 def _ended(running: dict[Connection, tuple[Job, BaseProcess]]) -> Iterator[None]:
     """No process is left, whatever happens."""
@@ -97,9 +105,17 @@ def _ended(running: dict[Connection, tuple[Job, BaseProcess]]) -> Iterator[None]
 def _child(job: Job, place: Workplace, connection: Connection) -> None:
     logger.setLevel(logging.WARNING)  # the same of every run is no news
     warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself
+    reason = _reason_of_failure(job, place, lambda table, rows: connection.send((table, rows)))
+    if reason is not None:
+        connection.send((FAILED, reason))
+
+
+def _reason_of_failure(job: Job, place: Workplace, take: Tell) -> str | None:
+    """Do a job; why it failed, or None."""
     try:
-        work(job, place, lambda table, rows: connection.send((table, rows)))
+        work(job, place, take)
     except UserError as error:
-        connection.send((FAILED, str(error)))
-    except Exception:
-        connection.send((FAILED, traceback.format_exc()))
+        return str(error)
+    except Exception:  # others go on; whoever reads it finds the cause there
+        return traceback.format_exc()
+    return None

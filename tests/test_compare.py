@@ -1,0 +1,351 @@
+"""`spectral-ds compare` on tiny models: every way to train and what is done after, and going on."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from merged import CLASSES, CONFIGS, WORDS, write_texts, write_tokenizer
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+from spectral_ds.cli import main
+from spectral_ds.cli.compare import pool
+from spectral_ds.cli.compare.adapters import adapted
+from spectral_ds.cli.compare.after import share_by_depth
+from spectral_ds.cli.compare.material import Material
+from spectral_ds.cli.compare.prepare import changed
+from spectral_ds.cli.compare.settings import load
+from spectral_ds.coactivation import Coactivation
+from spectral_ds.coactivation.spectrum import spectrum_of
+
+LOOK = {"rank": 8, "samples": 8, "length": 8}
+
+
+def retain(keep, **edge):
+    edge = {"family": "activations", "rank": 8, "keep": keep, **edge}
+    return {"preset": "retain", "graph": {"node": "column", "edges": [edge]}}
+
+
+METHODS = {
+    "adamw": None,
+    "identity": {"section": {"preset": "observe"}},
+    "retain": {"section": retain("statistics.random"), "dial": {"section.filter.tau": [0.3, 1.0]}},
+    "learn": {"section": retain("random", learn="training", samples=4, length=8)},
+    "muon": {"optimizer": "muon"},
+    "lora": {"adapter": "lora", "options": {"r": 4}, "rate": 10.0},
+    "osf": {"adapter": "osf", "options": {"effective_rank": 0.5}},
+    "by depth": {"after": "adamw", "by": "by_depth", "dial": {"options.alpha": [0.3]}},
+    "early": {"after": "adamw", "by": "early_stopping"},
+    "merge": {
+        "after": "adamw",
+        "by": "merge",
+        "options": {"keep": "statistics.shuffled", "learn": "training", **LOOK, "rest": 0.5},
+        "dial": {"options.mu": [0, 1]},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    for kind in ("llama", "bert"):
+        torch.manual_seed(0)
+        CLASSES[kind](CONFIGS[kind]).save_pretrained(path / kind)
+        write_tokenizer(path / kind)
+    write_texts(path / "task.tsv", 0, 120, labels=True)
+    write_texts(path / "general.txt", 1, 60)
+    return path
+
+
+def write_config(folder, kind="classification", name="config", **changes):
+    task = {"data": str(folder / "task.tsv"), "steps": 3, "examples": 40}
+    content = {
+        "model": str(folder / ("bert" if kind == "classification" else "llama")),
+        "kind": kind,
+        "batch_size": 8,
+        "sequence_length": 12,
+        "learning_rates": [0.01],
+        "seeds": [0, 1],
+        "validation": 16,
+        "test": 24,
+        "curve": 2,
+        "interpolated": [0.0, 0.5],
+        "tasks": {"words": task},
+        "general": {"other": {"data": str(folder / "general.txt"), "texts": 24}},
+        "statistics": {
+            "random": {"keep": "random", **LOOK},
+            "shuffled": {"keep": "random", "change": "shuffled", **LOOK},
+        },
+        "methods": METHODS,
+    }
+    path = folder / f"{name}.yaml"  # JSON is YAML
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def compare(config, out, *words):
+    return main(["compare", "--config", str(config), "--out", str(out), *words])
+
+
+def rows_of(out, table="results"):
+    with (out / f"{table}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(rows, method, but=()):
+    return [
+        {name: cell for name, cell in row.items() if name not in ("method", *but)}
+        for row in rows
+        if row["method"] == method
+    ]
+
+
+TIMES = ("seconds", "step_seconds", "memory")
+
+
+@pytest.fixture(scope="module")
+def classified(folder):
+    """The folder of the results."""
+    out = folder / "classified"
+    assert compare(write_config(folder), out, "--workers", "0") == 0
+    return out
+
+
+def test_two_processes_at_once_find_the_same(classified, folder):
+    config = write_config(folder, name="two", methods={"adamw": None})
+    assert compare(config, folder / "two", "--workers", "2") == 0
+    found = {row["seed"]: row for row in cells(rows_of(folder / "two"), "adamw", TIMES)}
+    same = {row["seed"]: row for row in cells(rows_of(classified), "adamw", TIMES)}
+    assert found == same
+
+
+def test_every_method_has_rows_of_every_seed_setting_and_interpolation(classified):
+    rows = rows_of(classified)
+    trained, settings = 3, {"retain": 2, "merge": 2}  # α of 1, 0 and 0.5
+    for name, method in METHODS.items():
+        each = settings.get(name, 1) * (1 if method and "after" in method else trained)
+        assert len(cells(rows, name)) == 2 * each
+    assert all(cell for row in rows for name, cell in row.items() if name != "setting")
+
+
+def test_a_filter_that_changes_nothing_is_adamw_to_the_last_digit(classified):
+    rows = rows_of(classified)
+    assert cells(rows, "identity", TIMES) == cells(rows, "adamw", TIMES)
+
+
+def test_nothing_is_forgotten_where_nothing_of_the_change_is_left(classified):
+    rows = [row for row in rows_of(classified) if row["alpha"] == "0"]
+    assert rows
+    for row in rows:
+        assert float(row["test.forgetting"]) == float(row["validation.forgetting"]) == 0
+        assert float(row["perturbation"]) == 0
+
+
+def test_a_merge_that_keeps_nothing_is_the_run_itself_but_for_what_has_no_inputs(classified):
+    rows = rows_of(classified)
+    whole = {row["seed"]: row for row in rows if row["method"] == "adamw" and row["alpha"] == "1"}
+    merged = [row for row in rows if row["method"] == "merge"]
+    for row in merged:
+        share = float(row["perturbation"]) / float(whole[row["seed"]]["perturbation"])
+        assert 0.5 < share < 1
+        if row["setting"] == "mu=0":
+            assert share > 0.9
+
+
+def test_interpolation_moves_the_weights_by_its_share(classified):
+    rows = [row for row in rows_of(classified) if row["method"] == "retain"]
+    by_key = {(r["seed"], r["setting"], r["alpha"]): float(r["perturbation"]) for r in rows}
+    for (seed, setting, alpha), value in by_key.items():
+        assert value == pytest.approx(float(alpha) * by_key[seed, setting, "1"], rel=1e-4)
+
+
+def test_the_curve_ends_with_the_validation_loss_of_the_run(classified):
+    last = {
+        (row["method"], row["setting"], row["seed"]): row["loss"]
+        for row in rows_of(classified, "curves")
+    }
+    for row in rows_of(classified):
+        if row["alpha"] == "1" and (key := (row["method"], row["setting"], row["seed"])) in last:
+            assert row["validation.loss"] == last[key]
+
+
+def test_the_report_has_every_method_and_its_figures(classified):
+    report = (classified / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in METHODS)
+    assert "adamw, interpolated" in report
+    for name in ("frontier-words.png", "curves-words.png"):
+        assert (classified / name).stat().st_size > 1000
+        assert f"({name})" in report
+
+
+def test_rows_that_are_lost_are_measured_again_and_come_out_the_same(classified, folder):
+    before = rows_of(classified)
+    lines = (classified / "results.csv").read_text().splitlines()
+    lost = ("adamw,", "muon,", "merge,")
+    kept = [
+        line for line in lines if not (",0," in line and line.split(",", 1)[1].startswith(lost))
+    ]
+    (classified / "results.csv").write_text("\n".join(kept) + "\nwords,adamw,,0.0")  # cut
+    assert len(kept) < len(lines)
+    words = ("--resume", "--workers", "0", "--methods", "adamw,muon,merge")
+    assert compare(folder / "config.yaml", classified, *words) == 0
+
+    def known(rows):
+        return sorted(str({n: c for n, c in row.items() if n not in TIMES}) for row in rows)
+
+    assert known(rows_of(classified)) == known(before)
+
+
+def test_language_models_are_compared_by_loss_and_divergence(folder):
+    methods = {name: METHODS[name] for name in ("adamw", "learn", "merge", "osf")}
+    (folder / "task.txt").write_text(
+        "\n".join(line.split("\t")[1] for line in (folder / "task.tsv").read_text().splitlines())
+    )
+    tasks = {"words": {"data": str(folder / "task.txt"), "steps": 2}}
+    config = write_config(folder, "causal-lm", "language", methods=methods, tasks=tasks, seeds=[0])
+    out = folder / "language"
+    assert compare(config, out, "--workers", "0") == 0
+    for row in rows_of(out):
+        before = float(row["alpha"]) == 0
+        assert (float(row["test.divergence"]) < 1e-6) == before
+        assert (abs(float(row["test.forgetting"])) < 1e-6) == before
+
+
+def test_examples_of_each_class_are_drawn_by_the_seed(folder):
+    config = write_config(
+        folder, name="few", tasks={"few": {"data": str(folder / "task.tsv"), "per_class": 5}}
+    )
+    comparison, _ = load(config, [], False)
+    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("few")
+    drawn = [task.drawn_ids(comparison.tasks["few"], seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(len(each) == 15 for each in drawn)
+    held_out = {tuple(ids) for part in task.held_out.values() for ids in part}
+    assert not held_out & {tuple(ids) for ids in drawn[0]}
+
+
+def test_a_run_that_fails_is_named_and_others_go_on(folder, capsys):
+    methods = {"adamw": None, "biases": {"adapter": "bitfit"}}
+    tasks = {"words": {"data": str(folder / "task.tsv"), "steps": 1}}
+    config = write_config(folder, "causal-lm", "fails", methods=methods, seeds=[0], tasks=tasks)
+    out = folder / "fails"
+    assert compare(config, out, "--workers", "0") == 1
+    assert "words-biases-0.01-0 failed: adapter = bitfit" in capsys.readouterr().out
+    assert len(cells(rows_of(out), "adamw")) == 3
+
+
+def test_a_run_that_is_killed_is_named_and_leaves_no_process(folder, monkeypatch):
+    config = write_config(folder, name="killed", methods={"adamw": None})
+    out = folder / "killed"
+    monkeypatch.setattr(pool, "_child", _killed)
+    assert compare(config, out, "--workers", "2") == 1
+    assert multiprocessing.active_children() == []
+    assert rows_of(out) == []
+
+
+def _killed(job, place, connection):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_by_depth_the_share_rises_from_the_first_block_to_the_last(folder):
+    model = BertForSequenceClassification.from_pretrained(folder / "bert")
+    share = share_by_depth(model, 0.2)
+    layer = "bert.encoder.layer.{}.output.dense.weight"
+    assert share("bert.embeddings.word_embeddings.weight") == pytest.approx(0.2)
+    assert (share(layer.format(0)), share(layer.format(1))) == pytest.approx((0.2, 1.0))
+    assert share("classifier.weight") == 1.0
+
+
+def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
+    model = BertForSequenceClassification.from_pretrained(folder / "bert")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    before = model.get_parameter(name).detach().double().clone()
+    wrapped, unload = adapted("osf", model, {"effective_rank": 0.5})
+    ids = torch.randint(2, len(WORDS), (4, 8), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    wrapped(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    optimizer.step()
+    change = unload().get_parameter(name).detach().double() - before
+    u, _, v = torch.linalg.svd(before)
+    kept = len(before) // 2
+    assert change.norm() > 0
+    along = u[:, :kept].T @ change @ v[:kept].T
+    assert float(along.norm()) < 1e-4 * float(change.norm())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param({"learning_rate": [1]}, "unknown key; nearest: comparison.learning_rates",
+                     id="a misspelt key"),
+        pytest.param({"seeds": []}, "seeds", id="nothing to run"),
+        pytest.param({"methods": {"adamw": {"optimiser": "muon"}}},
+                     "methods.adamw.optimizer", id="a misspelt key of a method"),
+        pytest.param({"methods": {"adamw": {"optimizer": "adam"}}},
+                     "one of adamw, muon", id="no such optimizer"),
+        pytest.param({"baseline": "sgd"}, "baseline = sgd", id="no such baseline"),
+        pytest.param({"methods": {"adamw": None, "m": {"after": "adamw"}}},
+                     "`after` a method and `by`", id="after without by"),
+        pytest.param({"methods": {"adamw": None, "m": {"after": "x", "by": "merge"}}},
+                     "methods.m.after = x", id="after nothing"),
+        pytest.param({"methods": {"adamw": {"section": {"filter": {"tao": 1}}}}},
+                     "spectral_ds.filter.tau", id="a wrong section"),
+        pytest.param({"methods": {"adamw": {"dial": {"options.r": 1}}}},
+                     "must be a list of values", id="a dial of one value"),
+        pytest.param({"tasks": {"words": {"data": "/nowhere.tsv"}}}, "/nowhere.tsv",
+                     id="no such text"),
+        pytest.param({"general": {"other": {"data": "/nowhere.txt"}}}, "/nowhere.txt",
+                     id="no such general text"),
+        pytest.param({"test": 5000}, "is too short", id="more held out than there is"),
+        pytest.param({"model": "/nowhere"}, "/nowhere", id="no such model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named_before_anything_is_trained(
+    folder, tmp_path, capsys, changes, said
+):
+    config = write_config(folder, name="wrong", **({"methods": {"adamw": None}} | changes))
+    assert compare(config, tmp_path / "out", "--workers", "0") == 2
+    wrong = capsys.readouterr().err
+    assert said in wrong
+    assert "Traceback" not in wrong
+
+
+def test_results_of_other_settings_are_not_mixed(folder, classified, capsys):
+    config = write_config(folder, name="other", batch_size=4)
+    assert compare(config, classified, "--resume") == 2
+    assert "batch_size = 8, not 4" in capsys.readouterr().err
+    methods = METHODS | {"lora": {"adapter": "lora", "options": {"r": 2}, "rate": 10.0}}
+    config = write_config(folder, name="other", methods=methods)
+    assert compare(config, classified, "--resume") == 2
+    assert "methods.lora" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_is_not_written_over(folder, classified, tmp_path, capsys):
+    assert compare(folder / "config.yaml", classified) == 2
+    assert "--resume goes on" in capsys.readouterr().err
+    assert compare(folder / "config.yaml", tmp_path / "new", "--resume") == 2
+    assert "no comparison to go on with" in capsys.readouterr().err
+
+
+def test_quick_sets_what_the_file_says(folder):
+    config = write_config(folder, name="quick", quick={"seeds": [7]})
+    assert load(config, [], True)[0].seeds == (7,)
+    assert load(config, [], False)[0].seeds == (0, 1)
+    assert load(config, ["seeds=[3]"], True)[0].seeds == (3,)
+
+
+def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():
+    random = np.random.default_rng(0)
+    vectors = np.linalg.qr(random.normal(size=(6, 6)))[0].astype(np.float32)
+    spectrum = spectrum_of(np.array([3.0, 1.5, 0.9, 0.3, 0.2, 0.1]), vectors)
+    graphs = Coactivation({"w": "w"}, {"w": [spectrum]})
+    (diagonal,), (shuffled,) = (changed(graphs, how).of("w") for how in ("diagonal", "shuffled"))
+    np.testing.assert_allclose(diagonal.matrix(), np.diag(np.diag(spectrum.matrix())), atol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(shuffled.matrix()), np.linalg.eigvalsh(spectrum.matrix()), atol=1e-6
+    )
+    assert not np.allclose(shuffled.matrix(), spectrum.matrix(), atol=0.1)
