@@ -72,6 +72,8 @@ end_run() {
 trap end_run EXIT
 trap 'exit 130' INT TERM HUP
 
+unset PYTHONDONTWRITEBYTECODE  # a dozen processes import the same, and would each compile it again
+
 set -m
 bash "$root/launch/setup.sh" </dev/null &
 group=$!

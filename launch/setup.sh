@@ -53,7 +53,10 @@ trap cleanup EXIT
 trap 'exit 130' INT TERM HUP
 
 pip() { "$python" -m pip --disable-pip-version-check --no-input "$@" </dev/null; }
-# Python compiles what it imports: the first import of a few modules beats compiling all of them here.
+# Python compiles what it imports and keeps that: the first import of a few modules beats compiling
+# all of them here. Images of containers often forbid it to keep it; then every start of a process
+# would compile them all again.
+unset PYTHONDONTWRITEBYTECODE
 install() { pip install -qq --no-compile --no-build-isolation "$@"; }
 
 # --- beside each other -------------------------------------------------------------------------

@@ -11,6 +11,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"
 cd "$root"
 export PATH=$root/.venv/bin:$PATH
+# The tests start hundreds of processes: each would compile what it imports again.
+unset PYTHONDONTWRITEBYTECODE
 
 show() { printf '\n== %s\n' "$*"; }
 run() { show "$@"; "$@"; }

@@ -24,7 +24,24 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 pytest_plugins = ["nodes"]
 
 # The files that take longest come first, so that workers end together.
-FIRST = ("test_multinode", "test_launch", "test_oracle", "test_engines", "test_updates")
+FIRST = (
+    "test_multinode",
+    "test_launch",
+    "test_engines",
+    "test_run",
+    "test_oracle",
+    "test_checkpoints_deepspeed",
+    "test_plan",
+    "test_checkpoints",
+    "test_updates",
+    "test_checkpoints_dcp",
+    "test_exchange",
+    "test_observe",
+    "test_callback",
+    "test_activations_ranks",
+    "test_checkpoints_killed",
+    "test_checkpoints_finetune",
+)
 FAST = "--fast"
 
 

@@ -16,10 +16,6 @@ from pathlib import Path
 
 import ranks
 
-# What forks need and would each import again; before the first of them is started.
-ranks._context.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers.trainer", "peft", "torch.distributed.fsdp", "torch_sparse"]
-)
 # Of scripts, to the end of the process, as with an interpreter of their own.
 _left: list[object] = []
 SCRIPTS = Path(__file__).parent / "scripts"

@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "quickstart.sh"
-STEPS, HELD_OUT = 11, 64
+STEPS, HELD_OUT = 6, 64
 TIMEOUT_SECONDS = 600
 
 

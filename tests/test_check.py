@@ -19,7 +19,7 @@ from spectral_ds.cli import check, main
 
 
 def checked(*words_of_each):
-    """`spectral-ds check` by processes that have imported torch already: how each ended."""
+    """`spectral-ds check` by processes that begin together: how each ended."""
     place = ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--timeout", "2"]
     pipes, processes = [], []
     for words in words_of_each:
@@ -30,6 +30,11 @@ def checked(*words_of_each):
         theirs.close()
         pipes.append(ours)
     try:
+        for pipe in pipes:
+            assert pipe.poll(60)
+            assert pipe.recv() == "ready"
+        for pipe in pipes:
+            pipe.send("go")
         return [Ended(*pipe.recv()) if pipe.poll(60) else None for pipe in pipes]
     finally:
         for process in processes:
@@ -38,6 +43,8 @@ def checked(*words_of_each):
 
 
 def _check(pipe, words):
+    pipe.send("ready")
+    pipe.recv()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)

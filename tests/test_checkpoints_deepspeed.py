@@ -3,8 +3,6 @@ another step than DeepSpeed's files is refused."""
 
 import json
 import pickletools
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -12,6 +10,8 @@ import pytest
 import tiny
 import torch
 from checkpoints import LATER, SAVED_AFTER, STATEFUL, by_adamw
+from deepspeed.checkpoint import ds_to_universal
+from launching import forked
 
 import spectral_ds
 
@@ -126,12 +126,12 @@ def test_universal_checkpoints_find_the_state_at_another_world_size(
     AssertionError without a message.
     """
     expected = np.mean(ranks(2).run(save_for_conversion, stage, tmp_path), axis=0)
-    command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal"]
     folders = ["--input_folder", tmp_path / "mine", "--output_folder", tmp_path / "mine_universal"]
     options = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     if stage < 3:
         options.append("--inject_missing_state")
-    subprocess.run([*command, *map(str, folders), *options], check=True, capture_output=True)
+    done = forked(1, ds_to_universal.__file__, *folders, *options, runner=False)
+    assert done.code == 0, done.stderr
     pool = ranks(world_size)
     got = np.mean(pool.run(load_converted, other, tmp_path, STATEFUL), axis=0)
     np.testing.assert_allclose(got, expected, atol=2e-6)

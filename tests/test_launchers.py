@@ -59,7 +59,6 @@ def test_pods_of_the_manifest_start_it(stand_ins, tmp_path):
     assert pods[0] == pods[1]
     [container] = pods[0]
     assert container["name"] == "pytorch"
-    (stand_ins.folder / "spectral-ds").unlink()
     own = {variable["name"]: variable["value"] for variable in container["env"]}
     port = int(free_port())
     # As the operator sets them.
@@ -75,6 +74,10 @@ def test_pods_of_the_manifest_start_it(stand_ins, tmp_path):
             *("--master_port", str(port), "--module"),
         ]
         assert rest[9:11] == ["spectral_ds.run", "launch/finetune.py"]
+        checked = recorded(tmp_path, f"spectral-ds.{node}")
+        assert checked[:7] == [
+            *("check", "--nodes", "2", "--node-rank", str(node), "--master-addr", "localhost"),
+        ]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ring_steps
 import tiny
 import torch
 from expected import METHODS, expected_update, relative_error
@@ -88,40 +89,71 @@ def commands(folder, tmp_path):
     }
 
 
-def by_torchrun(script, *words, **environment):
-    return launched(
-        *("torchrun", "--nproc_per_node", 2, "--master_port", free_port()),
-        *("-m", "spectral_ds.run", script, *words),
-        **environment,
-    )
-
-
 @pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(
-    ("name", "launch", "attached_to"),
+    ("name", "attached_to"),
     [
-        ("deepspeed_loop", forked, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
-        ("trainer", forked, "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
-        ("accelerate_loop", forked, "SGD of DistributedDataParallel of LlamaForCausalLM"),
-        ("fsdp2_loop", by_torchrun, "SGD of FSDPLlamaForCausalLM"),
+        ("deepspeed_loop", "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
+        ("trainer", "DeepSpeed engine of LlamaForCausalLM (ZeRO stage 2)"),
+        ("accelerate_loop", "SGD of DistributedDataParallel of LlamaForCausalLM"),
+        ("fsdp2_loop", "SGD of FSDPLlamaForCausalLM"),
     ],
 )
-def test_an_unchanged_script_is_filtered_before_it_clips(
-    folder, tmp_path, name, launch, attached_to
-):
+def test_an_unchanged_script_is_filtered_before_it_clips(folder, tmp_path, name, attached_to):
     script, words = SCRIPTS / f"{name}.py", commands(folder, tmp_path)[name]
     without, filtered = tmp_path / "without.pt", tmp_path / "with.pt"
     done = forked(2, script, *words("without", without), runner=False)
     assert done.code == 0, done.stderr
-    world = (2,) if launch is forked else ()
     is_deepspeed = name in ("deepspeed_loop", "trainer")
     environment = {} if is_deepspeed else {"SPECTRAL_DS_CONFIG": str(folder / "section.yaml")}
-    done = launch(*world, script, *words("with", filtered), **environment)
+    done = forked(2, script, *words("with", filtered), **environment)
     assert done.code == 0, done.stderr
     assert done.stderr.count("spectral_ds: attached to") == 1
     assert attached_to in done.stderr
     assert "NOTHING" not in done.stderr
     assert_filtered_then_clipped(without, filtered)
+
+
+TRAINS_TOGETHER = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 4)))
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+torch.manual_seed(dist.get_rank())
+model(torch.randn(8, 5)).square().mean().backward()
+before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+optimizer.step()
+steps = [(g, old - p.detach()) for (old, g), p in zip(before, model.parameters())]
+torch.save([sys.argv[1:], steps], f"{sys.argv[-1]}.{dist.get_rank()}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.usefixtures("processes")
+def test_torchrun_starts_it(script, tmp_path):
+    (tmp_path / "section.yaml").write_text(json.dumps(ring_steps.SECTION))
+    words = ["--rate", "a b", str(tmp_path / "out")]
+    done = launched(
+        *("torchrun", "--nproc_per_node", 2, "--master_port", free_port()),
+        *("-m", "spectral_ds.run", script(TRAINS_TOGETHER), *words),
+        SPECTRAL_DS_CONFIG=str(tmp_path / "section.yaml"),
+    )
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("spectral_ds: attached to") == 1
+    assert "SGD of DistributedDataParallel of Sequential" in done.stderr
+    for rank in range(2):
+        seen, steps = torch.load(tmp_path / f"out.{rank}")
+        assert seen == words
+        ring_steps.assert_is(
+            [step.numpy() for _, step in steps],
+            [ring_steps.smoothed(gradient) for gradient, _ in steps],
+        )
 
 
 @pytest.mark.usefixtures("processes")
@@ -331,7 +363,11 @@ def test_all_that_was_replaced_is_restored(script, monkeypatch, tmp_path, end, c
 
 
 @pytest.mark.usefixtures("processes")
-def test_importing_the_package_imports_neither_deepspeed_nor_transformers():
-    check = "import spectral_ds, sys; assert not {'deepspeed', 'transformers'} & set(sys.modules)"
+def test_importing_the_package_imports_no_engine_and_figures_not_what_draws_them():
+    check = (
+        "import spectral_ds, sys; assert not {'deepspeed', 'transformers'} & set(sys.modules)\n"
+        "import spectral_ds.monitor.figures, spectral_ds.cli.inspect.plots\n"
+        "assert 'matplotlib' not in sys.modules"
+    )
     environment = {**os.environ, "PYTHONPATH": ""}
     subprocess.run([sys.executable, "-c", check], check=True, env=environment)
