@@ -26,17 +26,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from spectral_ds.cli.arguments import at_least
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.examples import (
-    Batch,
     Corpus,
     classification_examples,
     language_modelling_examples,
     load_corpus,
+)
+from spectral_ds.cli.knowledge import (
+    NEIGHBOURS,
+    Sequences,
+    class_scores,
+    loss_on,
+    neighbours_of,
+    share_kept,
 )
 from spectral_ds.cli.models import Source, load_tokenizer
 from spectral_ds.console.figure_style import BLUE, COLORS, GREY, new_figure, styled
@@ -45,8 +52,6 @@ from spectral_ds.text import DataError, read_texts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NEIGHBOURS = 10
-BATCH = 32
 # Shares of the change on the line of interpolation, besides 0 and 1.
 INTERPOLATED = (0.25, 0.5, 0.75)
 
@@ -90,63 +95,29 @@ class Examination:
     """Examines models of one architecture.
 
     Args:
-        task: held-out batches, with labels.
-        general: batches of other text; with labels for a causal language model.
-        classifies: whether the task is to classify.
+        task: held-out examples, as token ids.
+        labels: their classes; None for a causal language model.
+        general: other text, as token ids.
     """
 
-    def __init__(
-        self, task: Sequence[Batch], general: Sequence[Batch], *, classifies: bool
-    ) -> None:
-        self._task, self._general, self._classifies = task, general, classifies
+    def __init__(self, task: Sequences, labels: Tensor | None, general: Sequences) -> None:
+        self._task, self._labels, self._general = task, labels, general
         self._neighbours: Tensor | None = None
 
-    @torch.no_grad()
     def remember(self, model: Any) -> None:
         """Take what this model knows for what others should still know."""
-        if self._classifies:
-            self._neighbours = neighbours_of(embeddings_of(model, self._general))
+        if self._labels is not None:
+            self._neighbours = neighbours_of(model, self._general)
 
-    @torch.no_grad()
     def of(self, model: Any) -> Knowledge:
         """What a model knows."""
-        model.eval()
-        loss, right, count = 0.0, 0, 0
-        for batch in self._task:
-            output = model(**batch)
-            loss += float(output.loss) * len(batch["labels"])
-            count += len(batch["labels"])
-            if self._classifies:
-                right += int((output.logits.argmax(-1) == batch["labels"]).sum())
-        if not self._classifies:
-            losses = [float(model(**batch).loss) for batch in self._general]
-            return Knowledge(loss / count, None, sum(losses) / len(losses))
+        if self._labels is None:
+            return Knowledge(loss_on(model, self._task), None, loss_on(model, self._general))
         assert self._neighbours is not None, "remembered"
-        found = neighbours_of(embeddings_of(model, self._general))
-        return Knowledge(loss / count, right / count, share_kept(self._neighbours, found))
-
-
-def embeddings_of(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """Means of the last hidden states over tokens, of length 1; (texts, width)."""
-    model.eval()
-    found = []
-    for batch in batches:
-        states = model.base_model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1)
-        found.append((states * mask).sum(1) / mask.sum(1))
-    return functional.normalize(torch.cat(found), dim=-1)
-
-
-def neighbours_of(embeddings: Tensor) -> Tensor:
-    """The nearest other texts of each, by cosine; (texts, NEIGHBOURS)."""
-    cosines = embeddings @ embeddings.T
-    return cosines.fill_diagonal_(-2).topk(NEIGHBOURS).indices
-
-
-def share_kept(before: Tensor, after: Tensor) -> float:
-    """The mean share of the neighbours before that are still there after."""
-    both = (before.unsqueeze(2) == after.unsqueeze(1)).any(2)
-    return float(both.float().mean())
+        scores = class_scores(model, self._task)
+        right = (scores.argmax(1) == self._labels).double().mean()
+        kept = share_kept(self._neighbours, neighbours_of(model, self._general))
+        return Knowledge(float(cross_entropy(scores, self._labels)), float(right), kept)
 
 
 @contextmanager
@@ -176,32 +147,27 @@ def load(source: str, task: str, classes: int, tokenizer: Any) -> Any:
     return model
 
 
-def make_batches(
+def make_sequences(
     arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any
-) -> tuple[list[Batch], list[Batch]]:
-    """The task's held-out examples, and other text."""
-    classifies = arguments.task == "classification"
-    make = classification_examples if classifies else language_modelling_examples
+) -> tuple[Sequences, Tensor | None, Sequences]:
+    """The task's held-out examples, their classes if any, and other text."""
     cut = {"num_held_out": arguments.held_out, "seed": arguments.seed}
-    task = make(corpus, tokenizer, arguments.sequence_length, **cut)
+    length = arguments.sequence_length
     texts = read_texts(arguments.general)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    if classifies:
+    if arguments.task == "classification":
+        held_out = classification_examples(corpus, tokenizer, length, **cut).held_out
         chosen = [texts[i] for i in order[: arguments.texts]]
-        width = {"truncation": True, "max_length": arguments.sequence_length}
-        general = [
-            dict(tokenizer(chosen[i : i + BATCH], padding=True, return_tensors="pt", **width))
-            for i in range(0, len(chosen), BATCH)
-        ]
-    else:
-        other = Corpus([texts[i] for i in order], None, 0)
-        found = make(other, tokenizer, arguments.sequence_length, num_held_out=1, seed=0)
-        general = _batched(found.training[: arguments.texts], found.collate)
-    return _batched(task.held_out, task.collate), general
-
-
-def _batched(examples: Sequence[Any], collate: Any) -> list[Batch]:
-    return [collate(examples[i : i + BATCH]) for i in range(0, len(examples), BATCH)]
+        general = tokenizer(chosen, truncation=True, max_length=length)["input_ids"]
+        return [ids for ids, _ in held_out], torch.tensor([y for _, y in held_out]), general
+    held_out = language_modelling_examples(corpus, tokenizer, length, **cut).held_out
+    other = Corpus([texts[i] for i in order], None, 0)
+    found = language_modelling_examples(other, tokenizer, length, num_held_out=1, seed=0)
+    return (
+        [e.tolist() for e in held_out],
+        None,
+        [e.tolist() for e in found.training[: arguments.texts]],
+    )
 
 
 def examine(
@@ -218,12 +184,12 @@ def examine(
         tokenizer = load_tokenizer(Source.of(folder_of_model(next(iter(runs.values())))))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        task, general = make_batches(arguments, corpus, tokenizer)
+        task, labels, general = make_sequences(arguments, corpus, tokenizer)
     except DataError as error:
         raise UserError(f"{arguments.data} or {arguments.general}: {error}") from error
     torch.manual_seed(arguments.seed)
     base = load(arguments.base, arguments.task, corpus.num_classes, tokenizer)
-    examination = Examination(task, general, classifies=classifies)
+    examination = Examination(task, labels, general)
     examination.remember(base)
     start = {n: t.clone() for n, t in base.state_dict().items() if not is_head(n, base)}
     found, line = {"before": examination.of(base)}, []
