@@ -177,7 +177,7 @@ def test_the_report_has_every_method_and_its_figures(classified):
     report = (classified / "report.md").read_text()
     assert all(f"| {name} |" in report for name in METHODS)
     assert "adamw, interpolated" in report
-    for name in ("frontier-words.png", "curves-words.png"):
+    for name in ("frontier-forgetting-words.png", "curves-words.png"):
         assert (classified / name).stat().st_size > 1000
         assert f"({name})" in report
 

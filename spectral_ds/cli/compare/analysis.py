@@ -19,7 +19,6 @@ from spectral_ds.cli.compare.inference import (
 )
 from spectral_ds.cli.compare.material import (
     ACCURACY,
-    FORGETTING,
     LOSS,
     TEST,
     VALIDATION,
@@ -127,21 +126,27 @@ class TaskAnalysis:
     """All methods on a task, the baseline first.
 
     Attributes:
+        axis: what counts as forgetting.
         standings: of methods that have rows of at least one seed of the baseline's.
         frontiers: by method and seed, on test data.
         curves: by method, at its best learning rate: (step, validation losses of the seeds).
     """
 
     task: str
+    axis: str
     standings: list[Standing]
     frontiers: dict[str, list[Frontier]]
     curves: dict[str, list[tuple[int, list[float]]]]
 
 
 def analyse(
-    comparison: Comparison, task: str, rows: Iterable[Row], curves: Iterable[Row]
+    comparison: Comparison, task: str, rows: Iterable[Row], curves: Iterable[Row], axis: str
 ) -> TaskAnalysis | None:
-    """What rows of a task say; None without any of the baseline."""
+    """What rows of a task say; None without any of the baseline.
+
+    Args:
+        axis: what counts as forgetting, FORGETTING or DIVERGENCE.
+    """
     by_method: dict[str, Points] = {name: {} for name in comparison.methods}
     for row in rows:
         if row["task"] == task and row["method"] in by_method:
@@ -159,12 +164,15 @@ def analyse(
     for name, points in by_method.items():
         if found := _complete(points, seeds):
             methods[name] = found
-    standings = [_standing(comparison, name, points, base, own) for name, points in methods.items()]
+    standings = [
+        _standing(comparison, name, points, base, own, axis) for name, points in methods.items()
+    ]
     return TaskAnalysis(
         task,
+        axis,
         _corrected(standings),
         {
-            name: _frontiers(points, _common(points, base))
+            name: _frontiers(points, _common(points, base), axis)
             for name, points in methods.items()
             if not name.endswith(INTERPOLATED)
         },
@@ -213,23 +221,23 @@ def _best(points: Points) -> Point:
     return min(whole, key=lambda point: _mean(points[point], column(VALIDATION, LOSS)))
 
 
-def _front(points: Points, seeds: Sequence[int]) -> list[Point]:
+def _front(points: Points, seeds: Sequence[int], axis: str) -> list[Point]:
     """Those that no other beats on validation data, by means over seeds."""
     names = list(points)
     places = [
-        tuple(_mean(points[p], column(VALIDATION, what), seeds) for what in (FORGETTING, LOSS))
+        tuple(_mean(points[p], column(VALIDATION, what), seeds) for what in (axis, LOSS))
         for p in names
     ]
     return [names[at] for at in on_front(places)]  # type: ignore[arg-type]
 
 
-def _frontiers(points: Points, seeds: Sequence[int], part: str = TEST) -> list[Frontier]:
+def _frontiers(points: Points, seeds: Sequence[int], axis: str, part: str = TEST) -> list[Frontier]:
     """Of each seed: of the points that are on the front of validation data."""
-    front = _front(points, seeds)
+    front = _front(points, seeds, axis)
     return [
         Frontier(
             [
-                (points[p][seed][column(part, FORGETTING)], points[p][seed][column(part, LOSS)])
+                (points[p][seed][column(part, axis)], points[p][seed][column(part, LOSS)])
                 for p in front
             ]
         )
@@ -238,17 +246,22 @@ def _frontiers(points: Points, seeds: Sequence[int], part: str = TEST) -> list[F
 
 
 def _over_frontier(
-    rows: Rows, frontiers: Sequence[Frontier], seeds: Sequence[int], part: str
+    rows: Rows, frontiers: Sequence[Frontier], seeds: Sequence[int], axis: str, part: str
 ) -> list[float]:
     """By how much the loss of a point is above frontiers, seed by seed."""
     return [
-        rows[seed][column(part, LOSS)] - float(frontier.at(rows[seed][column(part, FORGETTING)]))
+        rows[seed][column(part, LOSS)] - float(frontier.at(rows[seed][column(part, axis)]))
         for seed, frontier in zip(seeds, frontiers, strict=True)
     ]
 
 
 def _standing(
-    comparison: Comparison, name: str, points: Points, base: Points, curves: Sequence[Row]
+    comparison: Comparison,
+    name: str,
+    points: Points,
+    base: Points,
+    curves: Sequence[Row],
+    axis: str,
 ) -> Standing:
     seeds = _common(points, base)
     chosen, base_chosen = _best(points), _best(base)
@@ -265,7 +278,7 @@ def _standing(
         chosen,
         _mean(rows, column(TEST, LOSS), seeds),
         _mean(rows, column(TEST, ACCURACY), seeds) if classifies else None,
-        _mean(rows, column(TEST, FORGETTING), seeds),
+        _mean(rows, column(TEST, axis), seeds),
         loss,
         difference(ACCURACY) if classifies else None,
         loss.p,
@@ -274,25 +287,25 @@ def _standing(
         name,
         len(seeds),
         best,
-        _equal(points, base, seeds),
+        _equal(points, base, seeds, axis),
         _cost(comparison, name, points, base, seeds, curves),
     )
 
 
-def _equal(points: Points, base: Points, seeds: Sequence[int]) -> Equal:
-    to_choose = _frontiers(base, seeds, VALIDATION)
+def _equal(points: Points, base: Points, seeds: Sequence[int], axis: str) -> Equal:
+    to_choose = _frontiers(base, seeds, axis, VALIDATION)
     chosen = min(
         (point for point in points if point.alpha > 0),
-        key=lambda point: fmean(_over_frontier(points[point], to_choose, seeds, VALIDATION)),
+        key=lambda point: fmean(_over_frontier(points[point], to_choose, seeds, axis, VALIDATION)),
     )
-    frontiers, rows = _frontiers(base, seeds), points[chosen]
-    found = paired(_over_frontier(rows, frontiers, seeds, TEST))
-    heights = between(_frontiers(points, seeds), frontiers)
+    frontiers, rows = _frontiers(base, seeds, axis), points[chosen]
+    found = paired(_over_frontier(rows, frontiers, seeds, axis, TEST))
+    heights = between(_frontiers(points, seeds, axis), frontiers)
     area = paired(heights) if heights else None
     return Equal(
         chosen,
         _mean(rows, column(TEST, LOSS), seeds),
-        _mean(rows, column(TEST, FORGETTING), seeds),
+        _mean(rows, column(TEST, axis), seeds),
         found,
         found.p,
         area,

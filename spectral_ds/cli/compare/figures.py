@@ -8,6 +8,7 @@ import numpy as np
 
 from spectral_ds.cli.compare.analysis import TaskAnalysis
 from spectral_ds.cli.compare.inference import GRID, Frontier
+from spectral_ds.cli.compare.material import FORGETTING
 from spectral_ds.console.figure_style import COLORS, GREY, WIDE, new_figure, styled
 
 if TYPE_CHECKING:
@@ -19,27 +20,35 @@ ERRORS = 1.0
 
 
 def draw(
-    analyses: Sequence[TaskAnalysis], examples: Mapping[str, int], what: str, out: Path
+    analyses: Sequence[TaskAnalysis],
+    examples: Mapping[str, int],
+    what: Mapping[str, str],
+    out: Path,
 ) -> list[Path]:
     """Write all figures; their paths.
 
     Args:
         examples: of each task that has few, to train on.
-        what: forgetting is.
+        what: each axis is.
     """
     written = []
     for analysis in analyses:
         for name, figure in (
-            (f"frontier-{analysis.task}.png", frontiers(analysis, what)),
+            (frontier_file(analysis), frontiers(analysis, what[analysis.axis])),
             (f"curves-{analysis.task}.png", curves(analysis)),
         ):
             figure.savefig(out / name)
             written.append(out / name)
-    few = [each for each in analyses if each.task in examples]
+    few = [each for each in analyses if each.task in examples and each.axis == FORGETTING]
     if len({examples[each.task] for each in few}) > 1:
         by_examples(few, examples).savefig(out / "examples.png")
         written.append(out / "examples.png")
     return written
+
+
+def frontier_file(analysis: TaskAnalysis) -> str:
+    """The name of its figure."""
+    return f"frontier-{analysis.axis}-{analysis.task}.png"
 
 
 @styled

@@ -175,13 +175,14 @@ class Measures:
     ) -> None:
         self._task, self._general = task, general
         self._of_before: dict[tuple[str, str], Any] = {}
-        self._probabilities: dict[str, list[Tensor]] = {}
+        self._probabilities: dict[tuple[str, str], list[Tensor]] = {}
         for name, parts in general.items():
             for part, texts in parts.items():
                 see = knowledge.neighbours_of if self._classifies else knowledge.loss_on
                 self._of_before[name, part] = see(before, texts)
-            if not self._classifies:
-                self._probabilities[name] = knowledge.log_probabilities(before, parts[TEST])
+                if not self._classifies:
+                    likely = knowledge.log_probabilities(before, texts)
+                    self._probabilities[name, part] = likely
 
     @property
     def _classifies(self) -> bool:
@@ -213,11 +214,13 @@ class Measures:
             found[column(part, FORGETTING)] = _mean(forgotten.values())
             if part == TEST:
                 found |= {column(part, FORGETTING, n): each for n, each in forgotten.items()}
-        if not self._classifies:
-            found[column(TEST, DIVERGENCE)] = _mean(
-                knowledge.divergence(before, model, self._general[name][TEST])
-                for name, before in self._probabilities.items()
-            )
+            if not self._classifies:
+                found[column(part, DIVERGENCE)] = _mean(
+                    knowledge.divergence(
+                        self._probabilities[name, part], model, self._general[name][part]
+                    )
+                    for name in self._general
+                )
         return found
 
     def _forgotten(self, model: nn.Module, name: str, part: str) -> float:

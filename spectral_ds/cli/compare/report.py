@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ds.cli.compare.analysis import Standing, TaskAnalysis, analyse
-from spectral_ds.cli.compare.figures import draw
+from spectral_ds.cli.compare.figures import draw, frontier_file
 from spectral_ds.cli.compare.inference import Difference
+from spectral_ds.cli.compare.material import DIVERGENCE, FORGETTING
 from spectral_ds.cli.compare.results import Row
 from spectral_ds.cli.compare.settings import Comparison
 
 # Below it a difference is called one.
 SIGNIFICANT = 0.05
 PACKAGES = ("spectral-ds", "torch", "transformers", "numpy", "scipy")
-WHAT = {
-    "classification": "share of nearest neighbours of general texts that are lost",
-    "causal-lm": "growth of the loss on general texts (nats)",
+# What counts as forgetting, by kind; the first is the one that is told first.
+AXES = {
+    "classification": {FORGETTING: "share of nearest neighbours of general texts that are lost"},
+    "causal-lm": {
+        FORGETTING: "growth of the loss on general texts (nats)",
+        DIVERGENCE: "divergence on general texts from the model before (nats)",
+    },
 }
 
 
@@ -27,20 +32,24 @@ def write(
     comparison: Comparison, rows: Sequence[Row], curves: Sequence[Row], out: Path, command: str
 ) -> str:
     """Write report.md and its figures; the verdict, for people."""
+    axes = AXES[comparison.kind]
     analyses = [
-        found for task in comparison.tasks if (found := analyse(comparison, task, rows, curves))
+        found
+        for task in comparison.tasks
+        for axis in axes
+        if (found := analyse(comparison, task, rows, curves, axis))
     ]
     examples = {
         name: task.per_class or task.examples
         for name, task in comparison.tasks.items()
         if task.per_class or task.examples
     }
-    figures = draw(analyses, examples, WHAT[comparison.kind], out)
+    figures = draw(analyses, examples, axes, out)
     verdict = [line for each in analyses for line in verdict_of(each, comparison)]
     parts = ["# Comparison", "", "## Verdict", "", *(f"- {line}" for line in verdict), ""]
     for each in analyses:
         parts += _section(each, comparison)
-    if (out / "examples.png") in figures:
+    if out / "examples.png" in figures:
         parts += ["## Few examples", "", "![Loss against examples](examples.png)", ""]
     parts += _again(comparison, command)
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
@@ -51,15 +60,17 @@ def verdict_of(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
     """In words: which methods differ, and by how much."""
     first, *others = analysis.standings
     fewest = min((each.seeds for each in others), default=first.seeds)
-    lines = [
-        f"{analysis.task}: {comparison.baseline} reaches a test loss of {first.best.loss:.3f} and "
-        f"forgets {first.best.forgetting:.3f} ({WHAT[comparison.kind]}); {fewest} to {first.seeds} "
-        "seeds"
-    ]
-    for title, differences in (
-        ("at its best", [(s, s.best.loss_difference, s.best.p) for s in others]),
-        ("at equal forgetting", [(s, s.equal.difference, s.equal.p) for s in others]),
-    ):
+    lines = []
+    claims = [(f"at equal {analysis.axis}", [(s, s.equal.difference, s.equal.p) for s in others])]
+    if analysis.axis == FORGETTING:
+        lines.append(
+            f"{analysis.task}: {comparison.baseline} at its best has a test loss of "
+            f"{first.best.loss:.3f} and a forgetting of {first.best.forgetting:.3f}; {fewest} to "
+            f"{first.seeds} seeds"
+        )
+        best = [(s, s.best.loss_difference, s.best.p) for s in others]
+        claims.insert(0, ("at its best", best))
+    for title, differences in claims:
         for word, sign in (("lower", -1), ("higher", 1)):
             found = [
                 f"{s.method} by {abs(d.mean):.3f} [{_interval(d, sign)}], p = {p:.2g}"
@@ -75,6 +86,8 @@ def _section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
     task = comparison.tasks[analysis.task]
     head = f"{task.steps} steps of {comparison.batch_size}"
     base = comparison.baseline
+    if analysis.axis != FORGETTING:
+        return _equal_section(analysis, comparison)
     return [
         f"## {analysis.task}",
         "",
@@ -84,19 +97,27 @@ def _section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         *_table(_best_row, analysis.standings, comparison),
         "",
-        f"**At equal forgetting**: loss above the frontier of {base} and its interpolations, where "
-        "validation says that it is least; and between the two frontiers, on average:",
-        "",
-        *_table(_equal_row, analysis.standings, comparison),
-        "",
         f"**Cost** at its best; × is relative to {base}; steps to the validation loss that "
         f"{base} ends with:",
         "",
         *_table(_cost_row, analysis.standings, comparison),
         "",
-        f"![Frontiers](frontier-{analysis.task}.png)",
-        "",
         f"![Learning curves](curves-{analysis.task}.png)",
+        "",
+        *_equal_section(analysis, comparison),
+    ]
+
+
+def _equal_section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
+    base, what = comparison.baseline, AXES[comparison.kind][analysis.axis]
+    return [
+        f"**At equal {analysis.axis}** ({what}): loss above the frontier of {base} and its "
+        "interpolations, where validation says that it is least; and between the two frontiers, "
+        "on average:",
+        "",
+        *_table(_equal_row, analysis.standings, comparison),
+        "",
+        f"![Frontiers]({frontier_file(analysis)})",
         "",
     ]
 

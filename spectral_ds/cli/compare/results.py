@@ -39,8 +39,8 @@ def measures_of(comparison: Comparison) -> list[str]:
         found += [column(part, LOSS)]
         found += [column(part, ACCURACY)] if classifies else []
         found += [column(part, FORGETTING)]
-    found += [column(TEST, FORGETTING, name) for name in comparison.general]
-    return found if classifies else [*found, column(TEST, DIVERGENCE)]
+        found += [] if classifies else [column(part, DIVERGENCE)]
+    return found + [column(TEST, FORGETTING, name) for name in comparison.general]
 
 
 class Table:
