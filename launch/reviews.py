@@ -1,4 +1,4 @@
-"""Fetches the demo's text: a VADER corpus, human-rated: movie or Amazon reviews, or editorials.
+"""Fetches text: a VADER corpus, human-rated: movie or Amazon reviews, tweets or editorials.
 
 In:  the name of a corpus; pip's configured package index, where the corpora lie inside the source
      archive of the package vaderSentiment.
@@ -26,6 +26,7 @@ ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 CORPORA = {
     "movies": ("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", 10_605),
     "amazon": ("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt", 3_708),
+    "tweets": ("hutto_ICWSM_2014/tweets_GroundTruth.txt", 4_200),
     "editorials": ("hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt", 5_190),
 }
 

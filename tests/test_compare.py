@@ -191,7 +191,7 @@ def test_rows_that_are_lost_are_measured_again_and_come_out_the_same(classified,
     ]
     (classified / "results.csv").write_text("\n".join(kept) + "\nwords,adamw,,0.0")  # cut
     assert len(kept) < len(lines)
-    words = ("--resume", "--workers", "0", "--methods", "adamw,muon,merge")
+    words = ("--resume", "--workers", "0", "only=[adamw,muon,merge]")
     assert compare(folder / "config.yaml", classified, *words) == 0
 
     def known(rows):
@@ -287,6 +287,7 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                      "methods.adamw.optimizer", id="a misspelt key of a method"),
         pytest.param({"methods": {"adamw": {"optimizer": "adam"}}},
                      "one of adamw, muon", id="no such optimizer"),
+        pytest.param({"only": ["x"]}, "only = x: is none of adamw", id="only what there is not"),
         pytest.param({"baseline": "sgd"}, "baseline = sgd", id="no such baseline"),
         pytest.param({"methods": {"adamw": None, "m": {"after": "adamw"}}},
                      "`after` a method and `by`", id="after without by"),

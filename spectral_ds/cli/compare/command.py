@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from spectral_ds.cli.arguments import add_command, at_least
 from spectral_ds.cli.errors import UserError
 
 if TYPE_CHECKING:
-    from spectral_ds.cli.compare.settings import Comparison
+    pass
 
 if TYPE_CHECKING:
     pass
@@ -24,7 +23,7 @@ EXAMPLES = """examples:
 """
 STATE = "comparison.json"
 # Keys that may grow when a comparison is gone on with; others belong to every row.
-GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "interpolated")
+GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated")
 NAMED = ("tasks", "statistics", "methods")
 
 
@@ -46,7 +45,6 @@ def add_parser(commands: Any) -> None:
     add("--resume", action="store_true", help="go on with what is in DIR")
     add("--report", action="store_true", help="train nothing: report on what is in DIR")
     add("--quick", action="store_true", help="with the keys under `quick` in the file")
-    add("--methods", metavar="NAME,...", help="train these only (default: all)")
     add("--device", metavar="NAME", default="cpu", help="cpu (default) or cuda")
     number: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     add("--workers", type=at_least(0), metavar="N",
@@ -87,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         material = Material(comparison, prepared.tokenizer())
         for task in comparison.tasks:
             material.task(task)  # what cannot be used is told before anything is trained
-        jobs = jobs_of(_only(comparison, arguments.methods), results)
+        jobs = jobs_of(comparison, results)
         place = Workplace(comparison, prepared, out, arguments.device, arguments.threads)
         workers = _workers(arguments)
         with progress("comparing", sum(job.rows for job in jobs), "model", True) as update:
@@ -108,21 +106,6 @@ def run(arguments: argparse.Namespace) -> int:
     for failure in failures:
         print(f"spectral-ds: {failure.job.run.folder} failed: {failure.reason}")
     return 1 if failures else 0
-
-
-def _only(comparison: "Comparison", names: str | None) -> "Comparison":
-    """The comparison with some of its methods."""
-    if names is None:
-        return comparison
-    chosen = names.split(",")
-    for name in chosen:
-        if name not in comparison.methods:
-            known = ", ".join(comparison.methods)
-            raise UserError(f"--methods {name}: is none of {known}")
-        after = comparison.methods[name].after
-        if after and after not in chosen:
-            raise UserError(f"--methods {name}: comes after {after}, so name {after} too")
-    return replace(comparison, methods={name: comparison.methods[name] for name in chosen})
 
 
 def _workers(arguments: argparse.Namespace) -> int:

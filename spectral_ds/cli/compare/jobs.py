@@ -6,18 +6,17 @@ Seeds are the outermost loop, so that whole comparisons of fewer seeds come firs
 from spectral_ds.cli.compare.job import Job
 from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.run import Run
-from spectral_ds.cli.compare.settings import Comparison, settings_of
+from spectral_ds.cli.compare.settings import Comparison, MethodConfig, settings_of
 
 
 def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
     """All jobs with something left to do, in order."""
+    methods = chosen(comparison)
     followers = {
         name: {
-            other: settings_of(method)
-            for other, method in comparison.methods.items()
-            if method.after == name
+            other: settings_of(method) for other, method in methods.items() if method.after == name
         }
-        for name in comparison.methods
+        for name in methods
     }
     found = []
     for run in runs_of(comparison):
@@ -37,6 +36,12 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
     return found
 
 
+def chosen(comparison: Comparison) -> dict[str, MethodConfig]:
+    """The methods to train."""
+    names = comparison.only or comparison.methods
+    return {name: each for name, each in comparison.methods.items() if name in names}
+
+
 def runs_of(comparison: Comparison) -> list[Run]:
     """All trainings."""
     return [
@@ -44,7 +49,7 @@ def runs_of(comparison: Comparison) -> list[Run]:
         for seed in comparison.seeds
         for task in comparison.tasks
         for rate in comparison.learning_rates
-        for name, method in comparison.methods.items()
+        for name, method in chosen(comparison).items()
         if not method.after
         for setting in settings_of(method)
     ]

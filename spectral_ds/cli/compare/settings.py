@@ -105,7 +105,9 @@ class Comparison:
     general: dict[str, Any] = _mapping("texts by name")
     statistics: dict[str, Any] = _mapping("statistics by name")
     methods: dict[str, Any] = _mapping("methods by name")
+    only: tuple[str, ...] = ()  # methods to train; all by default
     quick: dict[str, Any] = _mapping()  # keys that --quick sets
+    extends: str = ""  # a file with the keys that this one lacks, in the same folder
 
 
 SECTIONS = {
@@ -153,6 +155,8 @@ def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
         content: Any = OmegaConf.load(path)
         if not OmegaConf.is_dict(content):
             raise UserError(f"--config {path}: must hold a mapping")
+        if "extends" in content:
+            content = _extended(content, path)
         if quick:
             content = OmegaConf.merge(content, content.get("quick") or {})
         found: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides)))
@@ -161,6 +165,14 @@ def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
         raise UserError(f"--config {path}: cannot be read as YAML: {message}") from error
     found.pop("quick", None)
     return found
+
+
+def _extended(content: Any, path: Path) -> Any:
+    """What a file says over what the one says that it extends; a section of tasks replaces all."""
+    before: Any = OmegaConf.load(path.parent / content.pop("extends"))
+    if "tasks" in content:
+        before.pop("tasks", None)
+    return OmegaConf.merge(before, content)
 
 
 def _resolved(written: Any, path: Path) -> dict[str, Any]:
@@ -188,6 +200,12 @@ def _contradictions(comparison: Comparison) -> Iterator[str]:
             yield f"general.{name}.data: is missing"
     for name, method in comparison.methods.items():
         yield from _of_method(name, method, comparison)
+    for name in comparison.only:
+        chosen = comparison.methods.get(name)
+        if chosen is None:
+            yield f"only = {name}: is none of {', '.join(comparison.methods)}"
+        elif chosen.after and chosen.after not in comparison.only:
+            yield f"only = {name}: comes after {chosen.after}, so name {chosen.after} too"
 
 
 def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Iterator[str]:
