@@ -6,7 +6,7 @@ Seeds are the outermost loop, so that whole comparisons of fewer seeds come firs
 from spectral_ds.cli.compare.job import Job
 from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.run import Run
-from spectral_ds.cli.compare.settings import Comparison, MethodConfig, settings_of
+from spectral_ds.cli.compare.settings import Comparison, chosen, settings_of
 
 
 def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
@@ -34,12 +34,6 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
         if alphas or after:
             found.append(Job(run, alphas, after, bool(followers[run.method])))
     return found
-
-
-def chosen(comparison: Comparison) -> dict[str, MethodConfig]:
-    """The methods to train."""
-    names = comparison.only or comparison.methods
-    return {name: each for name, each in comparison.methods.items() if name in names}
 
 
 def runs_of(comparison: Comparison) -> list[Run]:

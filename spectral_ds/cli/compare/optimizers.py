@@ -28,7 +28,8 @@ def optimizers_of(
     hidden = {n: p for n, p in parameters.items() if p.ndim == 2 and is_numbered(n)}
     others = [p for n, p in parameters.items() if n not in hidden]
     matrices = list(hidden.values())
-    plain: dict[str, Any] = {"lr": learning_rate, "weight_decay": 0.0}
+    rates: dict[str, Any] = {"lr": learning_rate, "weight_decay": 0.0}
+    plain = {**rates, "fused": True}
     if name == "projection_decay":
         return [ProjectionDecay(list(parameters.values()), **plain, **options)]
     if name == "half_whitened":
@@ -38,7 +39,7 @@ def optimizers_of(
         if muon is None:
             raise UserError(f"optimizer = muon: torch {torch.__version__} lacks torch.optim.Muon")
         # Steps as long as AdamW's, so that one grid of learning rates serves both.
-        settings = {"adjust_lr_fn": "match_rms_adamw", **plain, **options}
+        settings = {"adjust_lr_fn": "match_rms_adamw", **rates, **options}
         return [muon(matrices, **settings), AdamW(others, **plain)]
     return [AdamW(list(parameters.values()), **plain, **options)]
 

@@ -1,6 +1,6 @@
 """Preparing: the folder of the model that all runs start from, and files of statistics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from spectral_ds.cli.compare.settings import Comparison, StatisticsConfig
+from spectral_ds.cli.compare.settings import Comparison, StatisticsConfig, chosen
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.looking import Amount, batches_of, look
 from spectral_ds.cli.merge.output import write_whole
@@ -94,17 +94,31 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
         UserError: the model cannot be loaded, or a kind of inputs not be used with it.
     """
     base = plain_folder(Source.of(comparison.model), out / "base")
-    files = {name: out / "statistics" / f"{name}.safetensors" for name in comparison.statistics}
+    wanted = set(words_in([each.__dict__ for each in chosen(comparison).values()]))
+    files = {
+        name: out / "statistics" / f"{name}.safetensors"
+        for name in comparison.statistics
+        if STATISTICS + name in wanted
+    }
     prepared = Prepared(base, comparison.kind, files)
     see = cache(partial(_seen, cache(partial(prepared.load, num_classes)), prepared))
-    for name, config in comparison.statistics.items():
-        if files[name].exists():
+    for name, path in files.items():
+        if path.exists():
             continue
+        config = comparison.statistics[name]
         found = changed(see(replace(config, change="none")), config.change)
-        files[name].parent.mkdir(parents=True, exist_ok=True)
-        write = partial(statistics.save, graphs=found, of=name, rank=config.rank)
-        write_whole(files[name], write)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, partial(statistics.save, graphs=found, of=name, rank=config.rank))
     return prepared
+
+
+def words_in(tree: Any) -> Iterator[str]:
+    """All strings in a tree of mappings and lists, but keys."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping | list):
+        for each in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from words_in(each)
 
 
 def _seen(

@@ -237,6 +237,12 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
                 return
 
 
+def chosen(comparison: Comparison) -> dict[str, MethodConfig]:
+    """The methods to train."""
+    names = comparison.only or comparison.methods
+    return {name: each for name, each in comparison.methods.items() if name in names}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method with one value of each of its dials.
