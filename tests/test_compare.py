@@ -1,12 +1,16 @@
 """`spectral-ds compare` on tiny models: every way to train and what is done after, and going on."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from merged import CLASSES, CONFIGS, WORDS, write_texts, write_tokenizer
@@ -249,6 +253,34 @@ def test_a_run_that_is_killed_is_named_and_leaves_no_process(folder, monkeypatch
 
 def _killed(job, place, connection):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_whose_parent_was_killed_ends(tmp_path):
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=_with_child, args=(context, tmp_path / "pid"))
+    parent.start()
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "pid").read_text()))
+    parent.kill()
+    parent.join()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        until = time.monotonic() + 20
+        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def _with_child(context, file):
+    context.Process(target=_waiting_child, args=(file,)).start()
+    time.sleep(60)
+
+
+def _waiting_child(file):
+    threading.Thread(target=pool._end_with_parent, daemon=True).start()
+    file.with_suffix(".new").write_text(str(os.getpid()))
+    file.with_suffix(".new").rename(file)
+    time.sleep(60)
 
 
 def test_by_depth_the_share_rises_from_the_first_block_to_the_last(folder):

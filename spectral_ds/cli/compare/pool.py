@@ -6,6 +6,7 @@ So the memory of each is its own, and one that is killed takes nothing with it.
 import logging
 import multiprocessing
 import os
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -103,11 +104,20 @@ def _ended(running: dict[Connection, tuple[Job, BaseProcess]]) -> Iterator[None]
 
 
 def _child(job: Job, place: Workplace, connection: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logger.setLevel(logging.WARNING)  # the same of every run is no news
     warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself
     reason = _reason_of_failure(job, place, lambda table, rows: connection.send((table, rows)))
     if reason is not None:
         connection.send((FAILED, reason))
+
+
+def _end_with_parent() -> None:
+    """A run whose results nobody takes any more ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _reason_of_failure(job: Job, place: Workplace, take: Tell) -> str | None:
