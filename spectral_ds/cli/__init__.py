@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   spectral-ds inspect ./model --data reviews.tsv     which graph separates signal from noise
   spectral-ds plan --model llama-3-8b --engine zero3 --world-size 64    what each rank would take
   spectral-ds merge ./base ./tuned --out ./merged    a tuned model that forgets less
+  spectral-ds compare --config mine.yaml --out runs/mine   does it help? methods side by side
   spectral-ds add ds_config.json --preset retain     a DeepSpeed config with the section added
   spectral-ds check --nodes 2 --node-rank 0 ...      do all nodes have the same packages and config
 """
