@@ -1,7 +1,6 @@
 """Job: one call of `spectral-ds merge`, from its arguments to what it writes."""
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from spectral_ds.cli.merge.output import Output, plan, write_whole
 from spectral_ds.cli.merge.refresh import Refresh, with_names
 from spectral_ds.cli.merge.statistics import Functions, Graphs, read
 from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep, write_table
-from spectral_ds.coactivation import Batch, Coactivation
+from spectral_ds.coactivation import Batch, Coactivation, content_of
 from spectral_ds.coactivation import file as statistics
 
 NONE = "none"
@@ -70,7 +69,7 @@ class Job:
         files = [self._arguments.keep, *self._learn, self._arguments.task, self._arguments.general]
         for given in files:
             if given not in (RANDOM, GENERATED, NONE, None):
-                found[str(given)] = _hash(Path(given))
+                found[str(given)] = content_of(Path(given))
         return found
 
     # Merging
@@ -219,18 +218,6 @@ class Job:
         label = f"forgetting ({general})"
         frontier(settings, best, label).savefig(written[1])
         return settings, general, written
-
-
-def _hash(path: Path) -> str:
-    """Of the content of a file, or of all files of a folder."""
-    digest = hashlib.sha256()
-    for each in [path] if path.is_file() else sorted(path.rglob("*")):
-        if each.is_file():
-            digest.update(each.name.encode())
-            with each.open("rb") as file:
-                while block := file.read(2**22):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_same(one: Path, other: Path) -> bool:
