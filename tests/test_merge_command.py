@@ -36,7 +36,8 @@ from transformers import (
 )
 
 from spectral_ds.cli import main
-from spectral_ds.cli.merge import job, output, refresh
+from spectral_ds.cli.merge import job, looking, output, refresh
+from spectral_ds.cli.merge.adapter import Adapter
 from spectral_ds.cli.merge.folder import Folder
 from spectral_ds.cli.merge.refresh import Refresh
 from spectral_ds.cli.merge.skeleton import Skeleton
@@ -328,6 +329,27 @@ def test_an_adapter_is_refreshed_like_the_whole_model_it_makes(folder, tmp_path)
     for name in ("adapter", "whole"):
         merge(own, tmp_path / name, *words, "--out", tmp_path / f"of {name}")
     assert_close(tensors(tmp_path / "of adapter"), tensors(tmp_path / "of whole"), 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("gpt2", ["c_attn"])])
+def test_an_adapter_that_does_not_fit_is_looked_at_block_by_block(
+    folder, tmp_path, monkeypatch, kind, targets
+):
+    own = folder / kind
+    lora(tmp_path, CLASSES[kind].from_pretrained(own / "base"), targets, "CAUSAL_LM",
+         fan_in_fan_out=kind == "gpt2")  # fmt: skip
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK, "--out"]
+    merge(own, tmp_path / "adapter", *words, tmp_path / "memory")
+    statistics = tmp_path / "memory" / "statistics" / "keep.safetensors"
+    words = ["--keep", statistics, *words[2:]]
+    monkeypatch.setattr(looking, "free_memory", lambda: 0)
+    monkeypatch.setattr(Adapter, "whole_model", None)
+    merge(own, tmp_path / "adapter", *words, tmp_path / "blocks")
+    one, other = (tensors(tmp_path / name / "statistics") for name in ("memory", "blocks"))
+    assert_close(tensors(tmp_path / "blocks"), tensors(tmp_path / "memory"), 1e-4)
+    values = [name for name in one if name.startswith(("model", "transformer"))]
+    assert values
+    assert all(np.allclose(other[n], one[n], atol=1e-4) for n in values if n.endswith("/values"))
 
 
 def bytes_of_parameters():

@@ -20,6 +20,7 @@ from spectral_ds.cli.merge.looking import (
     Amount,
     batches_of,
     elements_of,
+    fits,
     free_memory,
     load_whole,
     loaded,
@@ -29,7 +30,7 @@ from spectral_ds.cli.merge.looking import (
 )
 from spectral_ds.cli.merge.merging import Merging, report_of
 from spectral_ds.cli.merge.output import Output, plan, write_whole
-from spectral_ds.cli.merge.refresh import Refresh, with_names
+from spectral_ds.cli.merge.refresh import Refresh, look_by_blocks, with_names
 from spectral_ds.cli.merge.statistics import Functions, Graphs, read
 from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep, write_table
 from spectral_ds.coactivation import Batch, Coactivation, content_of
@@ -127,11 +128,16 @@ class Job:
         option = "--keep" if tuned is None else "--learn"
         judged = [each for each in (self._arguments.task, self._arguments.general) if each]
         half = 0 if halves and any(_is_same(Path(source), each) for each in judged) else None
-        with loaded(tuned or self._base, self._base) as model:
-            batches = batches_of(
-                source, option, model, self._amount, lambda: self._tokenizer(tuned), half
-            )
-            found = look(model, batches, self._amount, f"{option[2:]} {source}")
+        asked = f"{option} {source}"
+        if isinstance(tuned, Adapter) and not fits(self._base):
+            batches = self._forward_batches(source, option, tuned, half)
+            found = look_by_blocks(tuned, batches, self._amount, asked)
+        else:
+            with loaded(tuned or self._base, self._base) as model:
+                batches = batches_of(
+                    source, option, model, self._amount, lambda: self._tokenizer(tuned), half
+                )
+                found = look(model, batches, self._amount, asked[2:])
         self._save(path, found, source)
         return Graphs(found, self._sites, source)
 
@@ -188,7 +194,7 @@ class Job:
         self._save(self._output.statistics("keep"), kept, arguments.keep)
 
     def _forward_batches(
-        self, source: str, option: str, tuned: "Folder | Adapter | None"
+        self, source: str, option: str, tuned: "Folder | Adapter | None", half: int | None = None
     ) -> Sequence[Batch]:
         """Batches that call a model once each."""
         amount, own = self._amount, tuned or self._base
@@ -197,7 +203,7 @@ class Job:
                 written = batches_of(source, option, model, amount, None, None)
                 return written_batches(written, model)
         model = Architecture.of(own.config, own.given).model
-        return batches_of(source, option, model, amount, lambda: self._tokenizer(tuned), None)
+        return batches_of(source, option, model, amount, lambda: self._tokenizer(tuned), half)
 
     def sweep(self) -> tuple[list[Setting], str, list[Path]]:
         """Judge settings; what they give, what `general` is, and the files that are written."""

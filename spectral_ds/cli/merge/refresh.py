@@ -65,6 +65,7 @@ class Refresh:
         learn: batches of each tuned model's inputs to learn; None: T = I.
         amount: how many directions are kept.
         mu, rest: of the merge.
+        asked: the option that it is for, for messages.
 
     Attributes:
         kept: R of all sites.
@@ -83,16 +84,18 @@ class Refresh:
         amount: Amount,
         mu: float,
         rest: float,
+        asked: str = "--refresh",
     ) -> None:
+        self._asked = asked
         self._skeletons = [Skeleton(each) for each in (base, *tuned)]
         self._models = [each.model for each in self._skeletons]
         self._merged, self._amount, self._mu, self._rest = self._models[1], amount, mu, rest
         self._in_memory = InMemory(self._models[0], self._models[1:], self._merged)
         self._streams = [keep, *learn]
         self._projections = Projections(amount.rank, SEED, torch.device("cpu"))
-        path = blocks_of(self._in_memory.architecture)
+        path = blocks_of(self._in_memory.architecture, asked)
         self._path = path
-        self._blocks = [_at(Architecture(each), path) for each in self._models]
+        self._blocks = [_at(Architecture(each), path, asked) for each in self._models]
         self.kept = Coactivation()
         self.learned: list[Coactivation | None] = [
             None if batches is None else Coactivation() for batches in learn
@@ -117,8 +120,8 @@ class Refresh:
         needed = sum(sizes.values()) - sum(inside) + max(inside) * len(self._models)
         if needed > (free := free_memory()):
             raise UserError(
-                f"--refresh holds one block of each model, and what is outside of blocks, in "
-                f"float32: {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+                f"{self._asked}: one block of each model, and what is outside of blocks, are held "
+                f"in float32: {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
             )
 
     def run(self) -> None:
@@ -129,9 +132,10 @@ class Refresh:
         with_sites = [n for n in outside if n in sites]
         count = len(self._blocks[0])
         batches = sum(len(each or ()) for each in self._streams)
+        what = f"block by block ({self._asked})"
         with (
             ExitStack() as stack,
-            progress("merging block by block", (2 * count + 2) * batches, "call", True) as update,
+            progress(what, (2 * count + 2) * batches, "call", True) as update,
         ):
             for model in self._models:
                 stack.enter_context(only_looking(model))
@@ -269,7 +273,19 @@ class Refresh:
         return result
 
 
-def blocks_of(architecture: Architecture) -> str:
+def look_by_blocks(
+    model: Tensors, batches: Sequence[Batch], amount: Amount, asked: str
+) -> Coactivation:
+    """The graphs of all layers of one model, in the memory of two blocks.
+
+    It is the refresh of a model that nothing has changed.
+    """
+    refresh = Refresh(model, [model], batches, [None], amount, 0.0, 1.0, asked)
+    refresh.run()
+    return with_names(refresh.kept, refresh.names)
+
+
+def blocks_of(architecture: Architecture, asked: str) -> str:
     """The name of a model's list of blocks, within its base model.
 
     Raises:
@@ -285,18 +301,18 @@ def blocks_of(architecture: Architecture) -> str:
     largest = max(lists, key=lambda name: lists[name], default=None)
     if largest is None or len(large) > 1:
         raise UserError(
-            f"--refresh goes through one list of blocks, and {type(architecture.model).__name__} "
-            f"has {', '.join(large) or 'none'}"
+            f"{asked}: block by block, a model is one list of blocks, and "
+            f"{type(architecture.model).__name__} has {', '.join(large) or 'none'}"
         )
     return architecture.short(largest)
 
 
-def _at(architecture: Architecture, path: str) -> nn.ModuleList:
+def _at(architecture: Architecture, path: str, asked: str) -> nn.ModuleList:
     found = {architecture.short(name): m for name, m in architecture.model.named_modules()}.get(
         path
     )
     if not isinstance(found, nn.ModuleList):
-        raise UserError(f"--refresh: {type(architecture.model).__name__} has no blocks in {path}")
+        raise UserError(f"{asked}: {type(architecture.model).__name__} has no blocks in {path}")
     return found
 
 
