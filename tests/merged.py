@@ -241,7 +241,10 @@ def _graphs(model, pieces):
 
 
 def _graphs_of_experts(model, inputs):
-    """Of each expert's matrices, under their names in files: from the tokens routed to it."""
+    """Of each router and each expert's matrices, under their names in files.
+
+    An expert's are of the tokens routed to it.
+    """
     found = {}
     for number, layer in enumerate(model.model.layers):
         x = np.concatenate(inputs.vectors[f"model.layers.{number}.mlp"])
@@ -249,6 +252,7 @@ def _graphs_of_experts(model, inputs):
         chosen = np.argsort(x @ gate.T, axis=1)[:, -2:]
         up = layer.mlp.experts.gate_up_proj.detach().double().numpy()
         path = f"model.layers.{number}.block_sparse_moe"
+        found[f"{path}.gate"] = _normalized(x)
         for expert in range(len(up)):
             own = x[(chosen == expert).any(1)]
             first, third = np.split(own @ up[expert].T, 2, axis=1)

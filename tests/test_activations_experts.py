@@ -17,6 +17,20 @@ from activations import (
     operators,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from spectral_ds.coactivation import calibrate, text_batches, user_batches
+from spectral_ds.coactivation.rows import Rows
+from spectral_ds.graph import parameter_nodes
+from spectral_ds.sharding import Communicator
+from spectral_ds.stack import facts_of, sites_among
+
+
+def nodes_of(model):
+    """Of all matrices, the columns."""
+    named = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    return parameter_nodes(shapes, "column", facts_of([model], named).storage).values()
 
 
 def silu(x):
@@ -44,18 +58,23 @@ def inputs_of_experts(module, hidden, chosen):
     return found
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_an_expert_has_the_graph_of_the_tokens_routed_to_it(kind, implementation, caplog):
-    model = tiny.experts(kind)
-    model.set_experts_implementation(implementation)
-    ids = ids_of(model, 1, 3)
+KINDS = ["Mixtral", "Qwen3Moe", "Olmoe", "GptOss"]
+
+
+def expected_of(model, ids, mask=None):
+    """Operators of a model called with token ids: of each expert, each router and all others.
+
+    Args:
+        mask: of padding, which counts nowhere.
+    """
     seen = {}
+    counted = np.ones(ids.numel(), bool) if mask is None else mask.reshape(-1).bool().numpy()
 
     def note(name):
         def hook(_, args, kwargs):
             hidden, chosen, *_ = (*args, *kwargs.values())
-            seen[name] = hidden.double().numpy(), chosen.numpy()
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            seen[name] = hidden.double().numpy()[counted], chosen.numpy()[counted]
 
         return hook
 
@@ -64,15 +83,29 @@ def test_an_expert_has_the_graph_of_the_tokens_routed_to_it(kind, implementation
         for name, module in model.named_modules()
         if hasattr(module, "gate_up_proj")
     ]
-    linear = inputs_of(model, lambda m: m(input_ids=ids))
+    linear = inputs_of(model, lambda m: m(input_ids=ids, attention_mask=mask))
     for handle in handles:
         handle.remove()
     del linear["lm_head"]
-    expected = operators(linear)
+    expected = operators({name: x[counted] for name, x in linear.items()})
     modules = dict(model.named_modules())
     for name, (hidden, chosen) in seen.items():
         for (attribute, expert), x in inputs_of_experts(modules[name], hidden, chosen).items():
             expected[f"{name}.{attribute}", expert] = operator_of(x, RANK)
+        block = name.removesuffix(".experts")
+        [router] = [n for n, _ in model.named_parameters() if n.startswith(block)
+                    and n.endswith(("gate.weight", "router.weight"))]  # fmt: skip
+        expected[router, 0] = operator_of(hidden, RANK)
+    return expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_an_expert_has_the_graph_of_the_tokens_routed_to_it(kind, implementation, caplog):
+    model = tiny.experts(kind)
+    model.set_experts_implementation(implementation)
+    ids = ids_of(model, 1, 3)
+    expected = expected_of(model, ids)
     assert len([key for key in expected if "down_proj" in key[0]]) < 8  # some got no token
     before = model(input_ids=ids).logits
     plugin, optimizer = keeping(model, [{"input_ids": ids}])
@@ -89,6 +122,50 @@ def test_an_expert_has_the_graph_of_the_tokens_routed_to_it(kind, implementation
             is_free = torch.allclose(moved[expert], torch.ones(()))
             assert is_free == ((name, expert) not in expected)
     plugin.detach()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_enters_no_expert_and_no_router(kind, side):
+    model = tiny.experts(kind)
+    ids = ids_of(model, 5, 6)
+    mask = torch.ones_like(ids)
+    for row, length in ((0, 2), (2, 5), (3, 1)):
+        mask[row, length:] = 0
+    mask = mask.flip(1) if side == "left" else mask
+    expected, whole = expected_of(model, ids, mask), expected_of(model, ids)
+    plugin, _ = keeping(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert_operators(plugin.graph, expected)
+    for part in ("experts.gate_up_proj", "gate.weight" if kind != "GptOss" else "router.weight"):
+        assert any(  # it would be seen
+            np.abs(operator - whole[key]).max() > 1e-2
+            for key, operator in expected.items()
+            if key[0].endswith(part)
+        )
+    plugin.detach()
+
+
+def test_texts_of_unequal_length_are_called_together():
+    """By their pieces one at a time, without padding."""
+    model = tiny.experts("Mixtral")
+    pieces = [ids_of(model, 1, length)[0].tolist() for length in (6, 2, 5, 1, 3)]
+
+    def tokenizer(texts, **_):
+        return {"input_ids": [pieces[int(text)] for text in texts]}
+
+    batches = text_batches(model, list("01234"), tokenizer, 5, 6, 0)
+    assert len(batches) == 1
+    sites = sites_among([model], dict(model.named_parameters()), nodes_of(model))
+    alone = Communicator.alone(torch.device("cpu"))
+    found = calibrate(model, sites, batches, RANK, 0, alone, lambda _: None)
+    each = user_batches([{"input_ids": torch.tensor([piece])} for piece in pieces])
+    wanted = calibrate(model, sites, each, RANK, 0, alone, lambda _: None)
+    assert found.leaders == wanted.leaders
+    for name, spectra in wanted.spectra.items():
+        for one, other in zip(found.spectra[name], spectra, strict=True):
+            assert (one is None) == (other is None)
+            if other is not None:
+                np.testing.assert_allclose(one.matrix(), other.matrix(), atol=1e-4)
 
 
 class BatchedExperts(nn.Module):
@@ -117,3 +194,45 @@ def test_experts_that_compute_otherwise_are_named_where_nothing_of_them_is_seen(
     plugin, _ = keeping(model, [x])
     assert "no activation has entered 0.up_proj" in caplog.records[-1].getMessage()
     plugin.detach()
+
+
+# Which vectors count
+
+FOLLOWED = {
+    "flattened": lambda x: x.view(-1, 6),
+    "picked": lambda x: x.reshape(-1, 6)[torch.tensor([7, 0, 3, 3])],
+    "all, in another order": lambda x: x.flatten(0, 1)[torch.arange(8).flip(0)],
+    "masked": lambda x: x[torch.tensor([True, False])],
+    "some columns": lambda x: x[..., ::2] * 2.0,
+    "sorted by a number": lambda x: x.flatten(0, 1).index_select(0, torch.randperm(8)),
+    "turned": lambda x: x.transpose(0, 1).contiguous(),
+    "in parts": lambda x: x.reshape(8, 6).split((3, 5))[1],
+    "half of the columns": lambda x: x.chunk(2, dim=-1)[0],
+    "repeated": lambda x: x.reshape(8, 6).repeat(3, 1).view(3, 8, 6),
+}
+
+
+class Following(TorchFunctionMode):
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            self.rows.follow(func, args, kwargs or {}, result)
+        return result
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+def test_vectors_that_do_not_count_are_followed(how):
+    """The first element of each vector is not 0 where it counts."""
+    torch.manual_seed(0)
+    counts = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]]).bool()
+    x = torch.ones(2, 4, 6) * counts[..., None]
+    rows = Rows()
+    rows.set(x, counts)
+    with Following(rows):
+        found = FOLLOWED[how](x)
+    assert torch.equal(rows.of(found), found[..., 0] != 0)
+    assert not rows.of(found).all()

@@ -146,18 +146,25 @@ def test_every_source_makes_the_same_graph_on_ranks(ranks, sources, name, world_
 
 
 def of_experts(name, kind):
-    """Operators of stacked experts, of three sequences of six random ids."""
+    """Operators of stacked experts and routers, of three sequences of six random ids; then of two
+    batches with padding."""
     section = section_of({"rank": 8, "samples": 3, "length": 6})
     training = Training(name, section, model=functools.partial(tiny.experts, kind))
     found = operators_of(training.plugin.graph)
+    ids, mask = activations.random_ids(6, 5, vocabulary=13), torch.ones(6, 5, dtype=torch.long)
+    mask[0, 2:], mask[4, 1:] = 0, 0
+    whole = [{"input_ids": ids[at], "attention_mask": mask[at]} for at in (slice(3), slice(3, 6))]
+    training.plugin.calibrate(whole)
+    padded = operators_of(training.plugin.graph)
     training.close()
-    return found
+    return found | {(f"padded {name}", matrix): each for (name, matrix), each in padded.items()}
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_experts_are_seen_inside_of_sharded_modules(ranks, kind):
     [expected] = ranks(1).run(of_experts, "plain", kind)
     assert len([key for key in expected if "experts.down_proj" in key[0]]) > 1
+    assert any(key[0].endswith(("gate.weight", "router.weight")) for key in expected)
     for name in ("zero3", "fsdp2"):
         for found in ranks(2).run(of_experts, name, kind):
             same(found, expected, 1e-6)

@@ -1,6 +1,7 @@
 """`spectral-ds merge`: resumed, refused, with adapters, refreshed, and as a sweep."""
 
 import csv
+import gc
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 from commands import run
 from merged import (
     CLASSES,
+    LLAMA,
     VOCABULARY,
     WORDS,
     Expected,
@@ -23,12 +25,22 @@ from merged import (
     token_pieces,
     write_pair,
     write_texts,
+    write_tokenizer,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from spectral_ds.cli import main
-from spectral_ds.cli.merge import job, output
+from spectral_ds.cli.merge import job, looking, output, refresh
+from spectral_ds.cli.merge.adapter import Adapter
+from spectral_ds.cli.merge.folder import Folder
+from spectral_ds.cli.merge.refresh import Refresh
+from spectral_ds.cli.merge.skeleton import Skeleton
 from spectral_ds.cli.merge.sweep import INTERPOLATION, Setting, recommended, with_gains
 from spectral_ds.coactivation import Moments
 
@@ -43,7 +55,7 @@ def folder(tmp_path_factory):
         write_texts(path / f"{name}.txt", seed)
     write_texts(path / "labelled.tsv", 5, 60, labels=True)
     write_texts(path / "general.txt", 6, 60)
-    for kind in ("llama", "gpt2", "bert"):
+    for kind in ("llama", "gpt2", "bert", "mixtral", "tied"):
         (path / kind).mkdir()
         write_pair(path / kind, kind)
     (path / "classifier").mkdir()
@@ -278,7 +290,7 @@ def test_a_refresh_looks_at_what_merged_blocks_make_of_inputs(folder, tmp_path):
     assert far > 1e-2  # it would be seen if statistics were those of the unmerged models
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "classifier"])
+@pytest.mark.parametrize("kind", ["gpt2", "classifier", "mixtral"])
 def test_a_refresh_goes_through_blocks_of_any_kind(folder, tmp_path, kind):
     own = folder / kind
     source = "generated" if kind == "gpt2" else "random"
@@ -289,6 +301,91 @@ def test_a_refresh_goes_through_blocks_of_any_kind(folder, tmp_path, kind):
     once = merge(own, own / "tuned", own / "other", *words, "--out", tmp_path / "once")
     assert report["filtered"] == once["filtered"]
     assert report["unseen"] == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "bert", "mixtral"])
+def test_a_skeleton_that_is_filled_is_the_model(folder, kind):
+    path = folder / kind / "tuned"
+    whole = CLASSES[kind].from_pretrained(path).eval()
+    skeleton = Skeleton(Folder(str(path)))
+    parameters = skeleton.architecture.parameters
+    assert all(parameter.is_meta for parameter in parameters.values())
+    skeleton.fill(parameters)
+    ids = torch.arange(2, 10)[None]
+    assert torch.equal(skeleton.model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    found = dict(skeleton.model.named_parameters())
+    assert {n: p.shape for n, p in found.items()} == {
+        n: p.shape for n, p in whole.named_parameters()
+    }
+    skeleton.release(skeleton.inside(""))
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+def test_an_adapter_is_refreshed_like_the_whole_model_it_makes(folder, tmp_path):
+    own = folder / "llama"
+    model = LlamaForCausalLM.from_pretrained(own / "base")
+    lora(tmp_path, model, ["q_proj", "down_proj"], "CAUSAL_LM")
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK, "--refresh"]
+    for name in ("adapter", "whole"):
+        merge(own, tmp_path / name, *words, "--out", tmp_path / f"of {name}")
+    assert_close(tensors(tmp_path / "of adapter"), tensors(tmp_path / "of whole"), 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "targets"), [("llama", ["q_proj"]), ("gpt2", ["c_attn"])])
+def test_an_adapter_that_does_not_fit_is_looked_at_block_by_block(
+    folder, tmp_path, monkeypatch, kind, targets
+):
+    own = folder / kind
+    lora(tmp_path, CLASSES[kind].from_pretrained(own / "base"), targets, "CAUSAL_LM",
+         fan_in_fan_out=kind == "gpt2")  # fmt: skip
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK, "--out"]
+    merge(own, tmp_path / "adapter", *words, tmp_path / "memory")
+    statistics = tmp_path / "memory" / "statistics" / "keep.safetensors"
+    words = ["--keep", statistics, *words[2:]]
+    monkeypatch.setattr(looking, "free_memory", lambda: 0)
+    monkeypatch.setattr(Adapter, "whole_model", None)
+    merge(own, tmp_path / "adapter", *words, tmp_path / "blocks")
+    one, other = (tensors(tmp_path / name / "statistics") for name in ("memory", "blocks"))
+    assert_close(tensors(tmp_path / "blocks"), tensors(tmp_path / "memory"), 1e-4)
+    values = [name for name in one if name.startswith(("model", "transformer"))]
+    assert values
+    assert all(np.allclose(other[n], one[n], atol=1e-4) for n in values if n.endswith("/values"))
+
+
+def bytes_of_parameters():
+    """Of all that are alive and have memory."""
+    alive = {id(p): p for p in gc.get_objects() if type(p) is torch.nn.Parameter}
+    return sum(p.numel() * p.element_size() for p in alive.values() if not p.is_meta)
+
+
+def test_a_refresh_holds_a_block_of_each_model_and_what_is_outside(folder, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLAMA, "num_hidden_layers": 12}, max_position_embeddings=32)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    perturbed(model, 1).save_pretrained(tmp_path / "tuned")
+    block = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+    head = model.lm_head.weight.numel() * 4
+    around = sum(p.numel() for n, p in model.named_parameters() if "layers." not in n) * 4
+    del model
+    gc.collect()
+    before, seen = bytes_of_parameters(), []
+    call = Refresh._call
+
+    def watched(self, *given):
+        seen.append(bytes_of_parameters() - before)
+        return call(self, *given)
+
+    monkeypatch.setattr(Refresh, "_call", watched)
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", "--samples", "4"]
+    merge(tmp_path, tmp_path / "tuned", *words, "--refresh", "--out", tmp_path / "out")
+    assert len(seen) >= 12 * 4
+    assert max(seen) == max(around, around - head + 2 * block)
+    monkeypatch.setattr(refresh, "free_memory", lambda: around + 2 * block - 1)
+    shutil.rmtree(tmp_path / "out")
+    words = [tmp_path / "base", tmp_path / "tuned", *words, "--refresh", "--out", tmp_path / "out"]
+    assert main(["merge", *map(str, words)]) == 2
 
 
 def rows_of(path):

@@ -66,17 +66,22 @@ def gpt2() -> transformers.GPT2LMHeadModel:
 
 
 def experts(kind: str) -> torch.nn.Module:
-    """Two blocks of four stacked experts: `Mixtral` or `GptOss`."""
+    """Two blocks of four stacked experts: `Mixtral`, `Qwen3Moe`, `Olmoe` or `GptOss`."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 13, "hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
-        "num_experts_per_tok": 1, "head_dim": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 1,
     }  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**sizes)
+    of_kind: dict[str, int | None] = {
+        "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 4},
+        "Olmoe": {"num_experts": 4, "pad_token_id": None},
+    }.get(kind, {"num_local_experts": 4, "head_dim": 4})
+    config = getattr(transformers, f"{kind}Config")(**sizes, **of_kind)
     model: torch.nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if "bias" in name:
+            torch.nn.init.normal_(parameter)
+        if name.endswith(("gate.weight", "router.weight")):
             torch.nn.init.normal_(parameter)
     return model
 

@@ -130,6 +130,8 @@ class Persistence:
             f"{saved.where} is of another graph configuration (spectral_ds.graph, graphs or seed): "
             f"{difference}"
         )
+        if changed := [c for graph in self._stack.graphs if (c := graph.changed_inputs(saved))]:
+            difference = f"{difference}: {'; '.join(changed)}"
         if self._is_strict:
             raise CheckpointError(
                 f"{difference}; restore it, or set spectral_ds.checkpoint.strict to false to start "

@@ -153,6 +153,9 @@ class GraphPart(Part, Protocol):
     @property
     def digest(self) -> str: ...
 
+    def changed_inputs(self, saved: SavedState) -> str:
+        """Which files that it is made of say something else than those of a state; "": none."""
+
     def most_edges(self) -> int:
         """The most directed edges that it can have."""
 

@@ -26,6 +26,7 @@ from spectral_ds.attach.runner import VARIABLE
 from spectral_ds.cli.arguments import add_command
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.packages import installed_version
+from spectral_ds.coactivation import content_of
 from spectral_ds.config import KEEP, LEARN, SECTION, SpectralConfigError, load_config, read_json
 
 PACKAGES = ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse")
@@ -33,8 +34,6 @@ SOURCES = (".py", ".yaml")
 # Beyond what node 0 waits for nodes that do not come; how long it waits for those to read.
 GRACE_SECONDS = 10.0
 POLL_SECONDS = 0.1
-# Of a file, read at once.
-PIECE_BYTES = 2**20
 # Differences of one node that are listed; the others are counted.
 MOST_LISTED = 10
 EXAMPLES = """examples, on two nodes:
@@ -206,18 +205,7 @@ def _inputs(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                         f'{SECTION}.{key}.edges[{index}].{name} = "{source}": '
                         "no such file or folder"
                     )
-                yield f"content of {source}", f"SHA-256 {_digest(path)[:12]}"
-
-
-def _digest(path: Path) -> str:
-    """Of a file, or of all files in a folder and their names; SHA-256, hexadecimal."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0".encode())
-        with file.open("rb") as content:
-            while piece := content.read(PIECE_BYTES):
-                digest.update(piece)
-    return digest.hexdigest()
+                yield f"content of {source}", f"SHA-256 {content_of(path)[:12]}"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

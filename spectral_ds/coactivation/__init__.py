@@ -13,6 +13,7 @@ from spectral_ds.coactivation.acting import (
     responses_within,
 )
 from spectral_ds.coactivation.calibrate import calibrate, only_looking
+from spectral_ds.coactivation.content import content_of, content_of_tokenizer
 from spectral_ds.coactivation.cut_rows import Key, answering_rank
 from spectral_ds.coactivation.graph import Coactivation, summed
 from spectral_ds.coactivation.inputs import (
@@ -56,6 +57,8 @@ __all__ = [
     "answering_rank",
     "by_role",
     "calibrate",
+    "content_of",
+    "content_of_tokenizer",
     "function_of",
     "functions_of",
     "generated_batches",

@@ -149,8 +149,11 @@ def _at_once(
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Whether tokens of all sequences enter a module together: padding would count there."""
-    return any("Expert" in type(module).__name__ for module in model.modules())
+    """Whether experts are layers one by one: nothing tells which of their tokens are padding."""
+    return any(
+        isinstance(module, nn.Linear) and "experts" in name.split(".")
+        for name, module in model.named_modules()
+    )
 
 
 def user_batches(batches: Sequence[Any]) -> list[Batch]:

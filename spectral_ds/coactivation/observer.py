@@ -3,7 +3,7 @@
 Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
 changed in between: the first of them leads, the others follow. Where the model is called with an
 `attention_mask` of (batch, tokens), padding does not count in layers that keep these two
-dimensions.
+dimensions, or make one of them, and in stacked experts.
 """
 
 import weakref
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectral_ds.coactivation.experts import ExpertsInside
+from spectral_ds.coactivation.inside import ProductsInside
 from spectral_ds.coactivation.moments import Moments, Projections
 from spectral_ds.coactivation.sites import Site, tokens
 from spectral_ds.engines.steps import not_compiled, version_of
@@ -63,19 +63,19 @@ class Observer:
         self._handles[""] = self._model.register_forward_pre_hook(
             not_compiled(self._begin_forward), prepend=True, with_kwargs=True
         )
-        experts: dict[nn.Module, list[Site]] = {}
+        inner: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
             if site.unfold is None:
-                experts.setdefault(site.module, []).append(site)
+                inner.setdefault(site.module, []).append(site)
                 self.leaders[name] = name
             else:
                 self._handles[name] = site.module.register_forward_pre_hook(
                     self._hook(site), prepend=True, with_kwargs=True
                 )
-        for module, held in experts.items():
-            inside, name = ExpertsInside(held, self.add), held[0].parameter
+        for module, held in inner.items():
+            inside, name = ProductsInside(held, self.add, self._counts), held[0].parameter
             self._handles[f"{name} in"] = module.register_forward_pre_hook(
-                not_compiled(inside.enter)
+                not_compiled(inside.enter), with_kwargs=True
             )
             self._handles[f"{name} out"] = module.register_forward_hook(
                 not_compiled(inside.leave), always_call=True
@@ -117,8 +117,8 @@ class Observer:
                 self._handles.pop(site.parameter).remove()
                 return
             assert site.unfold is not None, "hooked"
-            vectors = site.unfold(site.module, x)
-            self.add(site, vectors, self._weight(site, x, len(vectors)))
+            counts = self._counts(x) if site.unfold is tokens else None
+            self.add(site, site.unfold(site.module, x), counts)
 
         return not_compiled(see)
 
@@ -135,9 +135,16 @@ class Observer:
                 self._entered[id(x)] = weakref.ref(x), version, name
         return self.leaders[name] != name
 
-    def _weight(self, site: Site, x: torch.Tensor, count: int) -> torch.Tensor | None:
-        """Which vectors of x are no padding; None: all count."""
+    def _counts(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(vectors,), bool: which vectors of x are no padding; None: all count.
+
+        In x the first two dimensions are (batch, tokens), or the first is both of them.
+        """
         mask = self._mask
-        if mask is None or site.unfold is not tokens or x.shape[:2] != mask.shape or x.dim() < 3:
+        if mask is None or x.dim() < 2 or x.numel() == 0:
             return None
-        return mask.reshape(-1).repeat_interleave(count // mask.numel())
+        is_flat = x.dim() == 2 and len(x) == mask.numel()
+        if not is_flat and (x.dim() < 3 or x.shape[:2] != mask.shape):
+            return None
+        vectors = x.numel() // x.shape[-1]
+        return mask.reshape(-1).bool().repeat_interleave(vectors // mask.numel())

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+# Their weights may have the dimensions of a matrix.
+NORMS = (nn.LayerNorm, nn.RMSNorm)
 # Gives (vectors, inputs) of what enters a module.
 Unfold = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -24,8 +26,8 @@ class Site:
         parameter: its name.
         module: that holds it.
         inputs: length of the vectors that it multiplies.
-        unfold: makes these vectors of the module's input; None for experts, whose inputs are seen
-            inside of the module alone.
+        unfold: makes these vectors of the module's input; None for experts and routers, whose
+            inputs are seen inside of the module alone.
         attribute: the module's name of the parameter.
         matrices: how many matrices it holds; 1, or the number of stacked experts.
     """
@@ -45,9 +47,10 @@ def sites_of(
 ) -> list[Site]:
     """The sites of a model's parameters, in the order of its modules.
 
-    Linear layers, GPT-2's `Conv1D`, convolutions of one group (a vector is a patch) and stacked
-    experts have one. Embeddings (also where the head is the same parameter), norms, biases and what
-    multiplies in ways of its own do not.
+    Linear layers, GPT-2's `Conv1D`, convolutions of one group (a vector is a patch), stacked
+    experts and routers have one: a router is any other module whose `weight` is a matrix.
+    Embeddings (also where the head is the same parameter), norms, biases and what multiplies in
+    ways of its own do not.
 
     Args:
         modules: each once.
@@ -72,7 +75,9 @@ def sites_of(
             unfold = _unfold_of(module) if attribute == "weight" else None
             # Under ZeRO-3 a parameter is flat, or empty, and knows its shape by another name.
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            if unfold is not None or (matrices > 1 and len(shape) == 3):
+            is_stack = matrices > 1 and len(shape) == 3
+            is_router = attribute == "weight" and len(shape) == 2 and not isinstance(module, NORMS)
+            if unfold is not None or is_stack or is_router:
                 found[name] = Site(name, module, inputs, unfold, attribute, matrices)
     return list(found.values())
 

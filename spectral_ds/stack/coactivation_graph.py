@@ -41,12 +41,13 @@ from spectral_ds.sharding import ShardLayout, Signal
 from spectral_ds.stack.activations import graphs_of, sites_of_graph
 from spectral_ds.stack.choices import GraphChoice
 from spectral_ds.stack.coactivation_state import restored, sizes_of, state_of
+from spectral_ds.stack.contents import Contents
 from spectral_ds.stack.learning import Learning
 from spectral_ds.stack.names import listed
 from spectral_ds.stack.responses import choose_transfers
 from spectral_ds.stack.told_graph import ToldGraph
 
-KEPT, LEARNED = "keep", "learn"
+KEPT, LEARNED, CONTENTS = "keep", "learn", "contents"
 
 
 class CoactivationGraph(ToldGraph):
@@ -88,6 +89,12 @@ class CoactivationGraph(ToldGraph):
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._sites = sites_of_graph(engine, choice.parameters)
         self._projections = Projections(self._edge.rank, whole.seed, engine.everyone.device)
+        self._contents: Contents = Contents(
+            self._edge,
+            f"spectral_ds.{choice.key}.edges[0]",
+            engine.everyone,
+            None if previous is None else previous._contents,
+        )
         self._learning: Learning | None = None
         self.keep: Coactivation | None = None
         self.learn: Coactivation | None = None
@@ -149,6 +156,7 @@ class CoactivationGraph(ToldGraph):
         missing = [site for site in self._sites if site.parameter not in known.leaders]
         if not missing:
             return known
+        self._contents.read(what)
         key = f"spectral_ds.{self._choice.key}.edges[0].{what}"
         found = graphs_of(
             source, key, self._edge, missing, engine.module, engine.everyone, self._whole.seed
@@ -322,17 +330,22 @@ class CoactivationGraph(ToldGraph):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the graph's configuration, hexadecimal."""
+        """SHA-256 of the graph's configuration and of the files that it names, hexadecimal."""
         settings = {**asdict(self._choice.settings), "seed": self._whole.seed}
+        settings["edges"] = [self._contents.settings()]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def most_edges(self) -> int:
         """It has no edges in a state."""
         return 0
 
+    def changed_inputs(self, saved: SavedState) -> str:
+        """See `GraphPart.changed_inputs`."""
+        return self._contents.difference(saved, self._name(CONTENTS))
+
     def state(self) -> PartState:
         """See `Part.state`."""
-        state = PartState(edges=Edges.empty())
+        state = PartState({self._name(CONTENTS): self._contents.tensor()}, edges=Edges.empty())
         for name, graphs in self._parts().items():
             state |= state_of(name, graphs, self._sites, self._edge.rank, self._engine.communicator)
         return state

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.merge.conversion import Mapping
 from spectral_ds.cli.merge.folder import Stored
 from spectral_ds.cli.models import CAUSAL
 from spectral_ds.coactivation import Site, sites_of
@@ -130,12 +131,22 @@ class Architecture:
         }
         return {site.parameter: site for site in sites_of(self.model.modules(), named, shapes)}
 
+    @staticmethod
+    def order(names: Iterable[str]) -> list[str]:
+        """Names in a file in the order in which they make up a tensor: experts by their numbers."""
+        return sorted(names, key=_by_numbers)
+
+    @cached_property
+    def mapping(self) -> Mapping:
+        """From names in files to names in the model."""
+        return Mapping(self.model)
+
     def places(self, names: Iterable[str]) -> dict[str, Place]:
         """Where tensors of a file go in the model, by their names in the file."""
         found: dict[str, Place] = {}
         count: dict[tuple[str, str], int] = {}
-        mapping = _Mapping(self.model)
-        for name in sorted(names, key=_by_numbers):
+        mapping = self.mapping
+        for name in self.order(names):
             target, pattern, operations = mapping.target_of(name)
             index = count.get((target, pattern), 0)
             count[target, pattern] = index + 1
@@ -181,49 +192,6 @@ class Architecture:
                 f"{site.inputs} inputs by it; save the model again with this transformers"
             )
         return found
-
-
-class _Mapping:
-    """From names in files to names in a model, as `from_pretrained` has it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._prefix: Any = getattr(type(model), "base_model_prefix", "")
-        self._state = dict(model.state_dict())
-        self._rename: Any = None
-        self._renamings: list[Any] = []
-        self._converters: list[Any] = []
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import (
-                WeightConverter,
-                WeightRenaming,
-                rename_source_key,
-            )
-        except ImportError:  # transformers 4, whose names in files are those in the model
-            return
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-        self._rename = rename_source_key
-        self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
-
-    def target_of(self, name: str) -> tuple[str, str, list[Any]]:
-        """The name in the model, the pattern of the conversion and its operations."""
-        if self._rename is not None:
-            target, pattern = self._rename(
-                name, self._renamings, self._converters, self._prefix, self._state
-            )
-            if target in self._state:
-                operations = [
-                    operation
-                    for each in self._converters
-                    if pattern is not None and pattern in each.source_patterns
-                    for operation in each.operations
-                ]
-                return target, pattern or "", operations
-        for target in (name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")):
-            if target in self._state:
-                return target, "", []
-        return name, "", []
 
 
 def class_of(config: Any) -> Any:

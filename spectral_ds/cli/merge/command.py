@@ -61,8 +61,8 @@ def add_parser(commands: Any) -> None:
     add("--shard-size", metavar="GB", type=above_zero, default=5.0,
         help="of a file of the result, at most (default: 5)")  # fmt: skip
     add("--refresh", action="store_true",
-        help="statistics block by block, on the merged model's own activations; models in "
-        "memory")  # fmt: skip
+        help="statistics block by block, on the merged model's own activations; a block of each "
+        "model in memory")  # fmt: skip
     add("--sweep", action="store_true",
         help="write no model: compare settings of μ and rest, and interpolation; models in "
         "memory")  # fmt: skip

@@ -1,4 +1,4 @@
-"""In memory: the parameters of models that are loaded whole, merged into one of them.
+"""In memory: parameters of models, merged into one of them.
 
 For `--refresh` and `--sweep`, which call the merged model. The result that is written is made of
 the files, tensor by tensor, by the same arithmetic.
@@ -15,10 +15,10 @@ from spectral_ds.cli.merge.statistics import Functions
 
 
 class InMemory:
-    """Parameters that the base and all tuned models have.
+    """Parameters that the base and all tuned models have; those that are merged must be there.
 
     Args:
-        base: a model in memory.
+        base: a model.
         tuned: the others.
         target: that takes merged parameters; may be the first of the tuned ones.
 

@@ -1,7 +1,6 @@
 """Job: one call of `spectral-ds merge`, from its arguments to what it writes."""
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from spectral_ds.cli.merge.looking import (
     Amount,
     batches_of,
     elements_of,
+    fits,
     free_memory,
     load_whole,
     loaded,
@@ -30,10 +30,10 @@ from spectral_ds.cli.merge.looking import (
 )
 from spectral_ds.cli.merge.merging import Merging, report_of
 from spectral_ds.cli.merge.output import Output, plan, write_whole
-from spectral_ds.cli.merge.refresh import Refresh, with_names
+from spectral_ds.cli.merge.refresh import Refresh, look_by_blocks, with_names
 from spectral_ds.cli.merge.statistics import Functions, Graphs, read
 from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep, write_table
-from spectral_ds.coactivation import Batch, Coactivation
+from spectral_ds.coactivation import Batch, Coactivation, content_of
 from spectral_ds.coactivation import file as statistics
 
 NONE = "none"
@@ -70,7 +70,7 @@ class Job:
         files = [self._arguments.keep, *self._learn, self._arguments.task, self._arguments.general]
         for given in files:
             if given not in (RANDOM, GENERATED, NONE, None):
-                found[str(given)] = _hash(Path(given))
+                found[str(given)] = content_of(Path(given))
         return found
 
     # Merging
@@ -128,11 +128,16 @@ class Job:
         option = "--keep" if tuned is None else "--learn"
         judged = [each for each in (self._arguments.task, self._arguments.general) if each]
         half = 0 if halves and any(_is_same(Path(source), each) for each in judged) else None
-        with loaded(tuned or self._base, self._base) as model:
-            batches = batches_of(
-                source, option, model, self._amount, lambda: self._tokenizer(tuned), half
-            )
-            found = look(model, batches, self._amount, f"{option[2:]} {source}")
+        asked = f"{option} {source}"
+        if isinstance(tuned, Adapter) and not fits(self._base):
+            batches = self._forward_batches(source, option, tuned, half)
+            found = look_by_blocks(tuned, batches, self._amount, asked)
+        else:
+            with loaded(tuned or self._base, self._base) as model:
+                batches = batches_of(
+                    source, option, model, self._amount, lambda: self._tokenizer(tuned), half
+                )
+                found = look(model, batches, self._amount, asked[2:])
         self._save(path, found, source)
         return Graphs(found, self._sites, source)
 
@@ -149,18 +154,13 @@ class Job:
 
     # Models in memory
 
-    def _load_all(self, why: str, more: int) -> tuple[nn.Module, list[nn.Module]]:
-        """The base and all tuned models, in float32.
-
-        Args:
-            why: they are needed, for messages.
-            more: models of this size that will be made.
-        """
-        needed = 4 * elements_of(self._base) * (1 + len(self._tuned) + more) * IN_USE
+    def _load_all(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The base and all tuned models, in float32; a sweep makes one more."""
+        needed = 4 * elements_of(self._base) * (2 + len(self._tuned)) * IN_USE
         free = free_memory()
         if needed > free:
             raise UserError(
-                f"{why} holds all models in memory in float32: {needed / 1e9:.3g} GB, and "
+                f"--sweep holds all models in memory in float32: {needed / 1e9:.3g} GB, and "
                 f"{free / 1e9:.3g} GB are free"
             )
         return load_whole(self._base, self._base), [
@@ -176,36 +176,40 @@ class Job:
         ]
         if all(path.exists() for path in found_before):
             return
-        arguments, amount = self._arguments, self._amount
-        base, tuned = self._load_all("--refresh", 0)
-        keep = self._forward_batches(arguments.keep, "--keep", base, None)
+        arguments = self._arguments
+        keep = self._forward_batches(arguments.keep, "--keep", None)
         learn = [
-            None if source == NONE else self._forward_batches(source, "--learn", model, each)
-            for source, model, each in zip(self._learn, tuned, self._tuned, strict=True)
+            None if source == NONE else self._forward_batches(source, "--learn", each)
+            for source, each in zip(self._learn, self._tuned, strict=True)
         ]
-        refresh = Refresh(base, tuned, keep, learn, amount, arguments.mu, arguments.rest)
+        refresh = Refresh(
+            self._base, self._tuned, keep, learn, self._amount, arguments.mu, arguments.rest
+        )
         refresh.run()
-        architecture = Architecture(tuned[0])
-        names = {architecture.short(n): n for n, _ in tuned[0].named_parameters()}
         for number, (graphs, source) in enumerate(zip(refresh.learned, self._learn, strict=True)):
             if graphs is not None:
                 path = self._output.statistics(f"learn-{number + 1}")
-                self._save(path, with_names(graphs, names), source)
-        self._save(self._output.statistics("keep"), with_names(refresh.kept, names), arguments.keep)
+                self._save(path, with_names(graphs, refresh.names), source)
+        kept = with_names(refresh.kept, refresh.names)
+        self._save(self._output.statistics("keep"), kept, arguments.keep)
 
     def _forward_batches(
-        self, source: str, option: str, model: nn.Module, tuned: "Folder | Adapter | None"
+        self, source: str, option: str, tuned: "Folder | Adapter | None", half: int | None = None
     ) -> Sequence[Batch]:
         """Batches that call a model once each."""
-        amount = self._amount
-        batches = batches_of(source, option, model, amount, lambda: self._tokenizer(tuned), None)
-        return written_batches(batches, model) if source == GENERATED else batches
+        amount, own = self._amount, tuned or self._base
+        if source == GENERATED:
+            with loaded(own, self._base) as model:
+                written = batches_of(source, option, model, amount, None, None)
+                return written_batches(written, model)
+        model = Architecture.of(own.config, own.given).model
+        return batches_of(source, option, model, amount, lambda: self._tokenizer(tuned), half)
 
     def sweep(self) -> tuple[list[Setting], str, list[Path]]:
         """Judge settings; what they give, what `general` is, and the files that are written."""
         arguments = self._arguments
         keep, learn = self._statistics(halves=True)
-        base, tuned = self._load_all("--sweep", 1)
+        base, tuned = self._load_all()
         target = load_whole(self._tuned[0], self._base)
         judge, general = judge_for(
             target, arguments.task, arguments.general, self._tokenizer(self._tuned[0]), self._amount
@@ -219,18 +223,6 @@ class Job:
         label = f"forgetting ({general})"
         frontier(settings, best, label).savefig(written[1])
         return settings, general, written
-
-
-def _hash(path: Path) -> str:
-    """Of the content of a file, or of all files of a folder."""
-    digest = hashlib.sha256()
-    for each in [path] if path.is_file() else sorted(path.rglob("*")):
-        if each.is_file():
-            digest.update(each.name.encode())
-            with each.open("rb") as file:
-                while block := file.read(2**22):
-                    digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_same(one: Path, other: Path) -> bool:

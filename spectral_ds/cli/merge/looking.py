@@ -82,19 +82,22 @@ def load(folder: Folder, config: Any = None, kind: Any = None) -> nn.Module:
     return model.eval()
 
 
+def fits(model: Folder) -> bool:
+    """Whether it can be called in float32 in memory."""
+    return 4 * elements_of(model) * IN_USE <= free_memory()
+
+
 @contextmanager
 def loaded(tuned: "Folder | Adapter", base: Folder) -> Iterator[nn.Module]:
-    """A model that can be called: in float32 if it fits, or in its own dtype, or from the disk."""
+    """A model that can be called: in float32 if it fits, or in its own dtype, or from the disk.
+
+    An adapter must fit.
+    """
     source = tuned if isinstance(tuned, Folder) else base
     free, own = free_memory(), bytes_of(source)
-    if 4 * elements_of(source) * IN_USE <= free:
+    if fits(source):
         yield load_whole(tuned, base)
         return
-    if isinstance(tuned, Adapter):
-        raise UserError(
-            f"{tuned.given}: the model has {elements_of(source):,} elements and does not fit into "
-            "memory; give --learn a file of statistics, or merge the adapter with peft first"
-        )
     dtype = next(iter(source.stored.values())).dtype
     options: dict[str, Any] = {"dtype": dtype}
     kind = class_of(source.config)

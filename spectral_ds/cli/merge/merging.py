@@ -47,7 +47,7 @@ class Tally:
         unseen: matrices that no input to keep has entered: scaled.
         unlearned: matrices that no input to learn has entered, and others have: filtered with I
             for T.
-        blind: matrices whose inputs cannot be watched (routers of experts): scaled.
+        blind: matrices whose inputs cannot be watched (of `nn.MultiheadAttention`, say): scaled.
         unknown: tensors that the model does not know: scaled.
     """
 
