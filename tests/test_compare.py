@@ -357,6 +357,17 @@ def test_results_of_other_settings_are_not_mixed(folder, classified, capsys):
     assert "methods.lora" in capsys.readouterr().err
 
 
+def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):
+    general = folder / "general.txt"
+    content = general.read_text()
+    general.write_text(content + "one more\n")
+    try:
+        assert compare(folder / "config.yaml", classified, "--resume") == 2
+    finally:
+        general.write_text(content)
+    assert "another content of general.other.data" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_something_is_not_written_over(folder, classified, tmp_path, capsys):
     assert compare(folder / "config.yaml", classified) == 2
     assert "--resume goes on" in capsys.readouterr().err

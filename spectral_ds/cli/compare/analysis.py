@@ -99,7 +99,8 @@ class Cost:
         step: seconds of a step over the baseline's in the same process pool, means over seeds.
         memory: bytes of training over the baseline's; None where that cannot be told.
         perturbation: ‖W − W₀‖, mean over seeds.
-        steps_to: to the validation loss that the baseline ends with, mean over seeds that reach it.
+        steps_to: to the validation loss that the baseline ends with at its best, by the same seed;
+            mean over seeds that reach it.
         reached: how many do.
     """
 
@@ -343,11 +344,11 @@ def _cost(
     rows, base_rows = points[_best(points)], base[_best(base)]
     memory = [rows[seed]["memory"] for seed in seeds] + [base_rows[s]["memory"] for s in seeds]
     known = all(memory) and min(memory) > 0
-    target = fmean(_ends(curves, comparison.baseline, _best(base), seeds))
+    targets = _ends(curves, comparison.baseline, _best(base), seeds)
     trains = trained_by(comparison, name)
     reached = [
         min(steps)
-        for seed in seeds
+        for seed, target in zip(seeds, targets, strict=True)
         if (
             steps := [
                 row["step"]

@@ -1,14 +1,12 @@
 """`spectral-ds compare`: methods × learning rates × seeds × tasks, with honest statistics."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_ds.cli.arguments import add_command, at_least
-from spectral_ds.cli.errors import UserError
 
 if TYPE_CHECKING:
     pass
@@ -21,10 +19,6 @@ EXAMPLES = """examples:
   spectral-ds compare --config mine.yaml --out runs/mine seeds=[0,1,2] model=./my-model
   spectral-ds compare --config mine.yaml --out runs/mine --resume
 """
-STATE = "comparison.json"
-# Keys that may grow when a comparison is gone on with; others belong to every row.
-GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated")
-NAMED = ("tasks", "statistics", "methods")
 
 
 def add_parser(commands: Any) -> None:
@@ -70,13 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_ds.cli.compare.report import write
     from spectral_ds.cli.compare.results import COST, CURVE, KEY, Table, measures_of
     from spectral_ds.cli.compare.settings import load
+    from spectral_ds.cli.compare.state import State, contents_of
     from spectral_ds.console import progress
 
     if arguments.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it looks for others
     comparison, content = load(arguments.config, arguments.overrides, arguments.quick)
     out: Path = arguments.out
-    _open(out, content, arguments)
+    goes_on = arguments.resume or arguments.report
+    State(out).begin(content, contents_of(comparison), goes_on, writes=not arguments.report)
     results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY)
     curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"))
     failures = []
@@ -116,50 +112,3 @@ def _workers(arguments: argparse.Namespace) -> int:
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // int(arguments.threads))
-
-
-def _open(out: Path, content: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Make the folder, or go on with it.
-
-    Raises:
-        UserError: it holds something else, or results of other settings.
-    """
-    state = out / STATE
-    goes_on = arguments.resume or arguments.report
-    if goes_on and not state.exists():
-        raise UserError(f"--out {out}: holds no comparison to go on with")
-    if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is not empty; --resume goes on with a comparison there")
-    before = json.loads(state.read_text("utf-8")) if goes_on else {}
-    if goes_on:
-        _require_same(before, content, out)
-    if arguments.report:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    merged = {
-        **content,
-        **{name: {**before.get(name, {}), **content.get(name, {})} for name in NAMED},
-    }
-    state.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-
-
-def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    for key in dict.fromkeys([*before, *now]):
-        if key in NAMED:
-            for name in before.get(key, {}).keys() & now.get(key, {}).keys():
-                was, given = (_without_dial(each[key][name]) for each in (before, now))
-                _refuse_other(f"{key}.{name}", was, given, out)
-        elif key not in GROWING:
-            _refuse_other(key, before.get(key), now.get(key), out)
-
-
-def _without_dial(section: Any) -> Any:
-    return {k: v for k, v in section.items() if k != "dial"} if isinstance(section, dict) else {}
-
-
-def _refuse_other(key: str, was: Any, given: Any, out: Path) -> None:
-    if was != given:
-        raise UserError(
-            f"--out {out}: holds results with {key} = {json.dumps(was)}, not {json.dumps(given)}; "
-            "name another folder"
-        )

@@ -1,0 +1,106 @@
+"""State: what the results in a folder are of, so that none of something else join them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spectral_ds.cli.compare.settings import Comparison
+from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.merge.output import write_whole
+from spectral_ds.coactivation import content_of
+
+FILE = "comparison.json"
+# Keys that may grow when a comparison is gone on with; others belong to every row.
+GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated")
+NAMED = ("tasks", "statistics", "methods")
+# What of a method may grow: values of its dials.
+DIAL = "dial"
+
+
+def contents_of(comparison: Comparison) -> dict[str, str]:
+    """SHA-256 of each file or folder that a comparison reads, by the key that names it.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    named = {"model": comparison.model}
+    named |= {f"tasks.{name}.data": each.data for name, each in comparison.tasks.items()}
+    named |= {f"general.{name}.data": each.data for name, each in comparison.general.items()}
+    named |= {f"statistics.{n}.keep": each.keep for n, each in comparison.statistics.items()}
+    found = {}
+    for key, path in named.items():
+        if Path(path).exists():
+            try:
+                found[key] = content_of(Path(path))
+            except OSError as error:
+                raise UserError(f"{key} = {path}: {error.strerror or error}") from error
+    return found
+
+
+class State:
+    """What a folder of results is of.
+
+    Args:
+        out: the folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._path = out, out / FILE
+
+    def begin(
+        self, written: Mapping[str, Any], contents: Mapping[str, str], goes_on: bool, writes: bool
+    ) -> None:
+        """Make the folder, or go on with it.
+
+        Args:
+            written: the comparison as the user wrote it.
+            contents: of the files that it reads.
+            goes_on: whether the folder must be there.
+            writes: whether something may be added.
+
+        Raises:
+            UserError: it holds something else, or results of other settings or files.
+        """
+        out = self._out
+        if goes_on and not self._path.exists():
+            raise UserError(f"--out {out}: holds no comparison to go on with")
+        if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: is not empty; --resume goes on with a comparison there")
+        before: dict[str, Any] = {"settings": {}, "contents": {}}
+        if goes_on:
+            before = json.loads(self._path.read_text("utf-8"))
+            self._require_same(before["settings"], written)
+            for key in before["contents"].keys() & contents.keys():
+                if before["contents"][key] != contents[key]:
+                    raise UserError(f"--out {out}: holds results of another content of {key}")
+        if not writes:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        merged = {n: {**before["settings"].get(n, {}), **written.get(n, {})} for n in NAMED}
+        now = {
+            "settings": {**written, **merged},
+            "contents": {**before["contents"], **contents},
+        }
+        text = json.dumps(now, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self._path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _require_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for key in dict.fromkeys([*before, *now]):
+            if key in NAMED:
+                for name in before.get(key, {}).keys() & now.get(key, {}).keys():
+                    was, given = (_without_dial(each[key][name]) for each in (before, now))
+                    self._refuse_other(f"{key}.{name}", was, given)
+            elif key not in GROWING:
+                self._refuse_other(key, before.get(key), now.get(key))
+
+    def _refuse_other(self, key: str, was: Any, given: Any) -> None:
+        if was != given:
+            raise UserError(
+                f"--out {self._out}: holds results with {key} = {json.dumps(was)}, not "
+                f"{json.dumps(given)}; name another folder"
+            )
+
+
+def _without_dial(section: Any) -> Any:
+    return {k: v for k, v in section.items() if k != DIAL} if isinstance(section, dict) else {}
