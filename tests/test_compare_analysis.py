@@ -138,7 +138,7 @@ def test_several_methods_make_each_p_value_larger():
 def test_costs_are_relative_to_the_baseline():
     cost = standings()["other"].cost
     assert (cost.step, cost.memory) == (1.5, 1.0)
-    assert (cost.steps_to, cost.reached) == (1.0, 3)
+    assert (cost.steps_to, cost.seconds_to, cost.reached) == (1.0, 1.0, 3)
 
 
 def test_seeds_that_the_baseline_lacks_do_not_count():

@@ -101,6 +101,7 @@ class Cost:
         perturbation: ‖W − W₀‖, mean over seeds.
         steps_to: to the validation loss that the baseline ends with at its best, by the same seed;
             mean over seeds that reach it.
+        seconds_to: likewise, of training.
         reached: how many do.
     """
 
@@ -108,6 +109,7 @@ class Cost:
     memory: float | None
     perturbation: float
     steps_to: float | None
+    seconds_to: float | None
     reached: int
 
 
@@ -346,22 +348,16 @@ def _cost(
     known = all(memory) and min(memory) > 0
     targets = _ends(curves, comparison.baseline, _best(base), seeds)
     trains = trained_by(comparison, name)
-    reached = [
-        min(steps)
-        for seed, target in zip(seeds, targets, strict=True)
-        if (
-            steps := [
-                row["step"]
-                for row in _of(curves, trains, _best(points), seed)
-                if row["loss"] <= target
-            ]
-        )
-    ]
+    reached = []
+    for seed, target in zip(seeds, targets, strict=True):
+        curve = _of(curves, trains, _best(points), seed)
+        reached += [row for row in curve if row["loss"] <= target][:1]
     return Cost(
         _mean(rows, "step_seconds", seeds) / _mean(base_rows, "step_seconds", seeds),
         _mean(rows, "memory", seeds) / _mean(base_rows, "memory", seeds) if known else None,
         _mean(rows, "perturbation", seeds),
-        fmean(reached) if reached else None,
+        fmean(row["step"] for row in reached) if reached else None,
+        fmean(row["seconds"] for row in reached) if reached else None,
         len(reached),
     )
 

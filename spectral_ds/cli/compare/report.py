@@ -97,8 +97,8 @@ def _section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         *_table(_best_row, analysis.standings, comparison),
         "",
-        f"**Cost** at its best; × is relative to {base}; steps to the validation loss that "
-        f"{base} ends with:",
+        f"**Cost** at its best; × is relative to {base}; steps and seconds of training "
+        f"to the validation loss that {base} ends with, and how many seeds reach it:",
         "",
         *_table(_cost_row, analysis.standings, comparison),
         "",
@@ -172,7 +172,9 @@ def _cost_row(standing: Standing, comparison: Comparison) -> dict[str, str]:
         "step": f"{cost.step:.2f} ×",
         "memory": "–" if cost.memory is None else f"{cost.memory:.2f} ×",
         "‖W − W₀‖": f"{cost.perturbation:.2f}",
-        "steps to": f"{steps} ({cost.reached} of {standing.seeds} seeds)",
+        "steps to": steps,
+        "seconds to": "–" if cost.seconds_to is None else f"{cost.seconds_to:.0f}",
+        "reached": f"{cost.reached} of {standing.seeds}",
     }
 
 
