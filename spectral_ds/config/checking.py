@@ -85,6 +85,9 @@ def _check_value(
 
 def _typed(hint: Any, raw: Any) -> Any:
     """The value as the annotated type, without conversion other than int to float."""
+    lists = [part for part in get_args(hint) if get_origin(part) is tuple]
+    if lists:  # or None
+        return None if raw is None else _typed(lists[0], raw)
     if get_origin(hint) is tuple:
         return tuple(_typed(get_args(hint)[0], element) for element in _sequence(raw))
     accepted = _accepted_types(hint)

@@ -22,7 +22,7 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
     for run in runs_of(comparison):
         alphas = tuple(
             alpha
-            for alpha in (1.0, *comparison.interpolated)
+            for alpha in (1.0, *_shares_of(comparison, run.method))
             if run.key | {"alpha": alpha} not in known
         )
         after = {}
@@ -34,6 +34,11 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
         if alphas or after:
             found.append(Job(run, alphas, after, bool(followers[run.method])))
     return found
+
+
+def _shares_of(comparison: Comparison, method: str) -> tuple[float, ...]:
+    own = comparison.methods[method].interpolated
+    return comparison.interpolated if own is None else own
 
 
 def runs_of(comparison: Comparison) -> list[Run]:

@@ -41,6 +41,12 @@ def _numbers(allowed: str, test: Any) -> Any:
     return rule((), allowed, lambda value: bool(value) and all(map(test, value)))
 
 
+def _shares(default: Any) -> Any:
+    return rule(
+        default, "numbers from 0 to below 1", lambda v: v is None or all(0 <= a < 1 for a in v)
+    )
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """What is learned."""
@@ -81,6 +87,7 @@ class MethodConfig:
     by: AfterName = choice("none", AfterName)  # what is done to them
     options: dict[str, Any] = _mapping()  # of the optimizer, the adapter or `by`
     dial: dict[str, Any] = _mapping()  # lists of values by path: section.filter.tau, options.mu
+    interpolated: tuple[float, ...] | None = _shares(None)  # instead of what all methods have
     rate: float = rule(1.0, "a number above 0", lambda value: value > 0)  # × each learning rate
 
 
@@ -97,9 +104,7 @@ class Comparison:
     validation: int = integer(512, at_least=1)  # examples of each task to choose by
     test: int = integer(1000, at_least=1)  # and to report
     curve: int = integer(6, at_least=1)  # times that a run is looked at while it trains
-    interpolated: tuple[float, ...] = rule(  # what is left of the change that each method makes
-        (), "numbers from 0 to 1", lambda value: all(0 <= each < 1 for each in value)
-    )
+    interpolated: tuple[float, ...] = _shares(())  # what is left of the change of each method
     baseline: str = "adamw"  # the method that others are held against
     tasks: dict[str, Any] = _mapping("tasks by name")
     general: dict[str, Any] = _mapping("texts by name")
@@ -217,7 +222,7 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
         before = comparison.methods.get(method.after)
         if before is None or before.after or before.dial:
             yield f"{key}.after = {method.after}: must be a method that trains and has no dial"
-        trains = [n for n in ("section", "optimizer", "adapter", "rate")
+        trains = [n for n in ("section", "optimizer", "adapter", "interpolated", "rate")
                   if getattr(method, n) != getattr(MethodConfig, n)]  # fmt: skip
         if trains:
             yield f"{key}.{trains[0]}: belongs to methods that train"

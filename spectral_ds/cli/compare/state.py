@@ -14,8 +14,8 @@ FILE = "comparison.json"
 # Keys that may grow when a comparison is gone on with; others belong to every row.
 GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated")
 NAMED = ("tasks", "statistics", "methods")
-# What of a method may grow: values of its dials.
-DIAL = "dial"
+# Of a method: what may grow.
+LISTS = ("dial", "interpolated")
 
 
 def contents_of(comparison: Comparison) -> dict[str, str]:
@@ -89,7 +89,7 @@ class State:
         for key in dict.fromkeys([*before, *now]):
             if key in NAMED:
                 for name in before.get(key, {}).keys() & now.get(key, {}).keys():
-                    was, given = (_without_dial(each[key][name]) for each in (before, now))
+                    was, given = (_without_lists(each[key][name]) for each in (before, now))
                     self._refuse_other(f"{key}.{name}", was, given)
             elif key not in GROWING:
                 self._refuse_other(key, before.get(key), now.get(key))
@@ -102,5 +102,5 @@ class State:
             )
 
 
-def _without_dial(section: Any) -> Any:
-    return {k: v for k, v in section.items() if k != DIAL} if isinstance(section, dict) else {}
+def _without_lists(section: Any) -> Any:
+    return {k: v for k, v in section.items() if k not in LISTS} if isinstance(section, dict) else {}
