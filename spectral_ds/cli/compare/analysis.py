@@ -346,7 +346,7 @@ def _cost(
     rows, base_rows = points[_best(points)], base[_best(base)]
     memory = [rows[seed]["memory"] for seed in seeds] + [base_rows[s]["memory"] for s in seeds]
     known = all(memory) and min(memory) > 0
-    targets = _ends(curves, comparison.baseline, _best(base), seeds)
+    targets = _ends(curves, trained_by(comparison, comparison.baseline), _best(base), seeds)
     trains = trained_by(comparison, name)
     reached = []
     for seed, target in zip(seeds, targets, strict=True):

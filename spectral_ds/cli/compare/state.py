@@ -11,8 +11,9 @@ from spectral_ds.cli.merge.output import write_whole
 from spectral_ds.coactivation import content_of
 
 FILE = "comparison.json"
-# Keys that may grow when a comparison is gone on with; others belong to every row.
-GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated")
+# Keys that may change when a comparison is gone on with; others belong to every row.
+GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated",
+           "baseline")  # fmt: skip
 NAMED = ("tasks", "statistics", "methods")
 # Of a method: what may grow.
 LISTS = ("dial", "interpolated")
