@@ -4,6 +4,7 @@ Interpolation W₀ + α ΔW, the same by depth, the weights of the lowest valida
 filter of `spectral-ds merge`.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from spectral_ds.cli.compare.adapters import head_names
 from spectral_ds.cli.compare.prepare import Prepared
-from spectral_ds.cli.errors import UserError
+from spectral_ds.cli.merge import add_parser as add_merge
 from spectral_ds.graph.roles import places
 
 Weights = Mapping[str, Tensor]
@@ -81,18 +82,16 @@ class Merge:
         Raises:
             UserError: the command refuses them.
         """
-        from spectral_ds.cli import main
-
         with tempfile.TemporaryDirectory(dir=self._tuned.parent) as folder:
             out = Path(folder) / "merged"
             words = ["merge", str(self._prepared.base), str(self._tuned), "--out", str(out)]
             for name, value in options.items():
                 words += [f"--{name}", self._input(name, value, options)]
-            said, wrong = io.StringIO(), io.StringIO()
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
-                status = main([*words, "--json"])
-            if status:
-                raise UserError(wrong.getvalue().strip())
+            parser = argparse.ArgumentParser()
+            add_merge(parser.add_subparsers())
+            arguments = parser.parse_args([*words, "--json"])
+            with contextlib.redirect_stdout(io.StringIO()):  # its report
+                arguments.run(arguments)
             learned = out / "statistics" / "learn-1.safetensors"
             if learned.exists() and not self._learned(options).exists():
                 shutil.copyfile(learned, self._learned(options))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import spectral_ds
+from spectral_ds.attach import attach
 from spectral_ds.cli.compare.adapters import adapted
 from spectral_ds.cli.compare.material import LOSS, VALIDATION, Material, Measures, Task, column
 from spectral_ds.cli.compare.memory import MemoryMeter
@@ -126,7 +126,7 @@ class Trainer:
         if method.section is not None:
             section = self._prepared.with_files(method.section)
             section = {"monitor": {"enabled": False}, **section, "seed": run.seed}
-            plugin = spectral_ds.attach(wrapped, optimizers[0], section)
+            plugin = attach(wrapped, optimizers[0], section)
         data = task.batches(config, self._comparison.batch_size, run.seed)
         looks = {round(config.steps * (at + 1) / self._comparison.curve)
                  for at in range(self._comparison.curve)}  # fmt: skip
