@@ -94,7 +94,7 @@ def test_a_preset_that_is_none_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in CONFIGS.iterdir() if path.suffix != ".md"),
+    sorted(path for path in CONFIGS.iterdir() if path.suffix in (".json", ".yaml")),
     ids=lambda path: path.name,
 )
 def test_every_ready_configuration_loads(path):

@@ -244,10 +244,10 @@ def test_a_run_that_fails_is_named_and_others_go_on(folder, capsys):
 
 def test_a_run_that_is_killed_is_named_and_leaves_no_process(folder, monkeypatch):
     config = write_config(folder, name="killed", methods={"adamw": None})
-    out = folder / "killed"
+    out, before = folder / "killed", set(multiprocessing.active_children())
     monkeypatch.setattr(pool, "_child", _killed)
     assert compare(config, out, "--workers", "2") == 1
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert rows_of(out) == []
 
 
