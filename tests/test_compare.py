@@ -233,12 +233,21 @@ def test_examples_of_each_class_are_drawn_by_the_seed(folder):
 
 
 def test_a_run_that_fails_is_named_and_others_go_on(folder, capsys):
-    methods = {"adamw": None, "biases": {"adapter": "bitfit"}}
+    methods = {
+        "adamw": None,
+        "biases": {"adapter": "bitfit"},
+        "typo": {"optimizer": "projection_decay", "options": {"strenght": 1}},
+        "merge typo": {"after": "adamw", "by": "merge", "options": {"mux": 1}},
+    }
     tasks = {"words": {"data": str(folder / "task.tsv"), "steps": 1}}
     config = write_config(folder, "causal-lm", "fails", methods=methods, seeds=[0], tasks=tasks)
     out = folder / "fails"
     assert compare(config, out, "--workers", "0") == 1
-    assert "words-biases-0.01-0 failed: adapter = bitfit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "words-biases-0.01-0 failed: adapter = bitfit" in said
+    assert "words-typo-0.01-0 failed: methods.typo.options = {'strenght': 1}" in said
+    assert "words-adamw-0.01-0 failed: options of merge: unrecognized arguments: --mux" in said
+    assert "Traceback" not in said
     assert len(cells(rows_of(out), "adamw")) == 3
 
 
@@ -319,6 +328,13 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                      "methods.adamw.optimizer", id="a misspelt key of a method"),
         pytest.param({"methods": {"adamw": {"optimizer": "adam"}}},
                      "one of adamw, muon", id="no such optimizer"),
+        pytest.param({"methods": {"adamw": {"dial": {"optoins.r": [1]}}}},
+                     "dial.optoins.r: must begin with", id="a dial of nothing"),
+        pytest.param({"methods": {"adamw": {"section": retain("statistics.no")}}},
+                     "statistics.no is not under statistics", id="no such statistics"),
+        pytest.param({"methods": {"adamw": {"adapter": "lora"},
+                                  "early": {"after": "adamw", "by": "early_stopping"}}},
+                     "not after adapter lora", id="early stopping of an adapter"),
         pytest.param({"only": ["x"]}, "only = x: is none of adamw", id="only what there is not"),
         pytest.param({"baseline": "sgd"}, "baseline = sgd", id="no such baseline"),
         pytest.param({"methods": {"adamw": None, "m": {"after": "adamw"}}},

@@ -135,6 +135,22 @@ def test_several_methods_make_each_p_value_larger():
     assert together == pytest.approx(2 * alone, rel=1e-6)
 
 
+def test_a_run_that_diverged_is_never_chosen():
+    lost = rows("adamw", 0.4, float("nan"), float("nan"), forgetting=float("nan"))
+    curves = [*CURVES, *curve("adamw", 0.4, float("nan"))]
+    found = standings(*lost, curves=curves)
+    assert found["adamw"].best.point.learning_rate == 0.1
+    assert found["other"].equal.difference.mean == pytest.approx(0.60 - 0.80)
+
+
+def test_interpolations_of_the_baseline_are_its_frontier_and_no_other_method():
+    found = standings()
+    assert math.isnan(found["adamw" + INTERPOLATED].equal.p)
+    assert found["other"].equal.p == pytest.approx(
+        2 * _tail(-0.20 / (0.01 / math.sqrt(3))), rel=1e-6
+    )
+
+
 def test_costs_are_relative_to_the_baseline():
     cost = standings()["other"].cost
     assert (cost.step, cost.memory) == (1.5, 1.0)

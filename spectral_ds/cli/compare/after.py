@@ -12,13 +12,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from spectral_ds.cli.compare.adapters import head_names
 from spectral_ds.cli.compare.prepare import Prepared
+from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge import add_parser as add_merge
 from spectral_ds.graph.roles import places
 
@@ -61,6 +62,13 @@ def share_by_depth(model: nn.Module, alpha: float) -> Any:
     return shares.__getitem__
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises where the command would end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"options of merge: {message}")
+
+
 class Merge:
     """`spectral-ds merge` on the folder of one run.
 
@@ -87,7 +95,7 @@ class Merge:
             words = ["merge", str(self._prepared.base), str(self._tuned), "--out", str(out)]
             for name, value in options.items():
                 words += [f"--{name}", self._input(name, value, options)]
-            parser = argparse.ArgumentParser()
+            parser = _Parser(prog="spectral-ds")
             add_merge(parser.add_subparsers())
             arguments = parser.parse_args([*words, "--json"])
             with contextlib.redirect_stdout(io.StringIO()):  # its report

@@ -6,6 +6,7 @@ seeds on validation data. What is reported is of test data.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf, isnan, nan
 from statistics import fmean
 from typing import NamedTuple, TypeAlias
 
@@ -215,7 +216,8 @@ def _common(points: Points, base: Points) -> list[int]:
 
 
 def _mean(rows: Rows, name: str, seeds: Sequence[int] | None = None) -> float:
-    return fmean(rows[seed][name] for seed in (rows if seeds is None else seeds))
+    mean = fmean(rows[seed][name] for seed in (rows if seeds is None else seeds))
+    return inf if isnan(mean) else mean  # of a run that diverged: never the least
 
 
 def _best(points: Points) -> Point:
@@ -312,7 +314,7 @@ def _equal(points: Points, base: Points, seeds: Sequence[int], axis: str) -> Equ
         found,
         found.p,
         area,
-        float("nan") if area is None else area.p,
+        nan if area is None else area.p,
     )
 
 
@@ -320,8 +322,10 @@ def _corrected(standings: list[Standing]) -> list[Standing]:
     """The same with p-values corrected for the number of methods; the baseline's do not count."""
     first, *others = standings
     best = holm([each.best.p for each in others])
-    equal = holm([each.equal.p for each in others])
-    area = holm([each.equal.area_p for each in others])
+    # The baseline's interpolations are its frontier.
+    apart = [not each.method.endswith(INTERPOLATED) for each in others]
+    equal = holm([e.equal.p if own else nan for e, own in zip(others, apart, strict=True)])
+    area = holm([e.equal.area_p if own else nan for e, own in zip(others, apart, strict=True)])
     return [
         first,
         *(

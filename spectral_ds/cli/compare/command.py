@@ -4,15 +4,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectral_ds.cli.arguments import add_command, at_least
-
-if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """examples:
   spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick

@@ -1,6 +1,6 @@
 """Preparing: the folder of the model that all runs start from, and files of statistics."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from spectral_ds.cli.compare.settings import Comparison, StatisticsConfig, chosen
+from spectral_ds.cli.compare.settings import (
+    STATISTICS,
+    Comparison,
+    StatisticsConfig,
+    chosen,
+    words_of,
+)
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.looking import Amount, batches_of, look
 from spectral_ds.cli.merge.output import write_whole
@@ -19,8 +25,6 @@ from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation import file as statistics
 from spectral_ds.coactivation.spectrum import Spectrum, spectrum_of
 
-# In the words of a method: a file of the section `statistics`.
-STATISTICS = "statistics."
 SHUFFLING_SEED = 0
 
 
@@ -94,7 +98,7 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
         UserError: the model cannot be loaded, or a kind of inputs not be used with it.
     """
     base = plain_folder(Source.of(comparison.model), out / "base")
-    wanted = set(words_in([each.__dict__ for each in chosen(comparison).values()]))
+    wanted = {word for each in chosen(comparison).values() for word in words_of(each)}
     files = {
         name: out / "statistics" / f"{name}.safetensors"
         for name in comparison.statistics
@@ -110,15 +114,6 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, partial(statistics.save, graphs=found, of=name, rank=config.rank))
     return prepared
-
-
-def words_in(tree: Any) -> Iterator[str]:
-    """All strings in a tree of mappings and lists, but keys."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, Mapping | list):
-        for each in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from words_in(each)
 
 
 def _seen(

@@ -21,6 +21,7 @@ from spectral_ds.cli.compare.memory import MemoryMeter
 from spectral_ds.cli.compare.optimizers import optimizers_of
 from spectral_ds.cli.compare.prepare import Prepared
 from spectral_ds.cli.compare.settings import Comparison, Setting
+from spectral_ds.cli.errors import UserError
 
 WARM_UP = 0.1  # of all steps: the learning rate rises, then falls linearly
 LARGEST_NORM = 1.0  # that gradients are clipped to
@@ -110,14 +111,15 @@ class Trainer:
         config, method = self._comparison.tasks[run.task], run.setting.method
         model = self.load(task.num_classes, run.seed)
         meter = MemoryMeter(self.device)
-        wrapped, unload = adapted(method.adapter, model, options_of(method, "adapter"))
-        parameters = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
-        optimizers = optimizers_of(
-            method.optimizer,
-            parameters,
-            run.learning_rate * method.rate,
-            options_of(method, "optimizer"),
-        )
+        rate = run.learning_rate * method.rate
+        try:
+            wrapped, unload = adapted(method.adapter, model, options_of(method, "adapter"))
+            parameters = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
+            optimizers = optimizers_of(
+                method.optimizer, parameters, rate, options_of(method, "optimizer")
+            )
+        except TypeError as error:  # of a keyword that none of them has
+            raise UserError(f"methods.{run.method}.options = {method.options}: {error}") from error
         schedules = [
             torch.optim.lr_scheduler.LambdaLR(each, share_of_rate(config.steps))
             for each in optimizers

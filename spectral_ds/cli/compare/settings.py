@@ -31,6 +31,10 @@ Change = Literal["none", "shuffled", "diagonal"]
 
 # In a path of the dial, between keys.
 DOT = "."
+# What has dials.
+TREES = ("section", "options")
+# In the words of a method: a file of the section `statistics`.
+STATISTICS = "statistics."
 
 
 def _mapping(allowed: str = "a mapping") -> Any:
@@ -222,6 +226,8 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
         before = comparison.methods.get(method.after)
         if before is None or before.after or before.dial:
             yield f"{key}.after = {method.after}: must be a method that trains and has no dial"
+        elif method.by == "early_stopping" and before.adapter != "none":
+            yield f"{key}.by = early_stopping: not after adapter {before.adapter}"
         trains = [n for n in ("section", "optimizer", "adapter", "interpolated", "rate")
                   if getattr(method, n) != getattr(MethodConfig, n)]  # fmt: skip
         if trains:
@@ -232,7 +238,20 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
         if not isinstance(values, list) or not values:
             yield f"{key}.dial.{path} = {values}: must be a list of values"
             return
-    for setting in settings_of(method):
+        if path.partition(DOT)[0] not in TREES:
+            yield f"{key}.dial.{path}: must begin with one of {', '.join(TREES)}"
+            return
+    for word in words_of(method):
+        name = word.removeprefix(STATISTICS)
+        if word.startswith(STATISTICS) and name not in comparison.statistics:
+            known = ", ".join(comparison.statistics) or "nothing"
+            yield f"{key}: {word} is not under statistics, which has {known}"
+    try:
+        settings = settings_of(method)
+    except (TypeError, ValueError, IndexError):
+        yield f"{key}.dial = {method.dial}: a path leads nowhere"
+        return
+    for setting in settings:
         section = setting.method.section
         if section is not None:
             try:
@@ -240,6 +259,19 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
             except SpectralConfigError as error:
                 yield from (f"{key}.section: {line}" for line in str(error).splitlines())
                 return
+
+
+def words_of(method: MethodConfig) -> Iterator[str]:
+    """All strings in a method's section, options and dials, but keys."""
+    yield from _words_in([method.section, method.options, method.dial])
+
+
+def _words_in(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping | list):
+        for each in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _words_in(each)
 
 
 def chosen(comparison: Comparison) -> dict[str, MethodConfig]:
