@@ -1,10 +1,12 @@
 """Tiny models for `spectral-ds merge`, and what it must make of them, in dense float64 numpy."""
 
 import json
+import shutil
 
 import numpy as np
 import torch
 from commands import run
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -285,3 +287,39 @@ def assert_close(found, expected, tolerance=1e-5, activity=()):
         difference = np.abs(found[name] - value).max()
         worst = difference / np.abs(value).max()
         assert worst <= tolerance, (name, worst)
+
+
+LENGTH = 8
+LOOK = ["--samples", "999", "--length", str(LENGTH)]
+
+
+def write_models(path):
+    """A folder with models before and after tuning, of several kinds, and texts."""
+    for seed, name in enumerate(("keep", "first")):
+        write_texts(path / f"{name}.txt", seed)
+    write_texts(path / "labelled.tsv", 5, 60, labels=True)
+    write_texts(path / "general.txt", 6, 60)
+    for kind in ("llama", "gpt2", "bert", "mixtral", "tied"):
+        (path / kind).mkdir()
+        write_pair(path / kind, kind)
+    (path / "classifier").mkdir()
+    shutil.copytree(path / "bert" / "base", path / "classifier" / "base")
+    classifiers_of(path / "classifier")
+    return path
+
+
+def lora(path, model, targets, task, **settings):
+    """An adapter in `adapter`, the same merged by peft in `whole`."""
+    torch.manual_seed(3)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=2, target_modules=targets, task_type=task, init_lora_weights=False, **settings
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    adapted.save_pretrained(path / "adapter")
+    adapted.merge_and_unload().save_pretrained(path / "whole")
