@@ -184,3 +184,10 @@ def test_the_report_says_what_was_chosen_and_how_it_was_made(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| other | 3 | at 0.1 | 0.6000 | -0.1000 [" in report
     assert "`spectral-ds compare …`" in report
+
+
+def test_lost_curves_leave_only_the_time_to_a_loss_unknown():
+    found = standings(curves=[])
+    for each in found.values():
+        assert each.cost.steps_to is each.cost.seconds_to is each.cost.reached is None
+    assert found["other"].best == standings()["other"].best

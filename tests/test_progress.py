@@ -39,7 +39,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_log_file_gets_whole_lines_now_and_then(monkeypatch):
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 2.0)
     assert written(monkeypatch, io.StringIO()) == (
-        "spectral_ds: eigenpairs: 2 of 4 groups after 2 s\n"
+        "spectral_ds: eigenpairs: 2 of 4 groups after 2 s, about 2 s left\n"
     )
 
 

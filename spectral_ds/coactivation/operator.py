@@ -67,6 +67,20 @@ class Piece:
         """(outputs, inputs) as a view of the flat fragment."""
         return self.rectangle.view(fragment).T
 
+    def rows_at_once(self, elements: int) -> int:
+        """How many rows are filtered together; parts of cut ones all at once.
+
+        Args:
+            elements: what fits in the cache of a CPU, or takes few launches on an accelerator.
+        """
+        if not self.is_whole:
+            return len(self.outputs)
+        return min(len(self.outputs), max(1, elements // (self.high - self.low)))
+
+    def elements_at_once(self, elements: int) -> int:
+        """The elements of so many rows."""
+        return self.rows_at_once(elements) * (self.high - self.low)
+
 
 class Energy(NamedTuple):
     """The energy of the rows of one matrix, float64.
@@ -113,14 +127,12 @@ class SubspaceOperator:
         self.pieces = pieces[layout.rank]
         held = [[(p.key, p.outputs) for p in each if not p.is_whole] for each in pieces]
         self._cut = CutRows(held, outputs, columns, communicator)
-        # Rows at once: in the cache on a CPU, few launches on an accelerator.
-        inputs = max((p.nodes_of_matrix for p in parameters), default=1)
-        at_once = max(1, bucket_elements(device) // inputs)
-        widest = max((len(p.outputs) for p in self.pieces if p.is_whole), default=1)
-        self._rows = min(at_once, widest)
-        self._products = torch.empty(self._rows, columns, device=device)
+        self._at_most = bucket_elements(device)
+        rows = [piece.rows_at_once(self._at_most) for piece in self.pieces if piece.is_whole]
+        self._products = torch.empty(max(rows, default=1), columns, device=device)
+        at_once = (piece.elements_at_once(self._at_most) for piece in self.pieces)
+        self._largest = max(at_once, default=0)
         self._staging = torch.empty(0, device=device)
-        self._inputs = inputs
 
     @property
     def bytes_sent(self) -> int:
@@ -258,8 +270,9 @@ class SubspaceOperator:
     def _at_once(self, whole: Acting) -> Iterator[tuple[Piece, slice, Factors]]:
         """Some rows after others."""
         for piece, factors in whole:
-            for first in range(0, len(piece.outputs), self._rows):
-                yield piece, slice(first, min(first + self._rows, len(piece.outputs))), factors
+            end, rows = len(piece.outputs), piece.rows_at_once(self._at_most)
+            for first in range(0, end, rows):
+                yield piece, slice(first, min(first + rows, end)), factors
 
     def _view(self, piece: Piece, rows: slice, signal: Signal) -> torch.Tensor:
         fragment = signal[piece.fragment]
@@ -289,10 +302,9 @@ class SubspaceOperator:
 
     def _stage(self, shape: torch.Size) -> torch.Tensor:
         """Memory of this shape, used again for the next rows."""
-        size = shape.numel()
-        if len(self._staging) < size:
-            self._staging = torch.empty(max(size, self._rows * self._inputs), device=self._device)
-        return self._staging[:size].view(shape)
+        if len(self._staging) == 0:
+            self._staging = torch.empty(self._largest, device=self._device)
+        return self._staging[: shape.numel()].view(shape)
 
 
 ALL = slice(None)

@@ -35,7 +35,10 @@ def progress(what: str, total: int, unit: str, is_shown: bool) -> Iterator[Calla
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            line = f"spectral_ds: {what}: {done} of {total} {unit}s after {now - started:.0f} s"
+            passed = now - started
+            line = f"spectral_ds: {what}: {done} of {total} {unit}s after {passed:.0f} s"
+            if 0 < done < total:
+                line += f", about {passed / done * (total - done):.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
     yield update

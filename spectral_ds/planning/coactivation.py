@@ -109,8 +109,8 @@ def plan_coactivation(
     edge, groups = choice.settings.edges[0], by_shared_input(parameters)
     inputs = max((parameter.nodes_of_matrix for parameter in parameters), default=1)
     columns = min(edge.rank * (2 if edge.learn != "none" else 1), inputs)
-    cut = cut_matrices(parameters, cuts, cluster)
-    rows = np.minimum(max(1, bucket_elements // inputs), np.maximum(cut.widest, 1))
+    cut = cut_matrices(parameters, cuts, cluster, bucket_elements)
+    rows = np.maximum(cut.rows_at_once, 1)
     # λ_max is not known: it bounds what a response is evaluated on, and says nothing of its cost.
     transfers = choose_transfers(config, 1.0, False, torch.device("cpu"), is_exact=True)
     acts = config.filter.strength > 0 and not transfers.filter.is_identity
@@ -118,7 +118,7 @@ def plan_coactivation(
     held = _held(groups, edge.rank, columns, cuts, cluster)
     stages = config.monitor.enabled or has_penalty or (acts and _moves(config))
     memory = {
-        "scratch": FLOAT * _scratch(cut, rows, inputs, columns, stages),
+        "scratch": FLOAT * _scratch(cut, rows, columns, stages),
         **_directions(groups, edge, held, acts, has_penalty),
     }
     elements = _elements(parameters, cuts, cluster)
@@ -148,11 +148,9 @@ def _moves(config: SpectralConfig) -> bool:
     return is_alone and settings.rescale == "none" and settings.apply_to == "update"
 
 
-def _scratch(cut: CutMatrices, rows: Floats, inputs: int, columns: int, stages: bool) -> Floats:
+def _scratch(cut: CutMatrices, rows: Floats, columns: int, stages: bool) -> Floats:
     """Numbers of products, of parts of cut rows, and of copies of rows where some are made."""
-    has_any = (cut.widest + cut.largest > 0) * stages
-    staging = np.maximum(cut.largest, rows * inputs) * has_any
-    return np.asarray((cut.rows + rows + cut.flow.sent) * columns + staging)
+    return np.asarray((cut.rows + rows + cut.flow.sent) * columns + cut.largest * stages)
 
 
 def _directions(

@@ -23,13 +23,13 @@ class CutParameter:
     Attributes:
         rank, row: (rows,): a rank, and the number of a cut row that it has a part of, counted over
             the parameter's matrices; each pair once, sorted by row.
-        widest: by rank, the most outputs of a piece of whole rows.
-        largest: by rank, the most elements of a part of cut rows.
+        rows_at_once: by rank, the most whole rows that are filtered together.
+        largest: by rank, the most elements that are.
     """
 
     rank: Ints
     row: Ints
-    widest: Floats
+    rows_at_once: Floats
     largest: Floats
 
 
@@ -42,33 +42,36 @@ class CutMatrices:
         flow: rows that travel when each function is evaluated: to the rank that adds them up, and
             back.
         sent: the same by parameter.
-        widest, largest: see `CutParameter`.
+        rows_at_once, largest: see `CutParameter`.
     """
 
     rows: Floats
     flow: Flow
     sent: Mapping[str, int]
-    widest: Floats
+    rows_at_once: Floats
     largest: Floats
 
 
 def cut_matrices(
-    parameters: Sequence[ParameterNodes], cuts: Mapping[str, Cuts], cluster: Cluster
+    parameters: Sequence[ParameterNodes],
+    cuts: Mapping[str, Cuts],
+    cluster: Cluster,
+    bucket_elements: int,
 ) -> CutMatrices:
     """What all ranks have of some parameters, whose nodes are columns."""
     known: dict[Hashable, CutParameter] = {}
     # As `CutRows` numbers them, so that the same ranks answer.
     number, holder, position = [], [], []
     start = 0
-    widest, largest = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
+    rows, largest = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     ordered = sorted(parameters, key=lambda parameter: parameter.name)
     for index, parameter in enumerate(ordered):
         cut = cuts[parameter.name]
         key = parameter.shape, parameter.storage, cut
         if key not in known:
-            known[key] = _cut(parameter, cut, cluster)
+            known[key] = _cut(parameter, cut, cluster, bucket_elements)
         found, outputs = known[key], parameter.width
-        widest = np.maximum(widest, found.widest)
+        rows = np.maximum(rows, found.rows_at_once)
         largest = np.maximum(largest, found.largest)
         matrices, matrix = np.unique(found.row // outputs, return_inverse=True)
         number.append(start + matrix * outputs + found.row % outputs)
@@ -87,24 +90,26 @@ def cut_matrices(
         cluster.by_rank(holders, np.ones(len(holders))),
         Flow.of_pairs(*both, np.ones(2 * len(one)), cluster),
         {p.name: int(count) for p, count in zip(ordered, by_parameter, strict=True)},
-        widest,
+        rows,
         largest,
     )
 
 
-def _cut(parameter: ParameterNodes, cut: Cuts, cluster: Cluster) -> CutParameter:
-    widest, largest = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
+def _cut(
+    parameter: ParameterNodes, cut: Cuts, cluster: Cluster, bucket_elements: int
+) -> CutParameter:
+    rows, largest = np.zeros(cluster.world_size), np.zeros(cluster.world_size)
     found = [np.zeros((0, 2), np.int64)]
     for rank, start, end in zip(cut.rank, cut.bounds[:-1], cut.bounds[1:], strict=True):
         fragment = Fragment(parameter.name, int(start), int(end - start))
         for piece in pieces_of([parameter], [fragment]):
+            largest[rank] = max(largest[rank], piece.elements_at_once(bucket_elements))
             if piece.is_whole:
-                widest[rank] = max(widest[rank], len(piece.outputs))
+                rows[rank] = max(rows[rank], piece.rows_at_once(bucket_elements))
             else:
-                largest[rank] = max(largest[rank], piece.rectangle.numel)
                 found.append(_rows(parameter, piece, int(rank)))
     pairs = np.unique(np.concatenate(found), axis=0)
-    return CutParameter(pairs[:, 1], pairs[:, 0], widest, largest)
+    return CutParameter(pairs[:, 1], pairs[:, 0], rows, largest)
 
 
 def _rows(parameter: ParameterNodes, piece: Piece, rank: int) -> Ints:

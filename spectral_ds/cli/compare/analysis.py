@@ -103,7 +103,7 @@ class Cost:
         steps_to: to the validation loss that the baseline ends with at its best, by the same seed;
             mean over seeds that reach it.
         seconds_to: likewise, of training.
-        reached: how many do.
+        reached: how many do; None where no curve of the baseline is known.
     """
 
     step: float
@@ -111,7 +111,7 @@ class Cost:
     perturbation: float
     steps_to: float | None
     seconds_to: float | None
-    reached: int
+    reached: int | None
 
 
 @dataclass(frozen=True)
@@ -362,7 +362,7 @@ def _cost(
         _mean(rows, "perturbation", seeds),
         fmean(row["step"] for row in reached) if reached else None,
         fmean(row["seconds"] for row in reached) if reached else None,
-        len(reached),
+        None if any(map(isnan, targets)) else len(reached),
     )
 
 
@@ -377,8 +377,9 @@ def _of(curves: Iterable[Row], method: str, point: Point, seed: int) -> list[Row
 
 
 def _ends(curves: Sequence[Row], method: str, point: Point, seeds: Sequence[int]) -> list[float]:
-    """The last validation loss of each seed."""
-    return [_of(curves, method, point, seed)[-1]["loss"] for seed in seeds]
+    """The last validation loss of each seed; NaN where its curve is not known."""
+    found = [_of(curves, method, point, seed) for seed in seeds]
+    return [curve[-1]["loss"] if curve else nan for curve in found]
 
 
 def _curve(

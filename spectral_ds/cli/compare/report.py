@@ -174,7 +174,7 @@ def _cost_row(standing: Standing, comparison: Comparison) -> dict[str, str]:
         "‖W − W₀‖": f"{cost.perturbation:.2f}",
         "steps to": steps,
         "seconds to": "–" if cost.seconds_to is None else f"{cost.seconds_to:.0f}",
-        "reached": f"{cost.reached} of {standing.seeds}",
+        "reached": "–" if cost.reached is None else f"{cost.reached} of {standing.seeds}",
     }
 
 
