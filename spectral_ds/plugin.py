@@ -192,6 +192,7 @@ class SpectralPlugin(Study):
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
         self.engine.remove()
+        self.stack.warn_of_end()
         self.stack.forget()
         self.attached = False
         self.monitor.close()

@@ -15,6 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from ranks import DEVICE
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import spectral_ds
@@ -157,6 +158,8 @@ class Training:
     def _start_torch(self, section: Any, optimizer: Any, rates: Any, model: Any) -> None:
         cell = self.cell
         module = wrapped = model()
+        if not cell.offload:
+            module.to(DEVICE)
         if cell.engine in ("fsdp2", "hsdp"):
             shard(module, cell)
         elif cell.engine == "ddp":
@@ -237,9 +240,9 @@ def shard(module: torch.nn.Module, cell: Cell) -> None:
 
     world_size = dist.get_world_size()
     if cell.engine == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(DEVICE, (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh("cpu", (world_size,))
+        mesh = init_device_mesh(DEVICE, (world_size,))
     options: dict[str, Any] = {"mesh": mesh}
     if cell.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
-from ranks import RankPool
+from ranks import DEVICE, RankPool, most_ranks
 from ring_steps import SECTION as RING
 
 import spectral_ds
@@ -82,6 +82,8 @@ def ranks(processes: None) -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
+        if DEVICE != "cpu" and world_size > most_ranks():
+            pytest.skip(f"needs {world_size} devices")
         if world_size not in pools or not pools[world_size].is_alive:
             pools[world_size] = RankPool(world_size)
         return pools[world_size]

@@ -1,7 +1,8 @@
-"""A pool of gloo ranks on this machine that stays up for many checks.
+"""A pool of ranks on this machine that stays up for many checks.
 
 In: a function of a test module and its arguments. Out: what it returned on each rank. A rank that
-raises reports its error; a rank that hangs ends the pool.
+raises reports its error; a rank that hangs ends the pool. Ranks are of gloo on the CPU; where
+SPECTRAL_DS_DEVICE is `cuda`, of NCCL, each on a device of its own.
 """
 
 import multiprocessing as mp
@@ -18,19 +19,23 @@ from typing import Any
 
 TIMEOUT_SECONDS = 120
 
+# What the ranks train on.
+DEVICE = os.environ.get("SPECTRAL_DS_DEVICE", "cpu")
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
+    "DS_ACCELERATOR": DEVICE,
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 os.environ.update(ENVIRONMENT)
 
-_context = mp.get_context("forkserver")
+# A process that is forked cannot use a device that its parent has looked for.
+_context: Any = mp.get_context("forkserver" if DEVICE == "cpu" else "spawn")
 # What each rank, and each script that `launching` forks, would import again for itself: in seconds.
-_context.set_forkserver_preload(
+mp.set_forkserver_preload(
     [
         "torch.distributed.fsdp",
         "torch.utils.tensorboard",
@@ -44,6 +49,13 @@ _context.set_forkserver_preload(
         "spectral_ds.run",
     ]
 )
+
+
+def most_ranks() -> int:
+    """How many ranks a pool can have here."""
+    import torch
+
+    return 4 if DEVICE == "cpu" else torch.cuda.device_count()
 
 
 @dataclass(frozen=True)
@@ -142,8 +154,13 @@ def _serve(
     torch.set_num_threads(1)
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        "gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
     )
     gc.freeze()  # modules stay: collecting all of them after each engine takes half a second
     while True:

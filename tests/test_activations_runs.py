@@ -127,6 +127,16 @@ def test_evaluation_is_not_learned_from_and_detaching_takes_the_hooks_back():
     assert run.hooks() == 0
 
 
+def test_a_training_that_ends_before_enough_is_seen_is_told_so(said):
+    """20 sequences of 9 tokens are waited for; a step sees 5."""
+    run = Run(section_of(LEARNS))
+    run.step(random_ids(5))
+    run.step(random_ids(5))
+    assert "filtered from about step 3 on, when 180 tokens are seen" in said()[-1]
+    run.plugin.detach()
+    assert "has not acted, as 90 tokens were seen of the 180" in said()[-1]
+
+
 def test_checkpointed_activations_are_learned_from_alike():
     """They are computed twice; each counts as often as another."""
     found = []

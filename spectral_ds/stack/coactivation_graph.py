@@ -203,6 +203,11 @@ class CoactivationGraph(ToldGraph):
             self._learning.stop()
             self._learning = None
 
+    def warn_of_end(self) -> None:
+        """Warn if training ends while the filter waits for what is to be learned."""
+        if self._learning is not None and self.learn is None:
+            self._learning.warn_of_end()
+
     # Acting
 
     @property

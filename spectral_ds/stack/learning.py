@@ -1,6 +1,7 @@
 """Learning: the graphs of what a model is trained with, from its first micro-batches."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,7 +38,8 @@ class Learning:
         self._observer.only_training = True
         self._observer.start()
         self._step = -1
-        self._has_warned = False
+        self._has_said = self._has_warned = False
+        self._seen = 0.0
 
     def at_step(self, step: int) -> Coactivation | None:
         """The graphs, once there is enough; collective, once a step, where all ranks are there."""
@@ -45,9 +47,10 @@ class Learning:
             return None
         self._step = step
         everyone, edge = self._engine.everyone, self._edge
-        tokens = everyone.sum_(self._tokens())
-        if float(tokens.item()) < edge.samples * edge.length:
-            self._warn_if_blind(float(tokens.item()))
+        before, self._seen = self._seen, float(everyone.sum_(self._tokens()).item())
+        if self._seen < self._enough:
+            self._warn_if_blind(self._seen)
+            self._say_how_long(step, self._seen - before)
             return None
         self.stop()
         return summed(self._observer, self._sites, self._projections, edge.rank, everyone)
@@ -55,6 +58,19 @@ class Learning:
     def stop(self) -> None:
         """Take back the hooks."""
         self._observer.stop()
+
+    def warn_of_end(self) -> None:
+        """Warn that training has ended too early (no communication)."""
+        if self._seen > 0:
+            self._engine.log(
+                f"learn = training: the filter has not acted, as {self._seen:,.0f} tokens were "
+                f"seen of the {self._enough:,} that it waits for (samples x length)",
+                logging.WARNING,
+            )
+
+    @property
+    def _enough(self) -> int:
+        return self._edge.samples * self._edge.length
 
     def _tokens(self) -> torch.Tensor:
         """The most vectors that this rank has seen enter one site; (1,)."""
@@ -69,4 +85,13 @@ class Learning:
                 "learn = training: no input of a layer was seen in the first step, and the filter "
                 "waits for them; a compiled model hides them: name a file of texts instead",
                 logging.WARNING,
+            )
+
+    def _say_how_long(self, step: int, tokens: float) -> None:
+        if tokens > 0 and not self._has_said:
+            self._has_said = True
+            steps = math.ceil((self._enough - self._seen) / tokens)
+            self._engine.log(
+                f"learn = training: filtered from about step {step + steps} on, when "
+                f"{self._enough:,} tokens are seen (samples x length)"
             )

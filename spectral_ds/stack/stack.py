@@ -140,6 +140,12 @@ class Stack:
         for graph in self.graphs:
             graph.begin_step(step)
 
+    def warn_of_end(self) -> None:
+        """Warn where training ends while a filter waits for what it needs."""
+        for graph in self.graphs:
+            if isinstance(graph, CoactivationGraph):
+                graph.warn_of_end()
+
     def forget(self) -> None:
         """Take back what hooks the model."""
         for graph in self.graphs:
