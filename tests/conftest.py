@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 from ranks import DEVICE, RankPool, most_ranks
 from ring_steps import SECTION as RING
@@ -22,6 +23,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 pytest_plugins = ["nodes"]
+
+hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None)
 
 # The files that take longest come first, so that workers end together.
 FIRST = (

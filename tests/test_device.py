@@ -7,6 +7,7 @@ import functools
 
 import activations
 import pytest
+import tiny
 import torch
 from cells import CELLS, Training, one_step
 from expected import METHODS, expected_update, relative_error
@@ -53,7 +54,9 @@ def silent_steps(name, section):
     for call, function in usual.items():
         setattr(spectral_ds.SpectralPlugin, call, watched(function))
     try:
-        training = Training(name, section, model=activations.CalledByIds)
+        training = Training(
+            name, section, torch.optim.AdamW, tiny.ADAM_RATES, model=activations.CalledByIds
+        )
         training.train(3)
         watches = True
         training.train(2, first=3)

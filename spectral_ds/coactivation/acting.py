@@ -146,7 +146,7 @@ class CoactivationFilter:
         for index in self._held.others if factor != 1 else ():
             weight, start = weights[index], before[index]
             if weight is not None and start is not None:
-                weight.sub_(start).mul_(factor).add_(start)
+                torch.lerp(start, weight, factor, out=weight)
         return True
 
     def _set(self, strength: float) -> None:
@@ -188,8 +188,8 @@ class CoactivationPenalty:
             for key, spectrum in spectra.items()
         }
         self._of_others = self._at(1.0)
-        # Q of a step, by the number of its learning rate: memory that all steps use.
-        self._of_step: dict[tuple[Key, int], torch.Tensor] = {}
+        # Of a step, by the number of its learning rate: memory that all steps use.
+        self._of_step: dict[tuple[Key, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._factors = {
             key: Factors(
                 each.rest + ridge, each.vectors, _thin(each.vectors, each.values, each.rest)
@@ -226,23 +226,29 @@ class CoactivationPenalty:
             if (graph, step) not in made:
                 acting = self._spectra[graph]
                 rest = 1 / (1 + step * (acting.rest + self._ridge))
-                values = 1 / (1 + step * (acting.values + self._ridge))
-                memory = self._memory(graph, numbers[step])
-                torch.mul(acting.vectors.T, (values - rest)[:, None], out=memory)
-                made[graph, step] = Factors(rest, acting.vectors, memory)
+                product, values = self._memory(graph, numbers[step])
+                torch.add(acting.values, self._ridge, out=values)
+                values.mul_(step).add_(1).reciprocal_().sub_(rest)
+                torch.mul(acting.vectors.T, values[:, None], out=product)
+                made[graph, step] = Factors(rest, acting.vectors, product)
             return made[graph, step]
 
         held.operator.contract(weights, before, factors_of)
         for index in held.others:
-            moved, weight = _difference(weights, before, index), weights[index]
-            if moved is not None and weight is not None:
-                step = steps[index] * (self._of_others + self._ridge)
-                weight.add_(moved.to(weight.device), alpha=1 / (1 + step) - 1)
+            if (weight := weights[index]) is None:
+                continue
+            step = steps[index] * (self._of_others + self._ridge)
+            start = None if before is None else before[index]
+            if start is None:
+                weight.mul_(1 / (1 + step))
+            else:
+                weight.lerp_(start.to(weight.device), step / (1 + step))
 
-    def _memory(self, graph: Key, number: int) -> torch.Tensor:
-        """For Q of a graph at one of the learning rates of a step; made once."""
+    def _memory(self, graph: Key, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For Q of a graph at one of the learning rates of a step, and its gains; made once."""
         if (graph, number) not in self._of_step:
-            self._of_step[graph, number] = torch.empty_like(self._factors[graph].product)
+            product = torch.empty_like(self._factors[graph].product)
+            self._of_step[graph, number] = product, torch.empty_like(self._spectra[graph].values)
         return self._of_step[graph, number]
 
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:

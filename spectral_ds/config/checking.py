@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from spectral_ds.config.sources import show
+from spectral_ds.config.sources import printable, show
 
 
 class _RefusedError(ValueError):
@@ -37,7 +37,7 @@ def check(
     hints = get_type_hints(schema)
     valid = {}
     for name, value in raw.items():
-        full = f"{key}.{name}"
+        full = f"{key}.{printable(str(name))}"
         if name not in rules:
             nearest = _nearest(str(name), key, list(rules), elsewhere or {})
             problems.append(

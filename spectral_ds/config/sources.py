@@ -85,6 +85,15 @@ def plain(value: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as the user wrote it, in JSON."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
+    """A value as the user wrote it, in JSON on one line."""
+    try:
+        text = json.dumps(value, default=repr, ensure_ascii=False)
+    except (TypeError, ValueError):  # keys that JSON does not have
+        text = repr(value)
+    text = printable(text)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def printable(text: str) -> str:
+    """The same on one line: what has no shape is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
