@@ -22,6 +22,7 @@ from spectral_ds.monitor.measurement import Filtered, Measurement, MonitoredStep
 from spectral_ds.monitor.norms import ParameterNorms
 from spectral_ds.monitor.readings import Energies, RegularizerReading
 from spectral_ds.monitor.regularizer_measurement import RegularizerMeasurement
+from spectral_ds.monitor.replicas import ReplicaCheck
 from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import squared_norm
 from spectral_ds.stack import CoactivationGraph, Stack
@@ -74,6 +75,7 @@ class Monitor:
         self.after: Energies | None = None
         self._of_regularizer: RegularizerReading | None = None
         self._not_finite = 0
+        self._replicas = ReplicaCheck(engine)
         self._has_said_incomplete = False
 
     def use(self, stack: Stack) -> None:
@@ -140,6 +142,7 @@ class Monitor:
         if self.is_due(step):
             weights = self._engine.weights()
             squares, self._weight_squares = self._norms.squares(gradients, weights)
+            self._replicas.compare(step, self._norms.names, self._weight_squares)
             self._gradient_squares = squares / scale**2
             self.before = self.after = None
             self.metrics = {

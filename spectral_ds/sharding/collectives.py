@@ -53,12 +53,16 @@ class Communicator:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
         return tensor
 
+    def maximum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The largest of all ranks' values, element by element, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def maximum(self, value: float) -> float:
         """The largest of all ranks' values (at attach and on monitor steps: it synchronizes)."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-        return float(tensor.item())
+        return float(self.maximum_(tensor).item())
 
     def exchange_rows(
         self, rows: npt.NDArray[Any], destinations: npt.NDArray[np.int64]
