@@ -1,0 +1,52 @@
+"""Faults in the middle of a step: all ranks end, the reason is said, and nothing is lost."""
+
+import time
+
+import pytest
+import torch
+from launching import SCRIPTS, launched
+
+SCRIPT = SCRIPTS / "restarting_loop.py"
+# Far below the half hour that a process group waits for ranks that are silent.
+SECONDS_TO_END = 60
+
+
+def trained(folder, restarts=0, fault=""):
+    """The script on two ranks: how it ended, and after how many seconds."""
+    folder.mkdir()
+    started = time.monotonic()
+    ended = launched(
+        "torchrun", "--standalone", "--nproc_per_node", 2, "--max-restarts", restarts, SCRIPT,
+        folder, FAULT=fault,
+    )  # fmt: skip
+    return ended, time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    ended, _ = trained(folder)
+    assert ended.code == 0, ended.stderr
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def test_a_rank_that_is_killed_in_the_filter_is_started_again_and_the_run_is_the_same(
+    uninterrupted, tmp_path
+):
+    """By torchrun --max-restarts, from the newest checkpoint: to the bit."""
+    ended, _ = trained(tmp_path / "killed", restarts=1, fault="kill")
+    assert ended.code == 0, ended.stderr
+    assert "SIGKILL" in ended.stderr or "exitcode: -9" in ended.stderr
+    found = torch.load(tmp_path / "killed" / "weights.pt", weights_only=True)
+    for name, weight in uninterrupted.items():
+        assert torch.equal(found[name], weight)
+
+
+def test_a_rank_that_raises_in_the_filter_ends_all_ranks_soon_and_says_why(processes, tmp_path):
+    ended, seconds = trained(tmp_path / "raised", fault="raise")
+    assert ended.code != 0
+    assert seconds < SECONDS_TO_END
+    assert "MemoryError: no memory for the exchange" in ended.stderr
+    # What was saved before it is there.
+    state = torch.load(tmp_path / "raised" / "state.pt", weights_only=True)
+    assert state["step"] == 3
