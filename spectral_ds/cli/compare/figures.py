@@ -60,8 +60,11 @@ def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
         if not found:
             continue
         grid = _grid(found)
-        losses = np.array([frontier.at(grid) for frontier in found])
-        _band(axes, grid, losses, name, number)
+        if grid is None:
+            _point(axes, found, name, number)
+        else:
+            losses = np.array([frontier.at(grid) for frontier in found])
+            _band(axes, grid, losses, name, number)
     axes.set_xlabel(what)
     axes.set_ylabel("loss on the task, test data (nats)")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -70,9 +73,29 @@ def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
 
 
 def _grid(found: Sequence[Frontier]) -> Any:
-    """Where all seeds have points."""
+    """Between the points that all seeds have; None where there is nothing between them."""
     ends = [frontier.ends for frontier in found]
-    return np.linspace(max(low for low, _ in ends), min(high for _, high in ends), GRID)
+    low, high = max(low for low, _ in ends), min(high for _, high in ends)
+    return np.linspace(low, high, GRID) if low < high else None
+
+
+def _point(axes: Any, found: Sequence[Frontier], name: str, number: int) -> None:
+    """The mean over seeds of where each begins to forget, with standard errors."""
+    x = np.array([frontier.ends[0] for frontier in found])
+    places = np.array([x, [float(f.at(at)) for f, at in zip(found, x, strict=True)]])
+    errors = _errors(places.T)
+    color = _look(number)["color"]
+    axes.errorbar(
+        *places.mean(1), xerr=errors[0], yerr=errors[1], label=name, color=color, marker="o",
+        linewidth=1.2, capsize=3,
+    )  # fmt: skip
+
+
+def _errors(seeds: Any) -> Any:
+    """Standard errors of the mean over seeds, (seeds, ...); 0 of one."""
+    if len(seeds) < 2:
+        return np.zeros(seeds.shape[1:])
+    return ERRORS * seeds.std(0, ddof=1) / len(seeds) ** 0.5
 
 
 @styled
@@ -116,15 +139,9 @@ def by_examples(analyses: Sequence[TaskAnalysis], examples: Mapping[str, int]) -
 
 def _band(axes: Any, x: Any, seeds: Any, name: str, number: int, **more: Any) -> None:
     """The mean over seeds and its standard error."""
-    mean, look = seeds.mean(0), _look(number)
-    if x[0] == x[-1]:  # a frontier of one point
-        more["marker"] = "o"
+    mean, look, error = seeds.mean(0), _look(number), _errors(seeds)
     axes.plot(x, mean, label=name, **look, **more)
-    if len(seeds) > 1:
-        error = ERRORS * seeds.std(0, ddof=1) / len(seeds) ** 0.5
-        axes.fill_between(
-            x, mean - error, mean + error, alpha=0.15, color=look["color"], linewidth=0
-        )
+    axes.fill_between(x, mean - error, mean + error, alpha=0.15, color=look["color"], linewidth=0)
 
 
 def _look(number: int) -> dict[str, Any]:
