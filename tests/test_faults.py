@@ -33,8 +33,11 @@ def uninterrupted(processes, tmp_path_factory):
 def test_a_rank_that_is_killed_in_the_filter_is_started_again_and_the_run_is_the_same(
     uninterrupted, tmp_path
 ):
-    """By torchrun --max-restarts, from the newest checkpoint: to the bit."""
-    ended, _ = trained(tmp_path / "killed", restarts=1, fault="kill")
+    """By torchrun --max-restarts, from the newest checkpoint: to the bit.
+
+    Now and then gloo takes the address of the rank that is gone, and all are started once more.
+    """
+    ended, _ = trained(tmp_path / "killed", restarts=3, fault="kill")
     assert ended.code == 0, ended.stderr
     assert "SIGKILL" in ended.stderr or "exitcode: -9" in ended.stderr
     found = torch.load(tmp_path / "killed" / "weights.pt", weights_only=True)
