@@ -81,13 +81,13 @@ part environment 60 "$python" -c 'from spectral_ds.cli import main; raise System
 if [[ $device == cuda ]]; then
     part cells 150 "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/test_device.py \
         tests/test_engines.py -k "not replicated_bf16"
-    bench filter-smollm2 40 filter --model smollm2 --blocks 30 --rounds 15 --whole-steps
+    bench filter-smollm2 40 filter --model smollm2-135m --blocks 30 --rounds 15 --whole-steps
     bench filter-llama-3-8b 60 filter --model llama-3-8b --blocks 4 --rounds 9 --whole-steps
     long=(--model llama-3-8b --blocks 2 --tokens 8192 --bf16)
     steps plain 60 "${long[@]}" --methods retain paper gradient_smoothing
     steps zero2 40 "${long[@]}" --methods retain paper
     steps zero3 40 "${long[@]}" --methods retain paper
-    steps fsdp2 40 --model smollm2 --tokens 8192 --bf16 --methods retain paper naive
+    steps fsdp2 40 --model smollm2-135m --tokens 8192 --bf16 --methods retain paper naive
     bench scaling 60 scaling
 else
     small=(--blocks 1 --tokens 16 --threads 1)

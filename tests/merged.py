@@ -293,13 +293,13 @@ LENGTH = 8
 LOOK = ["--samples", "999", "--length", str(LENGTH)]
 
 
-def write_models(path):
+def write_models(path, kinds=("llama", "gpt2", "bert", "mixtral", "tied")):
     """A folder with models before and after tuning, of several kinds, and texts."""
-    for seed, name in enumerate(("keep", "first")):
+    for seed, name in enumerate(("keep", "first", "second")):
         write_texts(path / f"{name}.txt", seed)
     write_texts(path / "labelled.tsv", 5, 60, labels=True)
     write_texts(path / "general.txt", 6, 60)
-    for kind in ("llama", "gpt2", "bert", "mixtral", "tied"):
+    for kind in kinds:
         (path / kind).mkdir()
         write_pair(path / kind, kind)
     (path / "classifier").mkdir()

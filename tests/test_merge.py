@@ -11,13 +11,11 @@ from merged import (
     WORDS,
     Expected,
     assert_close,
-    classifiers_of,
     merge,
     perturbed,
     tensors,
     token_pieces,
-    write_pair,
-    write_texts,
+    write_models,
 )
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
@@ -36,17 +34,7 @@ TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of models for each kind, and texts."""
-    path = tmp_path_factory.mktemp("merge")
-    for seed, name in enumerate(("keep", "first", "second")):
-        write_texts(path / f"{name}.txt", seed)
-    for kind in CLASSES:
-        (path / kind).mkdir()
-        write_pair(path / kind, kind)
-    (path / "classifier").mkdir()
-    shutil.copytree(path / "bert" / "base", path / "classifier" / "base")
-    classifiers_of(path / "classifier")
-    return path
+    return write_models(tmp_path_factory.mktemp("merge"), CLASSES)
 
 
 def load(path, kind):

@@ -5,7 +5,7 @@ Out: medians in milliseconds, the filter's time over that of copying the gradien
      anything takes that changes it), how much longer Muon's orthogonalization takes, and the
      bandwidth of memory that the plan says a filter needs, of what copying reaches.
 
-    python launch/benchmarks/filter.py [--model smollm2] [--blocks 10] [--threads 2]
+    python launch/benchmarks/filter.py [--model llama-3-8b] [--blocks 10] [--threads 2]
         [--device cuda] [--json FILE]
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import SHAPES, Shape, make_model
+from models import MODELS, SMALLEST, make_model
 from peers import COPY, MUON, Actions, Tensors, peers
 from sheet import Sheet, spread
 from timing import Times, in_turns, ready, said
@@ -74,13 +74,13 @@ class Bench:
     """Filters on one model, whose gradients are random.
 
     Args:
-        shape: of the model.
+        name: of the model.
         blocks: how many it has here; with few words, since embeddings are not filtered.
     """
 
-    def __init__(self, shape: Shape, blocks: int, device: torch.device) -> None:
+    def __init__(self, name: str, blocks: int, device: torch.device) -> None:
         self._device = device
-        model = make_model(shape, device, num_hidden_layers=blocks, vocab_size=512)
+        model = make_model(name, device, num_hidden_layers=blocks, vocab_size=512)
         self._model = model
         self._engine = engine_for(model, torch.optim.SGD(model.parameters(), lr=1.0))
         fragments = self._engine.fragments
@@ -145,7 +145,7 @@ def row_of(label: str, times: dict[str, Times], build: float | None, passes: flo
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default=SMALLEST)
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
@@ -161,9 +161,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures everything in one run and prints the table."""
     arguments = parse_arguments()
-    device, shape = arguments.device, SHAPES[arguments.model]
+    device, name = arguments.device, arguments.model
     torch.set_num_threads(arguments.threads)
-    bench = Bench(shape, arguments.blocks, device)
+    bench = Bench(name, arguments.blocks, device)
     actions, missing = peers(bench.matrices, arguments.whole_steps)
     wanted = {
         label: section
@@ -184,7 +184,7 @@ def main() -> None:
     sheet = Sheet(
         "filter",
         device,
-        f"{bench.elements / 1e6:.1f} M elements, {arguments.blocks} blocks of {shape.name}, fp32",
+        f"{bench.elements / 1e6:.1f} M elements, {arguments.blocks} blocks of {name}, fp32",
     )
     sheet.add(
         "What the filter takes on one rank",

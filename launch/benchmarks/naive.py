@@ -4,11 +4,9 @@ Every rank gathers the whole gradient of every parameter, multiplies it by a den
 its own part: all of the gradient is sent to everyone, and everyone does everyone's work.
 """
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 import torch.distributed as dist
+from timing import Clock
 
 from spectral_ds.config import load_config
 from spectral_ds.engines import Engine
@@ -17,13 +15,6 @@ from spectral_ds.stack import Stack, StackedGraph
 FLOAT = 4  # bytes
 # As newer versions of torch call it.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-class Clock(Protocol):
-    """What counts seconds of a call."""
-
-    def of(self, call: Callable[..., None]) -> Callable[..., None]:
-        """The same call, counted."""
 
 
 class Naive:

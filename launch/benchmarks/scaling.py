@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from models import SHAPES, make_model
+from models import MODELS, SMALLEST, make_model
 from sheet import Sheet
 from timing import Clock, ready
 from tqdm import tqdm
@@ -124,9 +124,9 @@ def work(arguments: argparse.Namespace) -> None:
     """What each rank does: a row of each preset into the file, by rank 0."""
     device = start(arguments.device)
     torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-    shape = SHAPES[arguments.model]
-    model = make_model(shape, device, num_hidden_layers=arguments.blocks, vocab_size=WORDS)
-    facts = Model.of(shape.name, model)
+    name, blocks = arguments.model, arguments.blocks
+    model = make_model(name, device, num_hidden_layers=blocks, vocab_size=WORDS)
+    facts = Model.of(name, model)
     cluster, size = Cluster(dist.get_world_size(), 1), bucket_elements(device)
 
     def plan_of(config: Any, machine: Machine) -> Plan:
@@ -146,7 +146,7 @@ def work(arguments: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default=SMALLEST)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp2")
     parser.add_argument("--presets", nargs="+", default=["paper", "gradient_smoothing", "retain"])
@@ -194,14 +194,11 @@ def main() -> None:
                 rows += run_ranks(size, given, Path(folder) / "rows.json")
             except RuntimeError as error:  # the others are measured all the same
                 failed.append({"ranks": size, "why": str(error)})
-    shape = SHAPES[arguments.model]
+    shared = f"{os.cpu_count()} cores for all ranks" if device.type == "cpu" else "a device a rank"
     sheet = Sheet(
         "scaling",
         device,
-        f"{arguments.blocks} blocks of {shape.name}, cut by {arguments.engine}; {os.cpu_count()} "
-        "cores for all ranks"
-        if device.type == "cpu"
-        else "a device a rank",
+        f"{arguments.blocks} blocks of {arguments.model}, cut by {arguments.engine}; {shared}",
     )
     for preset in arguments.presets:
         own = [{k: v for k, v in row.items() if k != "preset"} for row in rows

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import SHAPES, make_model
+from models import MODELS, SMALLEST, blocks_of, make_model
 from naive import Naive
 from sheet import Sheet
 from timing import Clock, said
@@ -140,7 +140,7 @@ def row_of(method: str, found: Found, off: Found) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default=SMALLEST)
     parser.add_argument("--blocks", type=int, help="default: as many as the model has")
     parser.add_argument("--tokens", type=int, default=512, help="of a rank")
     parser.add_argument("--engine", choices=ENGINES, default="plain")
@@ -156,18 +156,18 @@ def main() -> None:
     """Measures everything in one run and prints the table."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    device, shape = start(arguments.device), SHAPES[arguments.model]
-    blocks = arguments.blocks or shape.blocks
+    device = start(arguments.device)
+    blocks = arguments.blocks or blocks_of(arguments.model)
     clock = Clock(device)
     clock.watch_plugin()
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(shape, device, num_hidden_layers=blocks)
+        model = make_model(arguments.model, device, num_hidden_layers=blocks)
         elements = sum(parameter.numel() for parameter in model.parameters())
         place = Place(device, arguments.engine, arguments.bf16)
         training = Training(model, place, folder)
-        given = clock, arguments.tokens, shape.vocabulary
+        given = clock, arguments.tokens, model.config.vocab_size
         measure(OFF, training, *given)  # warms up, and allocates what the optimizer keeps
         off = measure(OFF, training, *given)
         rows.append(row_of(OFF, off, off))
@@ -185,8 +185,8 @@ def main() -> None:
         sheet = Sheet(
             "step",
             device,
-            f"{elements / 1e6:.1f} M elements in the shapes of {shape.name}, {arguments.engine}, "
-            f"{ranks} ranks, {arguments.tokens} tokens a rank, "
+            f"{elements / 1e6:.1f} M elements in the shapes of {arguments.model}, "
+            f"{arguments.engine}, {ranks} ranks, {arguments.tokens} tokens a rank, "
             f"{'bfloat16' if arguments.bf16 else 'fp32'}",
         )
         sheet.add("What the plugin adds to a step", rows)
