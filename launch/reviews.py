@@ -48,10 +48,9 @@ def fetch(corpus: str, cache: Path) -> Path:
         raise SystemExit(f"reviews: {member} of {SOURCE} {wrong}")
     cache.mkdir(parents=True, exist_ok=True)
     # Complete or not there at all, whatever happens meanwhile.
-    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-        file.write(content)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(target)
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(content)
+    unfinished.replace(target)
     return target
 
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root and installs all that the demo and the tests need.
+# Makes an environment and installs all that the demo and the tests need.
 #
 #   bash launch/setup.sh [--wheelhouse DIR]
 #
 # In:  PYTHON       interpreter to use (default: the newest of python3.13 ... python3.10, python3)
 #      TORCH_SPEC   what to ask pip for (default below); packages come from pip's configured index
+#      VENV         folder of the environment (default .venv in the repository root)
 #      --wheelhouse a folder shared between machines: ready-made torch-scatter and torch-sparse wheels
 #                   are taken from DIR/<python tag>-torch<version>/, and those of this machine are
 #                   left there
-# Out: .venv, ready to use. Nothing to do: says so in a few seconds.
+# Out: the environment, ready to use. Nothing to do: says so in a few seconds.
 #
 # Torch comes first, as others are compiled against it. Then pip installs the rest in one run, with
 # torch-scatter and torch-sparse compiling beside it, and DeepSpeed's CPU collectives after it.
@@ -18,7 +19,7 @@ TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/spectral_ds
-venv=$root/.venv
+venv=${VENV:-$root/.venv}
 python=$venv/bin/python
 stamp=$venv/spectral_ds_setup
 started=$SECONDS
@@ -330,13 +331,13 @@ fi
 check_compiler
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     base=$(find_python)
-    say "[1/4] virtual environment .venv from $("$base" --version)"
+    say "[1/4] virtual environment $venv from $("$base" --version)"
     doing "making the virtual environment"
     "$base" -m venv --clear "$venv"
 else
     reason=$(why_not_python "$python")
-    [[ -z $reason ]] || die ".venv/bin/python $reason: remove .venv and run this again"
-    say "[1/4] virtual environment .venv is there, $("$python" --version)"
+    [[ -z $reason ]] || die "$python $reason: remove $venv and run this again"
+    say "[1/4] virtual environment $venv is there, $("$python" --version)"
 fi
 rm -f "$stamp"
 

@@ -105,7 +105,7 @@ def test_both_stop_at_the_word_auto(key):
         by_accelerate({part: {name: "auto"}})
 
 
-def test_a_trainer_and_a_loop_of_accelerate_train_with_every_key_written_out(tmp_path):
+def test_a_trainer_and_a_loop_of_accelerate_train_with_every_key_written_out(processes, tmp_path):
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps({**SCRIPT, "spectral_ds": written_out()}))
     # Accelerate keeps its state for good.

@@ -42,7 +42,7 @@ def test_the_script_sets_what_they_take(path):
     assert f"#      {path.stem} " in script
 
 
-def test_the_script_refuses_what_is_no_comparison():
+def test_the_script_refuses_what_is_no_comparison(processes):
     done = subprocess.run(["bash", SCRIPT, "none"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "bash launch/compare.sh NAME" in done.stderr

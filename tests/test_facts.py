@@ -1,5 +1,6 @@
 """What `spectral-ds inspect` finds of a graph: against dense numpy, and by hand."""
 
+import importlib
 import json
 
 import gguf
@@ -220,7 +221,8 @@ def test_encoders_and_gguf_files_are_inspected(tmp_path, make, name, rows, vecto
 
 def test_a_gguf_file_without_its_package_says_what_to_install(tmp_path, monkeypatch, capsys):
     model, _ = gguf_file(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    monkeypatch.setattr(reader, "is_gguf_available", lambda: False)
     assert main(["inspect", str(model)]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"spectral-ds: {model}: cannot be loaded: ")

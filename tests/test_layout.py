@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "spectral_ds"
 # From low to high: a folder, or a module of the root.
 LAYERS = (
+    "files",
     "text",
     "console",
     "sharding",

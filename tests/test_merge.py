@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from merged import (
     CLASSES,
@@ -230,9 +231,9 @@ def test_a_model_that_does_not_fit_into_memory_is_called_from_the_disk(
         return calibrate(model, *arguments)
 
     monkeypatch.setattr(looking, "calibrate", watched)
-    monkeypatch.setattr(looking, "free_memory", lambda: 12_000)
+    monkeypatch.setattr(looking, "free_memory", lambda: 18_000)
     merge(own, own / "tuned", *words, tmp_path / "disk")
-    assert seen == [{"cpu", "meta"}] or seen == [{"meta"}]
+    assert seen == [{"cpu", "meta"}]
     assert_close(tensors(tmp_path / "disk"), tensors(tmp_path / "memory"), 1e-6)
 
 
@@ -244,6 +245,7 @@ def test_json_is_all_that_is_printed(folder, tmp_path):
 
 
 def test_experts_that_lie_in_one_tensor_are_the_same(folder, tmp_path, capsys):
+    tiny.skip_without_stacked_experts()
     own = folder / "mixtral"
     for name in ("base", "tuned"):
         load(own / name, "mixtral").save_pretrained(tmp_path / name, save_original_format=False)

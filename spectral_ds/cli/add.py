@@ -14,6 +14,7 @@ import hjson  # type: ignore[import-untyped]
 from spectral_ds.cli.arguments import add_command
 from spectral_ds.cli.errors import UserError
 from spectral_ds.config import PRESETS, SECTION, load_config, read_json
+from spectral_ds.files import write_whole
 
 EXAMPLES = """examples:
   spectral-ds add ds_config.json --preset retain            prints the new file
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.write:
         sys.stdout.write(edited)
         return 0
-    path.write_bytes(edited.encode("utf-8"))
+    write_whole(path, lambda unfinished: unfinished.write_bytes(edited.encode("utf-8")))
     print(f'spectral-ds: {path}: now has "{SECTION}": {json.dumps(section)}', file=sys.stderr)
     return 0
 

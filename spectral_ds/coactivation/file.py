@@ -2,12 +2,14 @@
 
 By the parameter whose input it is: `NAME/values` (matrices, k), float64; `NAME/vectors` (matrices,
 inputs, k), float32; `NAME/known` (matrices,), how many of them there are. The metadata say which
-parameters share a graph, and how many directions of each there are at most.
+parameters share a graph, how many directions of each there are at most, and the SHA-256 of all.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,12 @@ import numpy.typing as npt
 from spectral_ds.coactivation.graph import Coactivation, Spectra
 from spectral_ds.coactivation.inputs import InputsError
 from spectral_ds.coactivation.spectrum import Values, spectrum_of
+from spectral_ds.files import write_whole
+
+Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 SUFFIX = ".safetensors"
-FORMAT = "spectral_ds.coactivation.1"
+FORMAT = "spectral_ds.coactivation.2"
 
 
 def save(path: Path, graphs: Coactivation, of: str, rank: int) -> None:
@@ -32,21 +37,22 @@ def save(path: Path, graphs: Coactivation, of: str, rank: int) -> None:
     """
     from safetensors.numpy import save_file
 
-    arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+    arrays: dict[str, Array] = {}
     for name, spectra in graphs.spectra.items():
         values, vectors, known = as_arrays(spectra)
         arrays |= {f"{name}/values": values, f"{name}/vectors": vectors, f"{name}/known": known}
     metadata = {"format": FORMAT, "leaders": json.dumps(dict(graphs.leaders)), "of": of}
     metadata["rank"] = str(rank)
+    metadata["sha256"] = _digest(arrays, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, path, metadata)
+    write_whole(path, lambda unfinished: save_file(arrays, unfinished, metadata))
 
 
 def load(path: Path, rank: int) -> Coactivation:
     """Read what `save` wrote, so many directions of each graph.
 
     Raises:
-        InputsError: there is no such file, it is none of these, or it has fewer.
+        InputsError: there is no such file, it is none of these, it is damaged, or it has fewer.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -55,16 +61,30 @@ def load(path: Path, rank: int) -> Coactivation:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputsError("it holds no statistics of activations")
-            if int(metadata["rank"]) < rank:
-                raise InputsError(f"its statistics are of rank {metadata['rank']}, below {rank}")
-            leaders: dict[str, str] = json.loads(metadata["leaders"])
-            spectra = {
-                name: from_arrays(*(file.get_tensor(f"{name}/{part}") for part in PARTS))
-                for name in dict.fromkeys(leaders.values())
-            }
+            keys = file.keys()
+            arrays: dict[str, Array] = {key: file.get_tensor(key) for key in keys}
     except (OSError, SafetensorError) as error:
         raise InputsError(f"it cannot be read: {error}") from error
+    if metadata.pop("sha256", None) != _digest(arrays, metadata):
+        raise InputsError("it is damaged: its content is not of its SHA-256")
+    if int(metadata["rank"]) < rank:
+        raise InputsError(f"its statistics are of rank {metadata['rank']}, below {rank}")
+    leaders: dict[str, str] = json.loads(metadata["leaders"])
+    spectra = {
+        name: from_arrays(*(arrays[f"{name}/{part}"] for part in PARTS))
+        for name in dict.fromkeys(leaders.values())
+    }
     return Coactivation(leaders, spectra).of_rank(rank)
+
+
+def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all that a file says."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(array.view(np.uint8))
+    return digest.hexdigest()
 
 
 PARTS = ("values", "vectors", "known")

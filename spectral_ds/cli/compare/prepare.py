@@ -19,7 +19,6 @@ from spectral_ds.cli.compare.settings import (
 )
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.looking import Amount, batches_of, look
-from spectral_ds.cli.merge.output import write_whole
 from spectral_ds.cli.models import Source, load_tokenizer, plain_folder
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation import file as statistics
@@ -112,7 +111,7 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
         config = comparison.statistics[name]
         found = changed(see(replace(config, change="none")), config.change)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, partial(statistics.save, graphs=found, of=name, rank=config.rank))
+        statistics.save(path, found, name, config.rank)
     return prepared
 
 

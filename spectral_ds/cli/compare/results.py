@@ -20,6 +20,7 @@ from spectral_ds.cli.compare.material import (
 )
 from spectral_ds.cli.compare.settings import Comparison
 from spectral_ds.cli.errors import UserError
+from spectral_ds.files import write_whole
 
 # What tells rows apart; `alpha` is the share of the change that is left.
 KEY = ("task", "method", "setting", "learning_rate", "seed", "alpha")
@@ -69,12 +70,13 @@ class Table:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(map(_written, self.rows))
-        unfinished.replace(self.path)
+        def write(unfinished: Path) -> None:
+            with unfinished.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self._columns)
+                writer.writeheader()
+                writer.writerows(map(_written, self.rows))
+
+        write_whole(self.path, write)
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         return self._key_of(key) in self._known

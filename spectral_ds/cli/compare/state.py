@@ -7,8 +7,8 @@ from typing import Any
 
 from spectral_ds.cli.compare.settings import Comparison
 from spectral_ds.cli.errors import UserError
-from spectral_ds.cli.merge.output import write_whole
 from spectral_ds.coactivation import content_of
+from spectral_ds.files import write_whole
 
 FILE = "comparison.json"
 # Keys that may change when a comparison is gone on with; others belong to every row.

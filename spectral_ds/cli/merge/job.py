@@ -29,7 +29,7 @@ from spectral_ds.cli.merge.looking import (
     written_batches,
 )
 from spectral_ds.cli.merge.merging import Merging, report_of
-from spectral_ds.cli.merge.output import Output, plan, write_whole
+from spectral_ds.cli.merge.output import Output, plan
 from spectral_ds.cli.merge.refresh import Refresh, look_by_blocks, with_names
 from spectral_ds.cli.merge.statistics import Functions, Graphs, read
 from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep, write_table
@@ -144,7 +144,7 @@ class Job:
     def _save(self, path: Path, found: Coactivation, source: str) -> None:
         rank = self._amount.rank
         try:
-            write_whole(path, lambda unfinished: statistics.save(unfinished, found, source, rank))
+            statistics.save(path, found, source, rank)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror or error}") from error
 

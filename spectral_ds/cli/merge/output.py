@@ -5,9 +5,8 @@ name is written again.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.folder import INDEX, SINGLE, Stored, Tensors
+from spectral_ds.files import write_whole
 
 STATE = "spectral_ds_merge.json"
 STATISTICS = "statistics"
 FORMAT = 1
-UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,3 @@ class Output:
                 shutil.copyfile(content, target)
         self.report = dict(report)
         self._write()
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that has its name only when it is complete."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    write(unfinished)
-    os.replace(unfinished, path)

@@ -13,9 +13,9 @@ from torch import nn
 
 from spectral_ds.cli.merge.in_memory import InMemory
 from spectral_ds.cli.merge.judges import Judge
-from spectral_ds.cli.merge.output import write_whole
 from spectral_ds.cli.merge.statistics import Functions, Graphs
 from spectral_ds.console import progress
+from spectral_ds.files import write_whole
 
 MUS = (0.3, 1.0, 3.0)
 RESTS = (0.6, 1.0)
