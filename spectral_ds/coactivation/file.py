@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from spectral_ds.coactivation.inputs import InputsError
 from spectral_ds.coactivation.spectrum import Values, spectrum_of
 from spectral_ds.files import write_whole
 
-Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Array: TypeAlias = npt.NDArray[Any]
 
 SUFFIX = ".safetensors"
 FORMAT = "spectral_ds.coactivation.2"
@@ -81,9 +81,9 @@ def _digest(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> str:
     """SHA-256 of all that a file says."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = arrays[name]
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
-        digest.update(array.view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ class Moments:
         self.count = torch.zeros(matrices, dtype=torch.float64, device=device)
 
     def add(self, vectors: torch.Tensor, weight: torch.Tensor | None, matrix: int = 0) -> None:
-        """Add vectors; no communication.
+        """Add vectors; no communication. One whose square float32 cannot hold does not count.
 
         Args:
             vectors: (vectors, inputs), any floating dtype.
@@ -82,11 +82,11 @@ class Moments:
             matrix: that they enter.
         """
         x = vectors.detach().to(self.sums.device, torch.float32)
+        counted = x.square().sum(1).isfinite()
         if weight is not None:
-            x = x * weight.to(x)[:, None]
-            self.count[matrix] += weight.sum()
-        else:
-            self.count[matrix] += len(x)
+            counted &= weight.to(x.device, torch.bool)
+        x = torch.where(counted[:, None], x, 0.0)
+        self.count[matrix] += counted.sum()
         self.sums[matrix] += x.T @ (x if self.omega is None else x @ self.omega)
         self.squares[matrix] += x.square().sum(dtype=torch.float64)
 

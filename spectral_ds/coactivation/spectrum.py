@@ -80,7 +80,7 @@ def most_active(moments: Moments, matrix: int, rank: int) -> Spectrum | None:
         moments: summed over ranks.
     """
     total = float(moments.squares[matrix])
-    if not total > 0 or not np.isfinite(total):
+    if not total > 0:
         return None
     sums = moments.sums[matrix].cpu().numpy()
     if moments.omega is None:

@@ -289,8 +289,8 @@ class CoactivationGraph(ToldGraph):
         unseen = [site.parameter for site in self._sites if site.parameter not in known]
         if unseen:
             self._warn(
-                f"no activation has entered {listed(unseen)}: they count as parameters without "
-                "inputs"
+                f"no finite activation has entered {listed(unseen)}: they count as parameters "
+                "without inputs"
             )
 
     def _warn_of_gradients(self) -> None:

@@ -74,7 +74,7 @@ class ToldGraph:
             return "co-activation, until calibrate() gives inputs to keep"
         spectra = self.keep.all_spectra()
         shares = [min(s.values.sum() / s.inputs, 1.0) for s in spectra]
-        inputs = sorted({s.inputs for s in spectra})
+        inputs = sorted({s.inputs for s in spectra}) or [0]
         widths = f"{inputs[0]:,}" + (f" to {inputs[-1]:,}" if len(inputs) > 1 else "")
         with_inputs = len({name for name, _ in self.held.graph_of})
         others = len(self.parameters) - with_inputs
