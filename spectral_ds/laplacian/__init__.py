@@ -1,5 +1,6 @@
 """LaplacianOperator: y = L x on shards = local blocks + what other ranks bring."""
 
+from spectral_ds.laplacian.agreement import GraphsDifferError, require_one_graph
 from spectral_ds.laplacian.kernels import KernelName, KernelUnavailableError, require_kernel
 from spectral_ds.laplacian.operator import LaplacianOperator, Matrix, Scratch
 from spectral_ds.laplacian.packing import Exchange, ExchangeName
@@ -10,6 +11,7 @@ from spectral_ds.laplacian.work import Work
 __all__ = [
     "Exchange",
     "ExchangeName",
+    "GraphsDifferError",
     "Group",
     "KernelName",
     "KernelUnavailableError",
@@ -22,4 +24,5 @@ __all__ = [
     "plan_on_node_signals",
     "plan_operators",
     "require_kernel",
+    "require_one_graph",
 ]

@@ -16,7 +16,13 @@ from spectral_ds.engines import Engine
 from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
 from spectral_ds.geometry.buckets import below_shard, bucket_elements
 from spectral_ds.graph import Edges
-from spectral_ds.laplacian import OperatorPlan, ParameterGraph, Work, plan_operators
+from spectral_ds.laplacian import (
+    OperatorPlan,
+    ParameterGraph,
+    Work,
+    plan_operators,
+    require_one_graph,
+)
 from spectral_ds.sharding import ShardLayout, Signal
 from spectral_ds.sketches import WeightFeatures, no_features
 from spectral_ds.spectrum import (
@@ -89,6 +95,7 @@ class StackedGraph:
 
         Raises:
             SpectralConfigError: the response cannot be evaluated on it.
+            GraphsDifferError: ranks have made different graphs; on all ranks.
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
         gradient = self.samples.feature_source()
@@ -203,6 +210,7 @@ class StackedGraph:
         """
         communicator, everyone = self._engine.communicator, self._engine.everyone
         device = communicator.device
+        require_one_graph(self.graph, communicator, everyone)
         spectrometer = self.samples.use_graph(self.graph, is_new)
         transfers = choose_transfers(
             self._whole,
