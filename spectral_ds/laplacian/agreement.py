@@ -1,7 +1,6 @@
 """Whether ranks have the same graph: of each edge both directions, and of replicas all edges."""
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from spectral_ds.graph import Edges
@@ -45,7 +44,7 @@ def require_one_graph(graph: ParameterGraph, ranks: Communicator, everyone: Comm
         )
 
 
-def _checksum(edges: Edges) -> npt.NDArray[np.uint64]:
+def _checksum(edges: Edges) -> np.uint64:
     """Σ of a hash of each edge modulo 2^64: the same in any order and any division."""
     mixed = edges.source.astype(np.uint64) * _FIRST
     mixed += edges.target.astype(np.uint64) * _SECOND
@@ -53,4 +52,4 @@ def _checksum(edges: Edges) -> npt.NDArray[np.uint64]:
     mixed ^= mixed >> np.uint64(31)
     mixed *= _LAST
     mixed ^= mixed >> np.uint64(29)
-    return mixed.sum(dtype=np.uint64)
+    return np.uint64(mixed.sum(dtype=np.uint64))
