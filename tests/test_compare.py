@@ -371,6 +371,7 @@ def test_results_of_other_settings_are_not_mixed(folder, classified, capsys):
     config = write_config(folder, name="other", methods=methods)
     assert compare(config, classified, "--resume") == 2
     assert "methods.lora" in capsys.readouterr().err
+    assert compare(config, classified, "--report", "only=[adamw]") == 0  # it has no part in this
 
 
 def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):

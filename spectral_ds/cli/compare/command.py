@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_ds.cli.compare.prepare import prepare
     from spectral_ds.cli.compare.report import write
     from spectral_ds.cli.compare.results import COST, CURVE, KEY, Table, measures_of
-    from spectral_ds.cli.compare.settings import load
+    from spectral_ds.cli.compare.settings import chosen, load
     from spectral_ds.cli.compare.state import State, contents_of
     from spectral_ds.console import progress
 
@@ -66,7 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     comparison, content = load(arguments.config, arguments.overrides, arguments.quick)
     out: Path = arguments.out
     goes_on = arguments.resume or arguments.report
-    State(out).begin(content, contents_of(comparison), goes_on, writes=not arguments.report)
+    # Methods that are not asked for have no results, and may change.
+    written = {**content, "methods": {n: content["methods"][n] for n in chosen(comparison)}}
+    State(out).begin(written, contents_of(comparison), goes_on, writes=not arguments.report)
     results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY)
     curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"))
     failures = []
