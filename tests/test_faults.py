@@ -60,6 +60,6 @@ def test_a_rank_that_is_lost_in_the_filter_ends_all_soon_and_says_why(
     ended, seconds = trained(tmp_path / fault, "ddp", fault)
     assert ended.code != 0
     assert seconds < SECONDS_TO_END
-    assert said in ended.stderr
+    assert said in ended.stderr.partition("closed by peer")[0]  # what the others say, after it
     # What was saved before it is there.
     assert torch.load(tmp_path / fault / "state.pt", weights_only=True)["step"] == 3
