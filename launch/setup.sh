@@ -5,7 +5,7 @@
 #
 # In:  PYTHON       interpreter to use (default: the newest of python3.13 ... python3.10, python3)
 #      TORCH_SPEC   what to ask pip for (default below); packages come from pip's configured index
-#      VENV         folder of the environment (default .venv in the repository root)
+#      SPECTRAL_DS_VENV   folder of the environment (default .venv in the repository root)
 #      --wheelhouse a folder shared between machines: ready-made torch-scatter and torch-sparse wheels
 #                   are taken from DIR/<python tag>-torch<version>/, and those of this machine are
 #                   left there
@@ -19,7 +19,7 @@ TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/spectral_ds
-venv=${VENV:-$root/.venv}
+venv=${SPECTRAL_DS_VENV:-$root/.venv}
 python=$venv/bin/python
 stamp=$venv/spectral_ds_setup
 started=$SECONDS

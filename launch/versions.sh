@@ -5,14 +5,14 @@
 #   bash launch/versions.sh [oldest | newest] [PYTEST ARGUMENTS]
 #
 # In:  oldest, newest   one of the two (default: both, one after the other)
-#      VERSIONS         folder of the environments (default ~/.cache/spectral_ds/versions); each is
-#                       made anew, and takes several GB where torch comes with CUDA
-#      what setup.sh takes is passed on, TORCH_SPEC and VENV aside
+#      SPECTRAL_DS_VERSIONS   folder of the environments, each of which is made anew and takes several
+#                       GB where torch comes with CUDA (default ~/.cache/spectral_ds/versions)
+#      what setup.sh takes is passed on, TORCH_SPEC and SPECTRAL_DS_VENV aside
 # Out: pytest's report of each; the exit status is that of the last that failed.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-versions=${VERSIONS:-${XDG_CACHE_HOME:-$HOME/.cache}/spectral_ds/versions}
+versions=${SPECTRAL_DS_VERSIONS:-${XDG_CACHE_HOME:-$HOME/.cache}/spectral_ds/versions}
 
 case ${1:-} in
     oldest | newest) name=$1; shift ;;
@@ -31,19 +31,20 @@ asked() {
     esac
 }
 
-export VENV=$versions/$name TORCH_SPEC
+venv=$versions/$name
+export SPECTRAL_DS_VENV=$venv TORCH_SPEC
 TORCH_SPEC=$(asked torch)
 mkdir -p "$versions"
-rm -rf "$VENV"
-for package in torch transformers deepspeed; do asked "$package"; done >"$VENV.txt"
-PIP_CONSTRAINT=$VENV.txt bash "$root/launch/setup.sh"
+rm -rf "$venv"
+for package in torch transformers deepspeed; do asked "$package"; done >"$venv.txt"
+PIP_CONSTRAINT=$venv.txt bash "$root/launch/setup.sh"
 
 printf '\n== %s: ' "$name"
-"$VENV/bin/python" - <<'PY'
+"$venv/bin/python" - <<'PY'
 from importlib.metadata import version
 
 print(*(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed")), sep=", ")
 PY
 cd "$root"
 unset PYTHONDONTWRITEBYTECODE
-exec "$VENV/bin/pytest" --fast -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec "$venv/bin/pytest" --fast -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -35,12 +35,13 @@ def require_one_graph(graph: ParameterGraph, ranks: Communicator, everyone: Comm
     found = everyone.maximum_(known.to(everyone.device)).tolist()
     if found[4]:
         raise GraphsDifferError(
-            "the two directions of edges between ranks have other weights: a rank computes "
-            "otherwise than the others (other libraries, or a fault of its machine)"
+            "spectral_ds.graph: the two directions of edges between ranks have other weights: a "
+            "rank computes otherwise than the others (other libraries, or a fault of its machine)"
         )
     if found[:2] != [-each for each in found[2:4]]:
         raise GraphsDifferError(
-            "replicas have made different graphs: ranks that should hold the same weights do not"
+            "spectral_ds.graph: replicas have made different graphs: they do not hold the same "
+            "weights, or a rank computes otherwise than the others"
         )
 
 

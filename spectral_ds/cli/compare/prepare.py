@@ -110,7 +110,6 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
             continue
         config = comparison.statistics[name]
         found = changed(see(replace(config, change="none")), config.change)
-        path.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(path, found, name, config.rank)
     return prepared
 
