@@ -1,23 +1,12 @@
 """`spectral-ds compare` on tiny models: every way to train and what is done after, and going on."""
 
-import contextlib
-import csv
-import json
-import multiprocessing
-import os
-import signal
-import threading
-import time
-
 import numpy as np
-import psutil
 import pytest
 import torch
-from merged import CLASSES, CONFIGS, WORDS, write_texts, write_tokenizer
+from compared import METHODS, cells, compare, retain, rows_of, write_config, write_inputs
+from merged import WORDS
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from spectral_ds.cli import main
-from spectral_ds.cli.compare import pool
 from spectral_ds.cli.compare.adapters import adapted
 from spectral_ds.cli.compare.after import share_by_depth
 from spectral_ds.cli.compare.material import Material
@@ -26,86 +15,12 @@ from spectral_ds.cli.compare.settings import load
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation.spectrum import spectrum_of
 
-LOOK = {"rank": 8, "samples": 8, "length": 8}
-
-
-def retain(keep, **edge):
-    edge = {"family": "activations", "rank": 8, "keep": keep, **edge}
-    return {"preset": "retain", "graph": {"node": "column", "edges": [edge]}}
-
-
-METHODS = {
-    "adamw": None,
-    "identity": {"section": {"preset": "observe"}},
-    "retain": {"section": retain("statistics.random"), "dial": {"section.filter.tau": [0.3, 1.0]}},
-    "learn": {"section": retain("random", learn="training", samples=4, length=8)},
-    **({"muon": {"optimizer": "muon"}} if hasattr(torch.optim, "Muon") else {}),
-    "lora": {"adapter": "lora", "options": {"r": 4}, "rate": 10.0},
-    "osf": {"adapter": "osf", "options": {"effective_rank": 0.5}},
-    "by depth": {"after": "adamw", "by": "by_depth", "dial": {"options.alpha": [0.3]}},
-    "early": {"after": "adamw", "by": "early_stopping"},
-    "merge": {
-        "after": "adamw",
-        "by": "merge",
-        "options": {"keep": "statistics.shuffled", "learn": "training", **LOOK, "rest": 0.5},
-        "dial": {"options.mu": [0, 1]},
-    },
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("compare")
-    for kind in ("llama", "bert"):
-        torch.manual_seed(0)
-        CLASSES[kind](CONFIGS[kind]).save_pretrained(path / kind)
-        write_tokenizer(path / kind)
-    write_texts(path / "task.tsv", 0, 120, labels=True)
-    write_texts(path / "general.txt", 1, 60)
+    write_inputs(path)
     return path
-
-
-def write_config(folder, kind="classification", name="config", **changes):
-    task = {"data": str(folder / "task.tsv"), "steps": 3, "examples": 40}
-    content = {
-        "model": str(folder / ("bert" if kind == "classification" else "llama")),
-        "kind": kind,
-        "batch_size": 8,
-        "sequence_length": 12,
-        "learning_rates": [0.01],
-        "seeds": [0, 1],
-        "validation": 16,
-        "test": 24,
-        "curve": 2,
-        "interpolated": [0.0, 0.5],
-        "tasks": {"words": task},
-        "general": {"other": {"data": str(folder / "general.txt"), "texts": 24}},
-        "statistics": {
-            "random": {"keep": "random", **LOOK},
-            "shuffled": {"keep": "random", "change": "shuffled", **LOOK},
-        },
-        "methods": METHODS,
-    }
-    path = folder / f"{name}.yaml"  # JSON is YAML
-    path.write_text(json.dumps(content | changes))
-    return path
-
-
-def compare(config, out, *words):
-    return main(["compare", "--config", str(config), "--out", str(out), *words])
-
-
-def rows_of(out, table="results"):
-    with (out / f"{table}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def cells(rows, method, but=()):
-    return [
-        {name: cell for name, cell in row.items() if name not in ("method", *but)}
-        for row in rows
-        if row["method"] == method
-    ]
 
 
 TIMES = ("seconds", "step_seconds", "memory")
@@ -230,66 +145,6 @@ def test_examples_of_each_class_are_drawn_by_the_seed(folder):
     assert all(len(each) == 15 for each in drawn)
     held_out = {tuple(ids) for part in task.held_out.values() for ids in part}
     assert not held_out & {tuple(ids) for ids in drawn[0]}
-
-
-def test_a_run_that_fails_is_named_and_others_go_on(folder, capsys):
-    methods = {
-        "adamw": None,
-        "biases": {"adapter": "bitfit"},
-        "typo": {"optimizer": "projection_decay", "options": {"strenght": 1}},
-        "merge typo": {"after": "adamw", "by": "merge", "options": {"mux": 1}},
-    }
-    tasks = {"words": {"data": str(folder / "task.tsv"), "steps": 1}}
-    config = write_config(folder, "causal-lm", "fails", methods=methods, seeds=[0], tasks=tasks)
-    out = folder / "fails"
-    assert compare(config, out, "--workers", "0") == 1
-    said = capsys.readouterr().out
-    assert "words-biases-0.01-0 failed: adapter = bitfit" in said
-    assert "words-typo-0.01-0 failed: methods.typo.options = {'strenght': 1}" in said
-    assert "words-adamw-0.01-0 failed: options of merge: unrecognized arguments: --mux" in said
-    assert "Traceback" not in said
-    assert len(cells(rows_of(out), "adamw")) == 3
-
-
-def test_a_run_that_is_killed_is_named_and_leaves_no_process(folder, monkeypatch, processes):
-    config = write_config(folder, name="killed", methods={"adamw": None})
-    out, before = folder / "killed", set(multiprocessing.active_children())
-    monkeypatch.setattr(pool, "_child", _killed)
-    assert compare(config, out, "--workers", "2") == 1
-    assert set(multiprocessing.active_children()) <= before
-    assert rows_of(out) == []
-
-
-def _killed(job, place, connection):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_run_whose_parent_was_killed_ends(tmp_path, processes):
-    context = multiprocessing.get_context("fork")
-    parent = context.Process(target=_with_child, args=(context, tmp_path / "pid"))
-    parent.start()
-    while not (tmp_path / "pid").exists():
-        time.sleep(0.05)
-    child = psutil.Process(int((tmp_path / "pid").read_text()))
-    parent.kill()
-    parent.join()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        until = time.monotonic() + 20
-        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < until
-            time.sleep(0.05)
-
-
-def _with_child(context, file):
-    context.Process(target=_waiting_child, args=(file,)).start()
-    time.sleep(60)
-
-
-def _waiting_child(file):
-    threading.Thread(target=pool._end_with_parent, daemon=True).start()
-    file.with_suffix(".new").write_text(str(os.getpid()))
-    file.with_suffix(".new").rename(file)
-    time.sleep(60)
 
 
 def test_by_depth_the_share_rises_from_the_first_block_to_the_last(folder):
