@@ -32,6 +32,16 @@ def test_the_largest_model_on_a_thousand_ranks(capsys):
     assert "Under zero3 the same graph sends nothing" in depth["advice"]
 
 
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "fsdp2"])
+@pytest.mark.parametrize("world_size", ["8", "64", "256"])
+@pytest.mark.parametrize("preset", ["gradient_smoothing", "paper", "retain"])
+def test_what_is_worked_on_at_once_is_a_shard_at_most(preset, engine, world_size, capsys):
+    words = ["--model", "llama-3-8b", "--config", preset, "--engine", engine]
+    found = plan_by_command(capsys, *words, "--world-size", world_size)["per_rank"]
+    shard = 4 * found["elements"]["mean"]
+    assert found["device_bytes"]["scratch"]["worst"] <= 1.01 * shard  # slices of 16 columns
+
+
 def test_presets_have_their_published_sizes():
     sizes = {"llama-3-8b": 8_030_261_248, "smollm2-135m": 134_515_008}
     for name, elements in sizes.items():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from spectral_ds.coactivation.cut_rows import CutRows, Key
-from spectral_ds.geometry.buckets import bucket_elements
+from spectral_ds.geometry.buckets import below_shard, bucket_elements
 from spectral_ds.geometry.rectangles import Rectangle, rectangles_of
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout, Signal
@@ -127,7 +127,8 @@ class SubspaceOperator:
         self.pieces = pieces[layout.rank]
         held = [[(p.key, p.outputs) for p in each if not p.is_whole] for each in pieces]
         self._cut = CutRows(held, outputs, columns, communicator)
-        self._at_most = bucket_elements(device)
+        elements = sum(parameter.numel for parameter in parameters)
+        self._at_most = below_shard(bucket_elements(device), elements, layout.world_size)
         rows = [piece.rows_at_once(self._at_most) for piece in self.pieces if piece.is_whole]
         self._products = torch.empty(max(rows, default=1), columns, device=device)
         at_once = (piece.elements_at_once(self._at_most) for piece in self.pieces)

@@ -18,6 +18,10 @@ ExchangeName = Literal["best", "boundary", "transpose"]
 Exchange = Literal["local", "boundary", "transpose"]
 
 
+# Of nodes, by rank: counted, or by chance.
+Counts = npt.NDArray[np.float64]
+
+
 class Packable(NamedTuple):
     """What decides with which other groups a group of joined parameters is worked on."""
 
@@ -71,3 +75,15 @@ def packs_of(groups: Sequence[Packable], bucket_elements: int) -> list[list[int]
         held.append(position)
         still_open[key] = held, filled + elements
     return packs
+
+
+def nodes_in_scratch(own: Counts, boundary: Counts) -> Counts:
+    """As many nodes without a boundary as would take the scratch memory that these take.
+
+    Of own rows alone there are three matrices, and buffers of as much as two at most. Boundary rows
+    lie in two of the matrices, and pass through both buffers.
+
+    Args:
+        own, boundary: rows that a rank stores, or (world size,).
+    """
+    return np.maximum(own, np.ceil((3 * own + 4 * boundary) / 5))

@@ -27,6 +27,7 @@ from spectral_ds.laplacian.packing import (
     Packable,
     count_exchanges,
     exchange_of,
+    nodes_in_scratch,
     packs_of,
 )
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
@@ -199,7 +200,7 @@ class _Maker:
         kernel_name = "dense" if is_dense else None
         last: LaplacianOperator | None = None
         made = []
-        for bucket in self._slices(whole, is_dense and exchange == "local", bucket_elements):
+        for bucket in self._slices(whole, exchange, edges, bucket_elements, is_dense):
             operator = self._arranged(bucket, exchange, edges)
             block, device = operator.block, self.communicator.device
             if kernel_name is None:
@@ -238,17 +239,29 @@ class _Maker:
             first += group.bucket.nodes
         return Edges.concatenate(parts)
 
-    def _slices(self, whole: Bucket, is_own: bool, bucket_elements: int) -> list[Bucket]:
-        """Slices of columns, equal on all ranks; or each rank its own."""
-        if is_own:
-            rectangles = whole.rectangles(self.layout.own)
+    def _slices(
+        self,
+        whole: Bucket,
+        exchange: Exchange,
+        edges: Edges,
+        bucket_elements: int,
+        is_dense: bool,
+    ) -> list[Bucket]:
+        """Slices of columns, equal on all ranks; or each rank its own, of paths that stay."""
+        rectangles = whole.rectangles(self.layout.own)
+        if is_dense and exchange == "local":
             if not rectangles:
                 return []
             low = min(part.column for part in rectangles) // 16 * 16
             high = max(part.column + part.columns for part in rectangles)
             own = replace(whole, low=low, high=high)
             return own.slices(columns_at_once(bucket_elements, whole.nodes))
-        most = int(whole.touched(self.layout).max())
+        if exchange == "boundary":
+            block = LocalBlock.of(whole.width, rectangles, edges)
+            held = nodes_in_scratch(np.float64(block.own), np.float64(block.stored - block.own))
+            most = int(self.communicator.maximum(float(held)))
+        else:
+            most = int(whole.touched(self.layout).max())
         return whole.slices(columns_at_once(bucket_elements, most))
 
     def _arranged(self, bucket: Bucket, exchange: Exchange, edges: Edges) -> LaplacianOperator:

@@ -12,6 +12,7 @@ import torch
 
 from spectral_ds.coactivation import is_exact, sketch_columns
 from spectral_ds.config import EdgeConfig, SpectralConfig
+from spectral_ds.geometry.buckets import below_shard
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.planning.costs import FLOAT, Cost
 from spectral_ds.planning.cut_rows import CutMatrices, cut_matrices
@@ -109,7 +110,9 @@ def plan_coactivation(
     edge, groups = choice.settings.edges[0], by_shared_input(parameters)
     inputs = max((parameter.nodes_of_matrix for parameter in parameters), default=1)
     columns = min(edge.rank * (2 if edge.learn != "none" else 1), inputs)
-    cut = cut_matrices(parameters, cuts, cluster, bucket_elements)
+    elements = sum(parameter.numel for parameter in parameters)
+    at_once = below_shard(bucket_elements, elements, cluster.world_size)
+    cut = cut_matrices(parameters, cuts, cluster, at_once)
     rows = np.maximum(cut.rows_at_once, 1)
     # λ_max is not known: it bounds what a response is evaluated on, and says nothing of its cost.
     transfers = choose_transfers(config, 1.0, False, torch.device("cpu"), is_exact=True)
@@ -121,8 +124,8 @@ def plan_coactivation(
         "scratch": FLOAT * _scratch(cut, rows, columns, stages),
         **_directions(groups, edge, held, acts, has_penalty),
     }
-    elements = _elements(parameters, cuts, cluster)
-    parts = [_cost(elements, columns, rows, cut, columns)] if acts else []
+    owned = _elements(parameters, cuts, cluster)
+    parts = [_cost(owned, columns, rows, cut, columns)] if acts else []
     if config.filter.strength > 0 and config.filter.rest != 1:
         others = [p for p in choice.parameters if p.name not in with_inputs]
         parts.append(Cost.of_elements(_elements(others, cuts, cluster), 2 * FLOAT, cluster))
@@ -137,7 +140,7 @@ def plan_coactivation(
         memory,
         _calibration(groups, edge.rank),
         sum(parts[1:], parts[0]) if parts else None,
-        _cost(elements, known, rows, cut, columns) if has_penalty else None,
+        _cost(owned, known, rows, cut, columns) if has_penalty else None,
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from spectral_ds.geometry.buckets import columns_at_once
 from spectral_ds.laplacian import Exchange
-from spectral_ds.laplacian.packing import Packable, packs_of
+from spectral_ds.laplacian.packing import Packable, nodes_in_scratch, packs_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.flows import Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup
@@ -119,7 +119,8 @@ def _pack(
         at_once = columns_at_once(bucket_elements, parts.all_nodes)
         slices = -(-int(columns.max()) // at_once)
     else:
-        at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
+        most = int(nodes_in_scratch(rows, boundary).max())
+        at_once = columns_at_once(bucket_elements, most)
         slices = -(-parts.width // at_once)
     here, share = np.minimum(columns, at_once), min(1.0, at_once / parts.width)
     links = sum((group.links for group in groups), np.zeros(cluster.world_size)) + rows
@@ -138,7 +139,8 @@ def _transposed(
     bucket_elements: int,
 ) -> Pack:
     """A pack whose slices of columns are divided among the ranks by what they own of them."""
-    at_once = _equal_on_all_ranks(parts, cluster, bucket_elements)
+    touched = cluster.by_rank(parts.rank, parts.touched)
+    at_once = columns_at_once(bucket_elements, int(touched.max()))
     transpose, scratch = Flow.none(cluster), ScratchElements.none(cluster)
     columns = np.zeros(cluster.world_size)
     starts = range(0, parts.width, at_once)
@@ -164,9 +166,3 @@ def _transposed(
         (sum(group.all_links for group in groups) + parts.all_nodes) * has_any,
         scratch,
     )
-
-
-def _equal_on_all_ranks(parts: Parts, cluster: Cluster, bucket_elements: int) -> int:
-    """Columns of a slice of which no rank holds more elements."""
-    most = int(cluster.by_rank(parts.rank, parts.touched).max())
-    return columns_at_once(bucket_elements, most)
