@@ -154,7 +154,7 @@ def test_env_agrees_with_the_installation():
     for name, version in found["versions"].items():
         assert version == importlib.metadata.version(name)
     assert {"torch", "deepspeed", "transformers", "torch-sparse"} <= found["versions"].keys()
-    assert found["kernels"].keys() == {"torch_csr", "torch_sparse", "dense"}
+    assert found["kernels"].keys() == {"torch_csr", "torch_sparse", "embedding_bag", "dense"}
     assert found["kernels"]["torch_csr"]["works"]
     assert all(found["engines"][name]["works"] for name in ("deepspeed", "fsdp2", "ddp"))
     assert found["communication"]["gloo"] is True

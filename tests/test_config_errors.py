@@ -118,7 +118,7 @@ FROM_0_TO_1 = "must be a number from 0 to 1"
         ("regularizer.coupling", "both", '"both"', "must be one of joint, decoupled"),
         ("regularizer.reference", "one", '"one"', "must be one of pretrained, zero"),
         ("regularizer.reference_device", "tpu", '"tpu"', "must be one of same, cpu"),
-        ("operator.kernel", "csr", '"csr"', "must be one of best, torch_sparse, torch_csr"),
+        ("operator.kernel", "csr", '"csr"', "one of best, torch_sparse, torch_csr, embedding_bag"),
         ("operator.exchange", "ring", '"ring"', "must be one of best, boundary, transpose"),
     ],
 )

@@ -68,7 +68,7 @@ def star(leaves, pairs):
     )
 
 
-@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
+@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "embedding_bag"])
 def test_a_million_nodes_of_one_edge_and_one_of_ten_thousand(kernel):
     if kernel == "torch_sparse":
         pytest.importorskip("torch_sparse")

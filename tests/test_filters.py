@@ -18,7 +18,7 @@ from spectral_ds.sharding import Fragment
 
 
 @pytest.mark.parametrize("families", [SPARSE, PATHS])
-@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse"])
+@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "embedding_bag"])
 def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     graph, plan = small_graph(kernel=kernel, families=families)
     transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
@@ -34,7 +34,7 @@ def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     assert results[0].isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "best"])
+@pytest.mark.parametrize("kernel", ["torch_csr", "torch_sparse", "embedding_bag", "best"])
 def test_kernels_multiply_alike(kernel):
     graph, plan = small_graph(normalized=False, kernel=kernel)
     [operator] = plan.operators
@@ -61,8 +61,9 @@ def test_a_missing_torch_sparse_is_an_error_or_a_warning(monkeypatch, caplog):
         require_kernel("best")
         require_kernel("best")
         assert len(caplog.records) == 1
-        assert "native CSR" in caplog.text
-        assert small_graph(kernel="best")[1].operators[0].kernel.name == "torch_csr"
+        assert "torch's own" in caplog.text
+        chosen = small_graph(kernel="best")[1].operators[0].kernel.name
+        assert chosen in ("torch_csr", "embedding_bag")
     finally:
         kernels._torch_sparse.cache_clear()
 

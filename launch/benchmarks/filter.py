@@ -64,7 +64,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     },
     **{
         f"similarity of rows, one hop, {kernel}": similarity(8, 1, "row", kernel)
-        for kernel in ("torch_csr", "torch_sparse")
+        for kernel in ("torch_csr", "torch_sparse", "embedding_bag")
     },
     **{f"co-activation, rank {rank}": activations(rank) for rank in (32, 64, 256)},
 }

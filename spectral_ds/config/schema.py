@@ -34,7 +34,7 @@ Filtered = Literal["gradient", "update"]
 Coupling = Literal["joint", "decoupled"]
 ReferenceName = Literal["pretrained", "zero"]
 ReferenceDevice = Literal["same", "cpu"]
-KernelName = Literal["best", "torch_sparse", "torch_csr"]
+KernelName = Literal["best", "torch_sparse", "torch_csr", "embedding_bag"]
 ExchangeName = Literal["best", "boundary", "transpose"]
 PresetName = Literal["paper", "retain", "denoise", "gradient_smoothing", "laplacian_smoothing",
                      "grokfast", "whiten", "observe"]  # fmt: skip

@@ -1,7 +1,7 @@
 """Multiply kernels: out ← alpha · A x + beta · out for one block A.
 
-Kernels of one interface, equal in result: torch-sparse, torch's native CSR, and a dense one for the
-few nodes of depth paths.
+Kernels of one interface, equal in result: torch-sparse, torch's native CSR, torch's embedding bag,
+and a dense one for the few nodes of depth paths.
 """
 
 import math
@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from scipy.sparse import csr_array
+from torch.nn.functional import embedding_bag
 
 from spectral_ds.console.messages import logger
 from spectral_ds.sharding import Communicator
 
-KernelName = Literal["best", "torch_sparse", "torch_csr"]
+KernelName = Literal["best", "torch_sparse", "torch_csr", "embedding_bag"]
 
 INSTALL_TORCH_SPARSE = (
     "install it after torch: pip install --no-build-isolation torch-scatter torch-sparse"
@@ -84,6 +85,33 @@ class TorchSparseKernel:
             out.mul_(beta).add_(product, alpha=alpha)
 
 
+class EmbeddingBagKernel:
+    """torch's sum of weighted embeddings: bags are rows of A, embeddings rows of x.
+
+    On x86 CPUs it runs FBGEMM's code, which is made for the width. It allocates its result.
+    """
+
+    name = "embedding_bag"
+
+    def __init__(self, block: csr_array, device: torch.device, dtype: torch.dtype) -> None:
+        index_dtype = np.int32 if max(block.nnz, *block.shape) < 2**31 else np.int64
+        self._columns = torch.from_numpy(block.indices.astype(index_dtype)).to(device)
+        self._starts = torch.from_numpy(block.indptr[:-1].astype(index_dtype)).to(device)
+        self._weights = {1.0: torch.from_numpy(block.data).to(device, dtype)}
+
+    def multiply(self, x: torch.Tensor, out: torch.Tensor, alpha: float, beta: float) -> None:
+        if alpha not in self._weights:  # there are few
+            self._weights[alpha] = self._weights[1.0] * alpha
+        weights = self._weights[alpha]
+        product = embedding_bag(
+            self._columns, x, self._starts, mode="sum", per_sample_weights=weights
+        )
+        if beta == 0:
+            out.copy_(product)
+        else:
+            torch.add(product, out, alpha=beta, out=out)
+
+
 class DenseKernel:
     """A dense block in a plain matrix product."""
 
@@ -99,6 +127,7 @@ class DenseKernel:
 KERNELS: dict[str, Callable[[csr_array, torch.device, torch.dtype], Kernel]] = {
     "torch_csr": TorchCSRKernel,
     "torch_sparse": TorchSparseKernel,
+    "embedding_bag": EmbeddingBagKernel,
     "dense": DenseKernel,
 }
 
@@ -119,7 +148,7 @@ def require_kernel(name: KernelName, says: bool = True) -> None:
     Raises:
         KernelUnavailableError: `torch_sparse` is asked for and does not import.
     """
-    if name == "torch_csr":
+    if name in ("torch_csr", "embedding_bag"):
         return
     try:
         _torch_sparse()
@@ -131,7 +160,7 @@ def require_kernel(name: KernelName, says: bool = True) -> None:
             ) from error
         if says:
             _warn_once(
-                f"torch_sparse does not import ({error}): using torch's native CSR kernel; "
+                f"torch_sparse does not import ({error}): using torch's own kernels; "
                 f"to have both, {INSTALL_TORCH_SPARSE}"
             )
 
@@ -156,6 +185,8 @@ def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Comm
         return name
     device, dtype = everyone.device, torch.float32
     candidates = ["torch_csr", "torch_sparse"]
+    if device.type == "cpu":
+        candidates.append("embedding_bag")
     seconds = torch.zeros(len(candidates), dtype=torch.float64, device=device)
     for index, candidate in enumerate(candidates):
         if candidate == "torch_sparse" and not _imports_torch_sparse():
