@@ -39,7 +39,8 @@ def test_what_is_worked_on_at_once_is_a_shard_at_most(preset, engine, world_size
     words = ["--model", "llama-3-8b", "--config", preset, "--engine", engine]
     found = plan_by_command(capsys, *words, "--world-size", world_size)["per_rank"]
     shard = 4 * found["elements"]["mean"]
-    assert found["device_bytes"]["scratch"]["worst"] <= 1.01 * shard  # slices of 16 columns
+    most = max(1.01 * shard, 4 * 5 * 2**24)  # slices are of 16 columns at least
+    assert found["device_bytes"]["scratch"]["worst"] <= most
 
 
 def test_presets_have_their_published_sizes():

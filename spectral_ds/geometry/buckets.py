@@ -116,14 +116,14 @@ def below_shard(most: int, elements: int, world_size: int) -> int:
     """At most so many elements of a bucket that scratch memory takes about the mean shard, or less.
 
     Scratch memory is three matrices of a bucket, and two buffers of what is exchanged. Shards below
-    5 · 2**22 elements (84 MB) may take more: smaller buckets would cost more collectives than
-    memory.
+    5 · 2**24 elements (a third of a gigabyte) may take more: smaller buckets would cost more
+    collectives than memory.
 
     Args:
         most: from `bucket_elements`.
         elements: of all ranks together.
     """
-    return min(most, max(2**22, elements // world_size // 5))
+    return min(most, max(2**24, elements // world_size // 5))
 
 
 def columns_at_once(bucket_elements: int, nodes: int) -> int:
