@@ -258,8 +258,8 @@ class _Maker:
             return own.slices(columns_at_once(bucket_elements, whole.nodes))
         if exchange == "boundary":
             block = LocalBlock.of(whole.width, rectangles, edges)
-            held = nodes_in_scratch(np.float64(block.own), np.float64(block.stored - block.own))
-            most = int(self.communicator.maximum(float(held)))
+            rows, others = np.array([block.own, len(block.boundary_rows)], np.float64)
+            most = int(self.communicator.maximum(float(nodes_in_scratch(rows, others))))
         else:
             most = int(whole.touched(self.layout).max())
         return whole.slices(columns_at_once(bucket_elements, most))
