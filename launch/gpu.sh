@@ -94,10 +94,10 @@ else
     part cells 300 "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/test_device.py \
         tests/test_engines.py -k "waits or travel or (every_cell and plain)"
     bench filter-smollm2 200 filter --blocks 1 --rounds 2
-    steps plain 120 "${small[@]}" --methods retain paper gradient_smoothing
-    steps zero2 200 "${small[@]}" --methods retain
-    steps zero3 200 "${small[@]}" --methods retain
-    steps fsdp2 200 "${small[@]}" --methods retain naive
+    steps plain 300 "${small[@]}" --methods retain paper gradient_smoothing
+    steps zero2 300 "${small[@]}" --methods retain
+    steps zero3 300 "${small[@]}" --methods retain
+    steps fsdp2 300 "${small[@]}" --methods retain naive
     bench scaling 200 scaling --blocks 1 --ranks 1 2
 fi
 
