@@ -213,7 +213,7 @@ class MonitorConfig:
 class OperatorConfig:
     """How y = L x is computed on shards."""
 
-    kernel: KernelName = choice(BEST, KernelName)  # best = the faster one
+    kernel: KernelName = choice(BEST, KernelName)  # best = the fastest one
     exchange: ExchangeName = choice(BEST, ExchangeName)
 
 
