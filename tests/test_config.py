@@ -44,7 +44,7 @@ temporal: null}
   regularizer: {strength: 0.0, response: laplacian, ridge: 0.0, coupling: joint, \
 reference: pretrained, reference_device: same}
   monitor: {enabled: true, interval: 10, bands: 8, figures_interval: 100, folder: ""}
-  operator: {kernel: best, exchange: best}
+  operator: {kernel: best, exchange: best, exchange_dtype: float32}
   checkpoint: {enabled: true, strict: true}
   seed: 0
 """
@@ -166,6 +166,7 @@ def test_a_graph_of_activations_loads(edge: dict[str, Any], response: str) -> No
         ("operator.kernel", "torch_csr"),
         ("operator.exchange", "boundary"),
         ("operator.exchange", "transpose"),
+        ("operator.exchange_dtype", "bfloat16"),
         ("enabled", False),
         ("seed", 2**63 - 1),
     ],

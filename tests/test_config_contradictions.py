@@ -141,6 +141,12 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
             f"graphs[1].refresh_interval = 9: {TWO_SAMPLES} 10, twice "
             "spectral_ds.statistics.interval",
         ),
+        (
+            {"regularizer": {"strength": 0.1}, "operator": {"exchange_dtype": "bfloat16"}},
+            "operator.exchange_dtype = bfloat16: must be float32 with a regularizer "
+            "(spectral_ds.regularizer.strength = 0.1), which takes differences of weights that "
+            "bfloat16 rounds away",
+        ),
         ({"graph": {"node": "element"}}, f'graph.node = "element": {IN_ONE_NUMBER}'),
         ({"graphs": [{"node": "element"}]}, f'graphs[0].node = "element": {IN_ONE_NUMBER}'),
         (

@@ -120,6 +120,7 @@ FROM_0_TO_1 = "must be a number from 0 to 1"
         ("regularizer.reference_device", "tpu", '"tpu"', "must be one of same, cpu"),
         ("operator.kernel", "csr", '"csr"', "one of best, torch_sparse, torch_csr, embedding_bag"),
         ("operator.exchange", "ring", '"ring"', "must be one of best, boundary, transpose"),
+        ("operator.exchange_dtype", "fp8", '"fp8"', "must be one of float32, bfloat16"),
     ],
 )
 def test_impossible_value_names_key_value_and_what_is_allowed(

@@ -33,9 +33,17 @@ SECTIONS = {
     "penalty": {**ROWS, "regularizer": {"strength": 1e-3, "coupling": "decoupled"}},
 }
 MONITORED = {"preset": "paper", "operator": {"kernel": "torch_csr"}}
-# Exchanges, and how many elements of a bucket a rank may hold: few make slices of columns.
-USUAL = "best", bucket_elements(torch.device("cpu"))
-PLANS = [USUAL, ("boundary", 700), ("transpose", 700), ("transpose", USUAL[1])]
+# Exchanges, how many elements of a bucket a rank may hold (few make slices of columns), and the
+# dtype of what travels.
+USUAL = "best", bucket_elements(torch.device("cpu")), "float32"
+PLANS = [
+    USUAL,
+    ("boundary", 700, "float32"),
+    ("transpose", 700, "float32"),
+    ("transpose", USUAL[1], "float32"),
+    ("boundary", 700, "bfloat16"),
+    ("transpose", 700, "bfloat16"),
+]
 
 
 def measured(engine_name):
@@ -76,9 +84,9 @@ def facts_of(stage, engine):
         "kernels": sum(kernel_bytes(stage.plan.operators).values()),
     }
     layout = ShardLayout.gather(engine.fragments, engine.communicator)
-    for way, elements in PLANS:
+    for way, elements, dtype in PLANS:
         plan = stage.plan
-        if (way, elements) != USUAL:
+        if (way, elements, dtype) != USUAL:
             plan = plan_operators(
                 stage.graph,
                 layout,
@@ -88,8 +96,9 @@ def facts_of(stage, engine):
                 exchange=way,
                 kernel="torch_csr",
                 bucket_elements=elements,
+                exchange_dtype=getattr(torch, dtype),
             )
-        facts[way, elements] = {
+        facts[way, elements, dtype] = {
             "work": plan.work,
             "scratch": plan.scratch_bytes,
             "bytes": (plan.bytes_per_hop, plan.bytes_per_transpose, plan.bytes_sent),
@@ -128,11 +137,20 @@ def tiny_model():
     ), groups
 
 
-def planned(section, engine, world_size, way=USUAL[0], elements=USUAL[1], monitored=False):
+def planned(
+    section,
+    engine,
+    world_size,
+    way=USUAL[0],
+    elements=USUAL[1],
+    dtype=USUAL[2],
+    monitored=False,
+):
     model, groups = tiny_model()
-    section = {**section, "monitor": {"enabled": monitored}, "operator": {"exchange": way}}
+    config = load_config({**section, "monitor": {"enabled": monitored}})
+    operator = replace(config.operator, exchange=way, exchange_dtype=dtype)
+    config = replace(config, operator=operator)
     cluster = planning.Cluster(world_size, 2)
-    config = load_config(section)
     return planning.plan_configuration(
         model, config, engine, cluster, planning.Machine(), elements, groups
     )
@@ -162,13 +180,13 @@ def test_shards_are_the_engines_own(cell):
 @pytest.mark.parametrize("label", SECTIONS)
 def test_bytes_of_known_edges_are_exact(cell, label):
     engine, world_size, by_rank = cell
-    for way, elements in PLANS:
-        plan = planned(SECTIONS[label], engine, world_size, way, elements)
+    for way in PLANS:
+        plan = planned(SECTIONS[label], engine, world_size, *way)
         [graph] = plan.graphs
         expected, least, most = graph.edges
         assert (graph.all_nodes, expected, graph.lambda_max) == by_rank[0][label]["graph"]
         assert least == expected == most
-        facts = by_rank[0][label][way, elements]
+        facts = by_rank[0][label][way]
         work = graph.work
         sent = work.hops * graph.bytes_per_hop + work.transposes * graph.bytes_per_transpose
         assert facts["bytes"] == (graph.bytes_per_hop, graph.bytes_per_transpose, sent)

@@ -4,6 +4,7 @@ In:  a configuration, and a model's shapes with random weights, cut by FSDP2 or 
 Out: by number of ranks, the bytes that they send in a step, the share of the gradient that this is,
      memory of the rank that needs most, and the plugin's time on the slowest; each beside the
      plan's, which is made for the bandwidths and the arithmetic that this machine has just shown.
+     Of `paper@bfloat16`, how far what it filters is from the same exchanged in float32.
 
     python launch/benchmarks/scaling.py [--ranks 1 2 4 8] [--presets paper retain] [--json FILE]
 """
@@ -26,8 +27,9 @@ from models import MODELS, SMALLEST, make_model
 from sheet import Sheet
 from timing import Clock, ready
 from tqdm import tqdm
-from training import Place, Training, largest, start
+from training import Place, Training, largest, section_of, start
 
+from spectral_ds import SpectralPlugin
 from spectral_ds.config import load_config
 from spectral_ds.geometry.buckets import bucket_elements
 from spectral_ds.planning import Cluster, Machine, Model, Plan, plan_configuration
@@ -88,15 +90,49 @@ def held(device: torch.device) -> int:
     return sum({each._cdata: each.nbytes() for each in storages}.values())
 
 
+def filtered(plugin: SpectralPlugin) -> torch.Tensor:
+    """The filter of random numbers, in the elements that this rank owns (collective)."""
+    device = plugin.engine.communicator.device
+    drawn = torch.Generator(device).manual_seed(dist.get_rank())
+    signal = [
+        torch.randn(fragment.length, device=device, generator=drawn) if is_filtered else None
+        for fragment, is_filtered in zip(
+            plugin.engine.fragments, plugin.stack.is_filtered, strict=True
+        )
+    ]
+    plugin.stack.filter.apply(signal, plugin.config.filter.warmup_steps)
+    return torch.cat([torch.empty(0, device=device), *(x for x in signal if x is not None)])
+
+
+def rounding(training: Training, preset: str) -> float | None:
+    """Norm of the difference from the same exchanged in float32, over its norm (collective).
+
+    None of what is exchanged in float32.
+    """
+    name, _, dtype = preset.partition("@")
+    if not dtype:
+        return None
+    found = []
+    for method in (name, preset):
+        plugin = training.attach({**section_of(method), "monitor": {"enabled": False}})
+        found.append(filtered(plugin))
+        plugin.detach()
+    exact, rounded = found
+    squares = torch.stack([(rounded - exact).square().sum(), exact.square().sum()]).double()
+    dist.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())
+
+
 def measure(
     preset: str, training: Training, clock: Clock, plan_of: Callable[[Any, Machine], Plan]
 ) -> dict[str, Any]:
     """One row (collective)."""
     device, ranks = training.place.device, dist.get_world_size()
-    section = {"preset": preset, "monitor": {"enabled": False}}
+    section = {**section_of(preset), "monitor": {"enabled": False}}
     config = load_config(section)
     plan = plan_of(config, show_machine(device))
     training.step(torch.randint(WORDS, (1, TOKENS), device=device))
+    error = rounding(training, preset)
     before = held(device)
     plugin = training.attach(section)
     seconds = []
@@ -112,6 +148,7 @@ def measure(
         "ranks": ranks,
         "sent, MB": sent / 1e6,
         "planned, MB": plan.bytes_sent / 1e6,
+        "error, %": None if error is None else 100 * error,
         "of the gradient": sent / (FLOAT * float(plan.elements.sum())),
         "memory, MiB": largest(memory) / 2**20,
         "planned, MiB": float(np.sum([*plan.device_memory.values()], axis=0).max()) / 2**20,

@@ -1,8 +1,8 @@
 """Times whole training steps with the plugin and without, in one run, and says what it adds.
 
-In:  a model's shapes with random weights, an engine, and presets. Under torchrun the model is
-     sharded over the ranks. `naive` is the way without shards: every rank gathers whole gradients,
-     filters them by dense matrices, and keeps its part.
+In:  a model's shapes with random weights, an engine, and presets; `paper@bfloat16` exchanges
+     numbers of that dtype. Under torchrun the model is sharded over the ranks. `naive` is without
+     shards: every rank gathers whole gradients, filters them by dense matrices, keeps its part.
 Out: by preset, what the plugin adds to a step on the slowest rank, by kind of step and on average
      at the preset's own intervals; bytes sent; memory at the peak beyond that of a step without.
 
@@ -24,7 +24,7 @@ from naive import Naive
 from sheet import Sheet
 from timing import Clock, said
 from tqdm import tqdm
-from training import ENGINES, Place, Training, is_first, largest, start
+from training import ENGINES, Place, Training, is_first, largest, section_of, start
 
 import spectral_ds
 from spectral_ds.cli.compare.memory import MemoryMeter
@@ -65,10 +65,10 @@ def measure(method: str, training: Training, clock: Clock, tokens: int, vocabula
         naive = Naive(training.adapter(), clock)
         sent, end = naive.bytes_sent, naive.remove
     elif method != OFF:
-        preset = spectral_ds.load_config({"preset": method})
+        preset = spectral_ds.load_config(section_of(method))
         intervals = preset.monitor.interval, preset.monitor.figures_interval
         section = {
-            "preset": method,
+            **section_of(method),
             "monitor": {"interval": MONITORED, "figures_interval": DRAWN},
             "statistics": {"interval": min(MONITORED, preset.statistics.interval)},
         }

@@ -91,6 +91,12 @@ class Training:
         self._optimizer.zero_grad()
 
 
+def section_of(method: str) -> dict[str, Any]:
+    """The configuration of PRESET or PRESET@DTYPE, which exchanges numbers of that dtype."""
+    preset, _, dtype = method.partition("@")
+    return {"preset": preset, **({"operator": {"exchange_dtype": dtype}} if dtype else {})}
+
+
 def is_first() -> bool:
     """Whether this rank is the one that speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -36,6 +36,7 @@ ReferenceName = Literal["pretrained", "zero"]
 ReferenceDevice = Literal["same", "cpu"]
 KernelName = Literal["best", "torch_sparse", "torch_csr", "embedding_bag"]
 ExchangeName = Literal["best", "boundary", "transpose"]
+ExchangeDtype = Literal["float32", "bfloat16"]
 PresetName = Literal["paper", "retain", "denoise", "gradient_smoothing", "laplacian_smoothing",
                      "grokfast", "whiten", "observe"]  # fmt: skip
 
@@ -215,6 +216,7 @@ class OperatorConfig:
 
     kernel: KernelName = choice(BEST, KernelName)  # best = the fastest one
     exchange: ExchangeName = choice(BEST, ExchangeName)
+    exchange_dtype: ExchangeDtype = choice("float32", ExchangeDtype)
 
 
 @dataclass(frozen=True)

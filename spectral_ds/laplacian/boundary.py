@@ -5,7 +5,7 @@ all-to-all a hop carries out with reused buffers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ class BoundaryExchange:
     Attributes:
         receives, sends: by peer rank, the addresses that come and go; each address once.
         buffers: where their elements pass through.
+        outgoing, incoming: these elements in the matrix's dtype, flat; the buffers themselves if
+            they have the same.
     """
 
     receives: list[intervals.Intervals]
@@ -30,6 +32,8 @@ class BoundaryExchange:
     buffers: SplitBuffers
     _receive_chunks: "_Chunks"
     _send_chunks: "_Chunks"
+    outgoing: torch.Tensor = field(init=False, repr=False)
+    incoming: torch.Tensor = field(init=False, repr=False)
 
     @classmethod
     def plan(
@@ -60,16 +64,30 @@ class BoundaryExchange:
             _Chunks.of(requests, block, communicator.device),
         )
 
-    def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
-        """Take flat buffers, shared with other exchanges, of at least the needed size."""
+    def use_buffers(
+        self, send: torch.Tensor, receive: torch.Tensor, staging: torch.Tensor | None = None
+    ) -> None:
+        """Take flat buffers, shared with other exchanges, of at least the needed size.
+
+        Args:
+            staging: of the matrix's dtype, if theirs is another.
+        """
         self.buffers.use(send, receive)
+        self.outgoing, self.incoming = self.buffers.send, self.buffers.receive
+        if staging is not None:
+            self.outgoing = staging[: self.buffers.elements_sent]
+            self.incoming = staging[: self.buffers.elements_received]
 
     def run(self, matrix: torch.Tensor) -> None:
         """Fill the received elements of a (stored rows × width) matrix; one all-to-all."""
         flat = matrix.view(-1)
-        self._send_chunks.gather(flat, self.buffers.send)
+        self._send_chunks.gather(flat, self.outgoing)
+        if self.outgoing is not self.buffers.send:
+            self.buffers.send.copy_(self.outgoing)
         self.buffers.exchange()
-        self._receive_chunks.scatter(self.buffers.receive, flat)
+        if self.incoming is not self.buffers.receive:
+            self.incoming.copy_(self.buffers.receive)
+        self._receive_chunks.scatter(self.incoming, flat)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""SplitBuffers: what one rank sends to each other, and what it receives, in two flat buffers."""
+"""SplitBuffers: what one rank sends to each other, and what it receives, in two flat buffers.
+
+They travel as bytes, which every backend takes, whatever their dtype.
+"""
 
 from collections.abc import Sequence
 
@@ -35,18 +38,19 @@ class SplitBuffers:
         return sum(self.receive_splits)
 
     def use(self, send: torch.Tensor, receive: torch.Tensor) -> None:
-        """Take flat memory, shared with other buffers, of at least the needed size."""
+        """Take flat memory of one dtype, shared with other buffers, of at least the needed size."""
         self.send = send[: self.elements_sent]
         self.receive = receive[: self.elements_received]
+        self._sent = self.send.view(torch.uint8), [n * send.itemsize for n in self.send_splits]
+        bytes_received = [n * receive.itemsize for n in self.receive_splits]
+        self._received = self.receive.view(torch.uint8), bytes_received
 
     def exchange(self) -> None:
         """What ranks have put into `send` comes into `receive` of others (collective)."""
-        dist.all_to_all_single(
-            self.receive, self.send, self.receive_splits, self.send_splits, group=self._group
-        )
+        (sent, sizes), (received, sizes_received) = self._sent, self._received
+        dist.all_to_all_single(received, sent, sizes_received, sizes, group=self._group)
 
     def give_back(self) -> None:
         """What `receive` holds goes back into `send` of those that it came from (collective)."""
-        dist.all_to_all_single(
-            self.send, self.receive, self.send_splits, self.receive_splits, group=self._group
-        )
+        (sent, sizes), (received, sizes_received) = self._sent, self._received
+        dist.all_to_all_single(sent, received, sizes, sizes_received, group=self._group)

@@ -89,6 +89,7 @@ def plan_operators(
     kernel: KernelName,
     bucket_elements: int,
     dtype: torch.dtype = torch.float32,
+    exchange_dtype: torch.dtype | None = None,
 ) -> OperatorPlan:
     """Plan the operators, and allocate the scratch memory that they work in (collective).
 
@@ -100,7 +101,9 @@ def plan_operators(
         kernel: the multiply kernel of sparse blocks.
         bucket_elements: no rank stores more of one bucket, unless 16 columns are larger.
         dtype: of the signals.
+        exchange_dtype: of what ranks send to each other; None: the same.
     """
+    exchange_dtype = exchange_dtype or dtype
     groups, world_size = graph.groups, layout.world_size
     exchanges = _exchanges(groups, layout, communicator, work, exchange)
     plan = OperatorPlan(exchanges=count_exchanges(exchanges), work=work)
@@ -117,8 +120,12 @@ def plan_operators(
         sum(op.transposition.buffers.elements_sent for op in plan.operators if op.transposition),
     ]
     sent = communicator.sum_(torch.tensor(own, device=communicator.device)).tolist()
-    plan.bytes_per_hop, plan.bytes_per_transpose = (count * dtype.itemsize for count in sent)
-    plan.scratch_bytes = allocate_scratch(plan.operators, communicator.device, dtype)
+    plan.bytes_per_hop, plan.bytes_per_transpose = (
+        count * exchange_dtype.itemsize for count in sent
+    )
+    plan.scratch_bytes = allocate_scratch(
+        plan.operators, communicator.device, dtype, exchange_dtype
+    )
     return plan
 
 

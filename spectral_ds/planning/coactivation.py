@@ -14,9 +14,9 @@ from spectral_ds.coactivation import is_exact, sketch_columns
 from spectral_ds.config import EdgeConfig, SpectralConfig
 from spectral_ds.geometry.buckets import below_shard
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.planning.costs import FLOAT, Cost
+from spectral_ds.planning.costs import Cost
 from spectral_ds.planning.cut_rows import CutMatrices, cut_matrices
-from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.shared_inputs import by_shared_input
 from spectral_ds.stack.choices import GraphChoice
@@ -243,10 +243,10 @@ def _elements(
 
 def _cost(elements: Floats, directions: int, rows: Floats, cut: CutMatrices, columns: int) -> Cost:
     """X ← c X + (X P) Q, some rows after others: two products, X read and written, P and Q read."""
-    flow = cut.flow * columns
+    flow = cut.flow * (FLOAT * columns)
     return Cost(
         flow,
         4 * directions * elements,
-        FLOAT * elements * (2 + 2 * directions / rows) + 4 * FLOAT * flow.sent,
+        FLOAT * elements * (2 + 2 * directions / rows) + 4 * flow.sent,
         2 if flow.total > 0 else 0,
     )

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from spectral_ds.laplacian import Work
-from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.packs import Pack
 
-FLOAT = 4  # bytes of a float32, in which all arithmetic is done
 INDEX = 4  # bytes of a column index
 
 
@@ -41,7 +40,7 @@ class Cost:
     """What a part of a step takes of each rank; (world size,) each.
 
     Attributes:
-        flow: elements that travel, in float32.
+        flow: bytes that travel.
         flops: additions and multiplications.
         traffic: bytes read and written.
         collectives: how many.
@@ -71,12 +70,16 @@ class Cost:
 
     def communicating(self, machine: Machine) -> Floats:
         """Seconds that each rank's links are busy."""
-        near, far = self.flow.near * FLOAT, self.flow.far * FLOAT
-        return near / machine.intra + far / machine.inter + self.collectives * machine.latency
+        busy = self.flow.near / machine.intra + self.flow.far / machine.inter
+        return busy + self.collectives * machine.latency
 
 
-def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
-    """The cost of one function of L that takes so much work."""
+def function_cost(packs: Sequence[Pack], work: Work, exchange_bytes: int, cluster: Cluster) -> Cost:
+    """The cost of one function of L that takes so much work.
+
+    Args:
+        exchange_bytes: of an element that travels.
+    """
     zeros = np.zeros(cluster.world_size)
     total = Cost(Flow.none(cluster), zeros, zeros, 0)
     for pack in packs:
@@ -86,36 +89,36 @@ def function_cost(packs: Sequence[Pack], work: Work, cluster: Cluster) -> Cost:
             hop = Cost(Flow.none(cluster), flops, traffic, 0)
         else:
             assert work.hops is not None, "what has no series is nowhere exchanged by boundary rows"
-            hop = _times(_product(pack), work.hops)
-        total = total + hop + _times(_transpose(pack, cluster), work.transposes)
+            hop = _times(_product(pack, exchange_bytes), work.hops)
+        total = total + hop + _times(_transpose(pack, exchange_bytes, cluster), work.transposes)
     return total
 
 
-def _product(pack: Pack) -> Cost:
+def _product(pack: Pack, exchange_bytes: int) -> Cost:
     """T ← 2 L̃ T' − T'', out ← out + c T, and the boundary before it."""
     elements = pack.rows * pack.columns
     gathered = pack.links * pack.columns
     hop = pack.hop
     return Cost(
-        hop,
+        hop * exchange_bytes,
         2 * gathered + 2 * elements,
         # A read for each nonzero number, and T'', T, T again, out.
         FLOAT * (gathered + 5 * elements)
         + (FLOAT + INDEX) * pack.links
-        + 2 * FLOAT * (hop.sent + hop.received),
+        + (FLOAT + exchange_bytes) * (hop.sent + hop.received),
         pack.slices if hop.total > 0 else 0,
     )
 
 
-def _transpose(pack: Pack, cluster: Cluster) -> Cost:
+def _transpose(pack: Pack, exchange_bytes: int, cluster: Cluster) -> Cost:
     """Own elements to scratch memory or back, by way of other ranks' where transposed."""
     own = sum((group.elements for group in pack.groups), np.zeros(cluster.world_size))
     passing = pack.transpose.sent + pack.transpose.received
     is_sent = pack.transpose.total > 0
     return Cost(
-        pack.transpose,
+        pack.transpose * exchange_bytes,
         np.zeros_like(own),
-        2 * FLOAT * (own + passing),
+        2 * FLOAT * own + (FLOAT + exchange_bytes) * passing,
         pack.slices if is_sent else 0,
     )
 

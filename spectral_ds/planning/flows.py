@@ -9,6 +9,8 @@ from spectral_ds.planning.layouts import Ints
 
 Floats = npt.NDArray[np.float64]
 
+FLOAT = 4  # bytes of a float32, in which all arithmetic is done
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -36,7 +38,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Flow:
-    """Elements by rank, (world size,) each: whole numbers where the graph is known.
+    """Elements or bytes by rank, (world size,) each: whole numbers where the graph is known.
 
     Attributes:
         sent, received: to and from other ranks.

@@ -12,8 +12,8 @@ from spectral_ds.graph import EdgeFamily, ParameterNodes, Similarity
 from spectral_ds.laplacian import Exchange, Work
 from spectral_ds.laplacian.packing import count_exchanges
 from spectral_ds.planning.chance import reached
-from spectral_ds.planning.costs import FLOAT, Cost, function_cost
-from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.costs import Cost, function_cost
+from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
 from spectral_ds.planning.packs import Pack, ScratchElements, packed
@@ -35,6 +35,7 @@ class PlannedGraph:
     Attributes:
         lambda_max: the bound of its eigenvalues; of similarity, combinatorial, an estimate.
         transfers: what acts on it, before the first sample of the gradient.
+        exchange_bytes: of an element that travels.
         work: what a step takes where filter and regularizer act.
         groups, exchanges: sets of joined parameters, and how each is exchanged.
         packs: what the filter works on.
@@ -46,6 +47,7 @@ class PlannedGraph:
 
     lambda_max: float
     transfers: Transfers
+    exchange_bytes: int
     work: Work
     groups: tuple[PlannedGroup, ...]
     exchanges: tuple[Exchange, ...]
@@ -63,23 +65,25 @@ class PlannedGraph:
 
     @property
     def hop(self) -> Flow:
-        """What travels before a product with L."""
-        return sum((pack.hop for pack in self.packs), Flow.none_like(self.nodes))
+        """Bytes that travel before a product with L."""
+        elements = sum((pack.hop for pack in self.packs), Flow.none_like(self.nodes))
+        return elements * self.exchange_bytes
 
     @property
     def transpose(self) -> Flow:
-        """What travels to transpose what is transposed, or to return it."""
-        return sum((pack.transpose for pack in self.packs), Flow.none_like(self.nodes))
+        """Bytes that travel to transpose what is transposed, or to return it."""
+        elements = sum((pack.transpose for pack in self.packs), Flow.none_like(self.nodes))
+        return elements * self.exchange_bytes
 
     @property
     def bytes_per_hop(self) -> int:
         """Bytes that all ranks send for a product with L."""
-        return FLOAT * self.hop.total
+        return self.hop.total
 
     @property
     def bytes_per_transpose(self) -> int:
         """Bytes that all ranks send to transpose what is transposed, or to return it."""
-        return FLOAT * self.transpose.total
+        return self.transpose.total
 
     @property
     def all_nodes(self) -> int:
@@ -122,6 +126,7 @@ def plan_graph(
     only_paths = all(group.is_path for group in groups)
     transfers = choose_transfers(config, lambda_max, only_paths, torch.device("cpu"))
     works = works_of(transfers, config)
+    exchange_bytes = getattr(torch, config.operator.exchange_dtype).itemsize
     exchanges = [group.exchange(works.total, config.operator.exchange) for group in groups]
     check_exchanges(works, exchanges, config)
     elements = sum(parameter.numel for parameter in parameters)
@@ -132,15 +137,20 @@ def plan_graph(
     scratch = ScratchElements.none(cluster)
     for pack in packs:
         scratch |= pack.scratch
+
+    def cost_of(work: Work) -> Cost | None:
+        return function_cost(packs, work, exchange_bytes, cluster) if work.transposes else None
+
     memory = {
         "edges": sum((_edge_bytes(group) for group in groups), np.zeros(cluster.world_size)),
         "kernels": sum((pack.kernel_bytes for pack in packs), np.zeros(cluster.world_size)),
-        "scratch": FLOAT * scratch.elements,
+        "scratch": scratch.bytes_of(exchange_bytes),
         "statistics": _statistics(groups, own, choice, config, cluster, bucket_elements, is_first),
     }
     return PlannedGraph(
         lambda_max,
         transfers,
+        exchange_bytes,
         works.total,
         tuple(groups),
         tuple(exchanges),
@@ -148,8 +158,8 @@ def plan_graph(
         nodes,
         edges_held,
         memory,
-        function_cost(packs, works.filter, cluster) if works.filter.transposes else None,
-        function_cost(packs, works.penalty, cluster) if works.penalty.transposes else None,
+        cost_of(works.filter),
+        cost_of(works.penalty),
     )
 
 

@@ -13,7 +13,7 @@ from spectral_ds.geometry.buckets import columns_at_once
 from spectral_ds.laplacian import Exchange
 from spectral_ds.laplacian.packing import Packable, nodes_in_scratch, packs_of
 from spectral_ds.laplacian.transpose import column_slices
-from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup
 from spectral_ds.planning.parts import Parts, joined
 
@@ -26,17 +26,19 @@ class ScratchElements:
         stored: of a signal with boundary rows; there are two.
         own: of one without.
         sent, received: of the buffers of exchanges.
+        boundary: of the larger of the two buffers of boundary exchanges.
     """
 
     stored: Floats
     own: Floats
     sent: Floats
     received: Floats
+    boundary: Floats
 
     @classmethod
     def none(cls, cluster: Cluster) -> "ScratchElements":
         zeros = np.zeros(cluster.world_size)
-        return cls(zeros, zeros, zeros, zeros)
+        return cls(zeros, zeros, zeros, zeros, zeros)
 
     def __or__(self, other: "ScratchElements") -> "ScratchElements":
         return ScratchElements(
@@ -44,11 +46,14 @@ class ScratchElements:
             np.maximum(self.own, other.own),
             np.maximum(self.sent, other.sent),
             np.maximum(self.received, other.received),
+            np.maximum(self.boundary, other.boundary),
         )
 
-    @property
-    def elements(self) -> Floats:
-        return 2 * self.stored + self.own + self.sent + self.received
+    def bytes_of(self, exchange_bytes: int) -> Floats:
+        """Bytes of float32, and of elements that travel; boundary rows are cast in between."""
+        staging = self.boundary if exchange_bytes != FLOAT else 0
+        passing = exchange_bytes * (self.sent + self.received)
+        return FLOAT * (2 * self.stored + self.own + staging) + passing
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +129,9 @@ def _pack(
         slices = -(-parts.width // at_once)
     here, share = np.minimum(columns, at_once), min(1.0, at_once / parts.width)
     links = sum((group.links for group in groups), np.zeros(cluster.world_size)) + rows
+    sent, received = hop.sent * share, hop.received * share
     scratch = ScratchElements(
-        (rows + boundary) * here, rows * here, hop.sent * share, hop.received * share
+        (rows + boundary) * here, rows * here, sent, received, np.maximum(sent, received)
     )
     none = Flow.none(cluster)
     return Pack(exchange, tuple(groups), is_dense, slices, hop, none, rows, columns, links, scratch)
@@ -151,7 +157,7 @@ def _transposed(
         own = np.diff(slices).astype(np.float64)
         stored = parts.all_nodes * own
         sent = parts.transposed(slices, cluster)
-        scratch |= ScratchElements(stored, stored, sent.sent, sent.received)
+        scratch |= ScratchElements(stored, stored, sent.sent, sent.received, np.zeros_like(stored))
         transpose, columns = transpose + sent, columns + own
     has_any = (columns > 0).astype(np.float64)
     return Pack(

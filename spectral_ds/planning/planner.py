@@ -14,8 +14,8 @@ from torch import nn
 from spectral_ds.config import SpectralConfig
 from spectral_ds.graph import parameter_nodes
 from spectral_ds.planning.coactivation import PlannedCoactivation, plan_coactivation
-from spectral_ds.planning.costs import FLOAT, Cost, Machine
-from spectral_ds.planning.flows import Cluster, Floats, Flow
+from spectral_ds.planning.costs import Cost, Machine
+from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph, plan_graph
 from spectral_ds.planning.layouts import EngineName, cut_parameters
 from spectral_ds.stack import ModelFacts, choose_graphs, facts_of, sites_among
@@ -93,7 +93,7 @@ class Plan:
     @property
     def bytes_sent(self) -> int:
         """Bytes that all ranks send in a step."""
-        return FLOAT * self.cost.flow.total
+        return self.cost.flow.total
 
     @cached_property
     def seconds(self) -> Floats:

@@ -230,6 +230,7 @@ class StackedGraph:
             work=self._works.total,
             exchange=self._whole.operator.exchange,
             kernel=self._whole.operator.kernel,
+            exchange_dtype=getattr(torch, self._whole.operator.exchange_dtype),
             bucket_elements=below_shard(
                 bucket_elements(device),
                 sum(parameter.numel for parameter in self.parameters),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from spectral_ds.cli.terminal import duration, size
 from spectral_ds.config import SpectralConfig
 from spectral_ds.planning.coactivation import PlannedCoactivation
-from spectral_ds.planning.costs import FLOAT
+from spectral_ds.planning.flows import FLOAT
 from spectral_ds.planning.layouts import EngineName
 from spectral_ds.planning.planner import Plan
 

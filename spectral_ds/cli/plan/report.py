@@ -12,8 +12,7 @@ import numpy as np
 
 from spectral_ds.cli.plan.advice import advice
 from spectral_ds.planning.coactivation import PlannedCoactivation
-from spectral_ds.planning.costs import FLOAT
-from spectral_ds.planning.flows import Floats, Flow
+from spectral_ds.planning.flows import FLOAT, Floats, Flow
 from spectral_ds.planning.graphs import PlannedGraph
 from spectral_ds.planning.layouts import EngineName
 from spectral_ds.planning.planner import Plan
@@ -128,9 +127,9 @@ def _groups(graph: PlannedGraph) -> list[dict[str, Any]]:
         key = group.roles, exchange
         count[key] += 1
         if exchange == "boundary":
-            sent[key] += FLOAT * (graph.work.hops or 0) * group.boundary.hop.total
+            sent[key] += graph.exchange_bytes * (graph.work.hops or 0) * group.boundary.hop.total
         elif exchange == "transpose":
-            sent[key] += FLOAT * graph.work.transposes * group.transpose.total
+            sent[key] += graph.exchange_bytes * graph.work.transposes * group.transpose.total
     return [
         {"roles": list(roles), "meets": exchange, "count": number,
          "bytes_per_step": sent[roles, exchange]}
@@ -175,9 +174,9 @@ def _memory(by_kind: Mapping[str, Floats]) -> dict[str, Any]:
 
 def _bytes(flow: Flow) -> dict[str, Any]:
     return {
-        "within_node": _figures(FLOAT * flow.sent_near),
-        "across_nodes": _figures(FLOAT * (flow.sent - flow.sent_near)),
-        "total": _figures(FLOAT * flow.sent),
+        "within_node": _figures(flow.sent_near),
+        "across_nodes": _figures(flow.sent - flow.sent_near),
+        "total": _figures(flow.sent),
     }
 
 
