@@ -109,6 +109,9 @@ ranks=$((gpus == 1 ? 1 : 2))
 threads=${OMP_NUM_THREADS:-}
 if ((gpus == 0)); then
     export DS_ACCELERATOR=cpu
+    # glibc gives large blocks back at once, and asks for them anew: page faults took a third of a step.
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
     cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
     threads=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}  # of a rank
 fi
