@@ -1,12 +1,12 @@
-"""Figures of a comparison: frontiers with bands, learning curves, loss against examples."""
+"""Figures of a comparison: frontiers with bands, learning curves, what few examples reach."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectral_ds.cli.compare.analysis import TaskAnalysis
+from spectral_ds.cli.compare.analysis import Best, TaskAnalysis
 from spectral_ds.cli.compare.inference import GRID, Frontier
 from spectral_ds.cli.compare.material import FORGETTING
 from spectral_ds.console.figure_style import COLORS, GREY, WIDE, new_figure, styled
@@ -118,20 +118,28 @@ def curves(analysis: TaskAnalysis) -> "Figure":
 
 @styled
 def by_examples(analyses: Sequence[TaskAnalysis], examples: Mapping[str, int]) -> "Figure":
-    """Loss at its best against examples to learn from, a line a method."""
-    figure = new_figure(HEIGHT, WIDE)
-    axes = figure.subplots()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for analysis in analyses:
+    """Loss, and accuracy if there is any, at its best against examples, a line a method."""
+    places: dict[str, dict[int, Best]] = {}
+    for analysis in sorted(analyses, key=lambda each: examples[each.task]):
         for each in analysis.standings:
-            place = examples[analysis.task], each.best.loss
-            lines.setdefault(each.method, []).append(place)
-    for number, (name, places) in enumerate(lines.items()):
-        counts, losses = zip(*sorted(places), strict=True)
-        axes.plot(counts, losses, marker="o", label=name, **_look(number))
-    axes.set_xscale("log")
-    axes.set_xlabel("examples to learn from")
-    axes.set_ylabel("loss on the task, test data (nats)")
+            places.setdefault(each.method, {})[examples[analysis.task]] = each.best
+    panels: list[tuple[str, Callable[[Best], float | None]]] = [
+        ("loss on the task, test data (nats)", lambda best: best.loss)
+    ]
+    if all(best.accuracy is not None for found in places.values() for best in found.values()):
+        panels.append(("accuracy, test data", lambda best: best.accuracy))
+    figure = new_figure(HEIGHT, WIDE)
+    row = figure.subplots(1, len(panels), squeeze=False).flat
+    for axes, (label, value) in zip(row, panels, strict=True):
+        for number, (name, found) in enumerate(places.items()):
+            heights = [value(best) for best in found.values()]
+            axes.plot(list(found), heights, marker="o", label=name, **_look(number))
+        counts = sorted({count for found in places.values() for count in found})
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set_xlabel("examples, or examples of each class")
+        axes.set_ylabel(label)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle("Few examples", x=0.01, ha="left")
     return figure

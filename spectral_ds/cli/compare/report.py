@@ -50,7 +50,7 @@ def write(
     for each in analyses:
         parts += _section(each, comparison)
     if out / "examples.png" in figures:
-        parts += ["## Few examples", "", "![Loss against examples](examples.png)", ""]
+        parts += ["## Few examples", "", "![Loss and accuracy against examples](examples.png)", ""]
     parts += _again(comparison, command)
     (out / "report.md").write_text("\n".join(parts), encoding="utf-8")
     return "\n".join(verdict)

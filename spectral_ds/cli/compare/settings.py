@@ -180,7 +180,8 @@ def _extended(content: Any, path: Path) -> Any:
     """What a file says over what the one says that it extends; a section of tasks replaces all."""
     before: Any = OmegaConf.load(path.parent / content.pop("extends"))
     if "tasks" in content:
-        before.pop("tasks", None)
+        for section in (before, before.get("quick") or {}):
+            section.pop("tasks", None)
     return OmegaConf.merge(before, content)
 
 
