@@ -54,6 +54,11 @@ while (($#)); do
         *) die "unknown argument $1 (known: --smollm2, --steps N, --model M, --task T, --data D, --general G, --keep K, --tokens N, --held-out N, --out DIR)" ;;
     esac
 done
+# Some are read only after training.
+[[ -z $data || -e $data ]] || die "--data $data: no such file"
+[[ -z $general || -e $general ]] || die "--general $general: no such file"
+[[ -z $keep || $keep == random || $keep == generated || -e $keep ]] ||
+    die "--keep $keep: must be random, generated, or a file or folder that exists"
 mkdir -p "$out" || die "--out $out: cannot make this folder"
 out=$(cd "$out" && pwd)
 

@@ -143,9 +143,13 @@ IN_ONE_NUMBER = "family similarity has nothing to compare in one number"
         ),
         (
             {"regularizer": {"strength": 0.1}, "operator": {"exchange_dtype": "bfloat16"}},
-            "operator.exchange_dtype = bfloat16: must be float32 with a regularizer "
-            "(spectral_ds.regularizer.strength = 0.1), which takes differences of weights that "
-            "bfloat16 rounds away",
+            'operator.exchange_dtype = "bfloat16": must be float32 with a regularizer '
+            "(spectral_ds.regularizer.strength = 0.1), which acts on weights that it would round",
+        ),
+        (
+            {"preset": "retain", "operator": {"exchange_dtype": "bfloat16"}},
+            'operator.exchange_dtype = "bfloat16": must be float32 with family activations alone, '
+            "which sums in it",
         ),
         ({"graph": {"node": "element"}}, f'graph.node = "element": {IN_ONE_NUMBER}'),
         ({"graphs": [{"node": "element"}]}, f'graphs[0].node = "element": {IN_ONE_NUMBER}'),

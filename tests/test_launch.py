@@ -99,6 +99,8 @@ def test_finetune_resumes(folder):
         (["--steps", "0"], ["--steps", "0", "positive whole number"]),
         (["--out"], ["--out", "value"]),
         (["--stepz", "3"], ["--stepz", "--steps"]),
+        (["--general", "nothing.tsv"], ["--general nothing.tsv", "no such file"]),
+        (["--keep", "nothing.txt"], ["--keep nothing.txt", "random, generated"]),
     ],
 )
 def test_bad_arguments_of_the_quickstart_are_named(arguments, words):

@@ -92,12 +92,15 @@ def _contradictions(config: SpectralConfig) -> Iterator[str]:
         yield f"{SECTION}.filter.low = {low:g}: must be below {SECTION}.filter.high = {high:g}"
     if config.filter.rest != 1 and not config.has_activations:
         yield f"{SECTION}.filter.rest = {config.filter.rest:g}: belongs to family activations"
-    if config.operator.exchange_dtype == "bfloat16" and penalty is not None:
-        yield (
-            f"{SECTION}.operator.exchange_dtype = bfloat16: must be float32 with a regularizer "
-            f"({SECTION}.regularizer.strength = {config.regularizer.strength:g}), which takes "
-            "differences of weights that bfloat16 rounds away"
-        )
+    if config.operator.exchange_dtype != "float32":
+        dtype = f'{SECTION}.operator.exchange_dtype = "{config.operator.exchange_dtype}"'
+        if penalty is not None:
+            yield (
+                f"{dtype}: must be float32 with a regularizer ({SECTION}.regularizer.strength = "
+                f"{config.regularizer.strength:g}), which acts on weights that it would round"
+            )
+        if all(edge.family == "activations" for graph in config.stack for edge in graph.edges):
+            yield f"{dtype}: must be float32 with family activations alone, which sums in it"
     for index, graph in enumerate(config.stack):
         key = f"{SECTION}.graphs[{index}]" if config.graphs else f"{SECTION}.graph"
         yield from _contradictions_of_activations(key, graph, responses)

@@ -26,8 +26,9 @@ class SplitBuffers:
         self, send_splits: Sequence[int], receive_splits: Sequence[int], communicator: Communicator
     ) -> None:
         self.send_splits, self.receive_splits = list(send_splits), list(receive_splits)
-        self.send = self.receive = torch.empty(0, device=communicator.device)
         self._group = communicator.group
+        nothing = torch.empty(0, device=communicator.device)
+        self.use(nothing, nothing)
 
     @property
     def elements_sent(self) -> int:
