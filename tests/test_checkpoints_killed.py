@@ -28,12 +28,13 @@ def attach():
     return model, optimizer, spectral_ds.attach(model, optimizer, section)
 
 restored = 0
-for attempt in range(10):
+killed_while_saving = 0
+while killed_while_saving < 5:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         model, optimizer, plugin = attach()
-        if attempt > 0:
+        if restored > 0:
             plugin.load(sys.argv[1])
         while True:
             model(torch.randn(2, 200)).sum().backward()
@@ -52,21 +53,21 @@ for attempt in range(10):
     model, optimizer, plugin = attach()
     plugin.load(sys.argv[1])
     restored = plugin.engine.step
-    print(confirmed, restored, int(events.endswith(b"<")))
+    was_saving = int(events.endswith(b"<"))
+    killed_while_saving += was_saving
+    print(confirmed, restored, was_saving)
 """
 
 
 @pytest.mark.usefixtures("processes")
 def test_killed_while_saving_the_newest_complete_state_is_usable(tmp_path):
-    """Each of ten processes goes on from what the one before it left, and is killed in its turn."""
+    """Each process goes on from what the one before it left, until five were killed in a save."""
     command = [sys.executable, "-W", "ignore", "-c", SAVER, str(tmp_path / "state")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     attempts = [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
-    assert len(attempts) == 10
     for confirmed, restored, was_saving in attempts:
         assert confirmed <= restored <= confirmed + was_saving
-    assert sum(was_saving for _, _, was_saving in attempts) >= 5
     assert attempts[-1][0] > attempts[0][0]
 
 
