@@ -95,10 +95,10 @@ class Model(NamedTuple):
     def filtered(self, signal, response, strength=1.0):
         """(1 − s) x + s h(L) x by the package, in float32."""
         graph = self.graph()
-        operators = self.plan(graph, dtype=torch.float32).operators
+        plan = self.plan(graph, dtype=torch.float32)
         transfer = FixedTransfer(response, graph.lambda_max, graph.only_paths, "best", 1e-6, CPU)
         x = [each.float() for each in flattened(signal)]
-        GraphFilter(operators, transfer).apply(x, strength)
+        GraphFilter(plan.shipments, transfer).apply(x, strength)
         return shaped(x, signal)
 
     def dense_laplacian(self):

@@ -49,5 +49,5 @@ def transfer_on(graph, response, order, tolerance):
 
 def filter_of(graph, plan, transfer, **schedule):
     """The whole filter of one graph."""
-    graph_filter = GraphFilter(plan.operators, transfer)
+    graph_filter = GraphFilter(plan.shipments, transfer)
     return SpectralFilter(lambda: [graph_filter], StrengthSchedule(**schedule))

@@ -13,6 +13,7 @@ from spectral_ds.filters import (
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
+from spectral_ds.laplacian.packing import shipments_of
 from spectral_ds.sharding import Communicator, Fragment, ShardLayout
 from spectral_ds.sketches import WeightFeatures
 from spectral_ds.spectrum import chebyshev_moments
@@ -49,14 +50,18 @@ def signal_of(name):
 
 
 def filtered_on_ranks(name):
-    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups."""
+    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups.
+
+    Transposed buckets travel together, however many they are.
+    """
     sharded = sharded_of(name)
     transfer = FixedTransfer(
         HEAT, sharded.graph.lambda_max, sharded.graph.only_paths, "best", 1e-7, CPU
     )
     found = {}
     ways = {way: 2**20 for exchange in EXCHANGES for way in (exchange, f"{exchange}, {ROUNDED}")}
-    for way, bucket_elements in {**ways, "best, small buckets": 50}.items():
+    small = dict.fromkeys(("best, small buckets", "transpose, small buckets"), 50)
+    for way, bucket_elements in {**ways, **small}.items():
         plan = sharded.plan(
             sharded.graph,
             sharded.layout,
@@ -70,10 +75,18 @@ def filtered_on_ranks(name):
                 matrix.values.fill_(torch.nan)
         signal = sharded.local(signal_of(name))
         with counting_bytes() as sent:
-            GraphFilter(plan.operators, transfer).apply(signal, 0.9)
+            GraphFilter(plan.shipments, transfer).apply(signal, 0.9)
+        if plan.exchanges["transpose"] and not plan.exchanges["boundary"]:
+            assert len(sent) == 2
+            if (name, way) == ("similarity of rows", "transpose, small buckets"):
+                assert sum(op.transposition is not None for op in plan.operators) > 2
         total = sum(sharded.communicator.gather_objects(sum(sent)))
         found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
+
+
+def test_buckets_that_fit_travel_together():
+    assert shipments_of([5, None, 3, 2, 9, 1], 8) == [[0, 2], [1], [3], [4], [5]]
 
 
 def bytes_by_hand(name, world_size, hops):

@@ -87,7 +87,7 @@ def test_a_million_nodes_of_one_edge_and_one_of_ten_thousand(kernel):
     )  # fmt: skip
     x = torch.randn(nodes, generator=torch.Generator().manual_seed(0))
     found = x.clone()
-    GraphFilter(plan.operators, transfer).apply([found], 1.0)
+    GraphFilter(plan.shipments, transfer).apply([found], 1.0)
     # (I + τL) y = x, in float64.
     adjacency = scipy.sparse.csr_matrix((edges.weight, (edges.source, edges.target)))
     scale = scipy.sparse.diags(1 / np.sqrt(np.asarray(adjacency.sum(1)).ravel()))

@@ -22,7 +22,7 @@ from spectral_ds.sharding import Fragment
 def test_leftovers_in_scratch_memory_do_not_reach_the_result(kernel, families):
     graph, plan = small_graph(kernel=kernel, families=families)
     transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
-    graph_filter = GraphFilter(plan.operators, transfer)
+    graph_filter = GraphFilter(plan.shipments, transfer)
     results = []
     for leftover in (0.0, float("nan")):
         for matrix in plan.operators[0].scratch:
@@ -149,7 +149,7 @@ def test_graphs_filter_one_after_another_then_comes_the_norm_then_time():
 def test_a_graph_that_is_not_ready_leaves_signals_alone():
     graph, plan = small_graph()
     transfer = transfer_on(graph, Heat(1.0), "best", 1e-3)
-    waiting = GraphFilter(plan.operators, transfer, is_ready=False)
+    waiting = GraphFilter(plan.shipments, transfer, is_ready=False)
     gradients = [torch.randn(45) for _ in range(3)]
     before = torch.cat(gradients)
     waiting.apply(gradients, 1.0)

@@ -10,7 +10,7 @@ from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.schedule import StrengthSchedule
 from spectral_ds.filters.temporal import TemporalFilter
 from spectral_ds.filters.transfer import Transfer
-from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.laplacian import Shipment
 from spectral_ds.sharding import Signal
 
 
@@ -35,19 +35,21 @@ class GraphFilter:
     """(1 − s) + s · h(L) on one graph, bucket by bucket.
 
     Args:
-        operators: one a bucket.
+        shipments: the operators of the buckets, together as their signals travel.
         transfer: h.
         is_ready: whether the graph is known; before that, signals stay as they are.
     """
 
     def __init__(
         self,
-        operators: Sequence[LaplacianOperator],
+        shipments: Sequence[Shipment],
         transfer: Transfer,
         is_ready: bool = True,
     ) -> None:
         self.transfer = transfer
         self.is_ready = is_ready
+        self._shipments = shipments
+        operators = [operator for shipment in shipments for operator in shipment.operators]
         self._function = GraphFunction(operators, transfer)
 
     def apply(self, signal: Signal, strength: float) -> None:
@@ -61,11 +63,9 @@ class GraphFilter:
         if self.is_identity(strength):
             return
         self._function.set(1 - strength, strength)
-        for operator in self._function.operators:
-            # All rows come, where the bucket is transposed.
-            operator.load(signal, operator.scratch.x)
-            self._function.evaluate(operator)
-            operator.store(operator.scratch.out, signal)
+        for shipment in self._shipments:  # all rows come, where buckets are transposed
+            for operator in shipment.carry(signal):
+                self._function.evaluate(operator)
 
     def is_identity(self, strength: float) -> bool:
         """Whether this strength leaves every signal as it is."""

@@ -126,6 +126,15 @@ def below_shard(most: int, elements: int, world_size: int) -> int:
     return min(most, max(2**24, elements // world_size // 5))
 
 
+def shipment_elements(world_size: int) -> int:
+    """How many elements, over all ranks, travel together at most: see `Shipment`.
+
+    A rank's share is 2**22 on average. On CPUs eight buckets took 1.4 times as long one by one
+    (a filter of 134 M elements on 2 ranks); buckets of accelerators travel alone.
+    """
+    return 2**22 * world_size
+
+
 def columns_at_once(bucket_elements: int, nodes: int) -> int:
     """Columns of a slice of which a rank that holds so many nodes holds at most so many elements.
 

@@ -6,6 +6,7 @@ from spectral_ds.laplacian.operator import LaplacianOperator, Matrix, Scratch
 from spectral_ds.laplacian.packing import Exchange, ExchangeName
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.plan import OperatorPlan, plan_on_node_signals, plan_operators
+from spectral_ds.laplacian.shipment import Shipment
 from spectral_ds.laplacian.work import Work
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "OperatorPlan",
     "ParameterGraph",
     "Scratch",
+    "Shipment",
     "Work",
     "plan_on_node_signals",
     "plan_operators",

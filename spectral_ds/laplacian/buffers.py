@@ -30,6 +30,17 @@ class SplitBuffers:
         nothing = torch.empty(0, device=communicator.device)
         self.use(nothing, nothing)
 
+    @classmethod
+    def joined(
+        cls, several: Sequence["SplitBuffers"], communicator: Communicator
+    ) -> "SplitBuffers":
+        """For what several would send and receive, in one all-to-all."""
+        return cls(
+            [sum(splits) for splits in zip(*(b.send_splits for b in several), strict=True)],
+            [sum(splits) for splits in zip(*(b.receive_splits for b in several), strict=True)],
+            communicator,
+        )
+
     @property
     def elements_sent(self) -> int:
         return sum(self.send_splits)

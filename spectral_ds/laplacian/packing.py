@@ -77,6 +77,31 @@ def packs_of(groups: Sequence[Packable], bucket_elements: int) -> list[list[int]
     return packs
 
 
+def shipments_of(elements: Sequence[int | None], most: int) -> list[list[int]]:
+    """Buckets that are transposed together while they fit; those whose rows stay alone.
+
+    Args:
+        elements: of each bucket, over all ranks; None: its rows stay.
+        most: elements of a shipment of more than one bucket.
+
+    Returns:
+        The positions of each shipment's buckets.
+    """
+    shipments: list[list[int]] = []
+    held: list[int] = []
+    filled = 0
+    for position, size in enumerate(elements):
+        if size is None:
+            shipments.append([position])
+            continue
+        if not held or filled + size > most:
+            held, filled = [], 0
+            shipments.append(held)
+        held.append(position)
+        filled += size
+    return shipments
+
+
 def nodes_in_scratch(own: Counts, boundary: Counts) -> Counts:
     """As many nodes without a boundary as would take the scratch memory that these take.
 

@@ -14,7 +14,7 @@ import torch
 from scipy.sparse import csr_array
 
 from spectral_ds.geometry.block import LocalBlock
-from spectral_ds.geometry.buckets import Bucket, columns_at_once
+from spectral_ds.geometry.buckets import Bucket, columns_at_once, shipment_elements
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.boundary import BoundaryExchange
@@ -29,9 +29,11 @@ from spectral_ds.laplacian.packing import (
     exchange_of,
     nodes_in_scratch,
     packs_of,
+    shipments_of,
 )
 from spectral_ds.laplacian.parameter_graph import Group, ParameterGraph
 from spectral_ds.laplacian.scratch import allocate_scratch
+from spectral_ds.laplacian.shipment import Shipment
 from spectral_ds.laplacian.transpose import Transposition, column_slices
 from spectral_ds.laplacian.work import Work
 from spectral_ds.sharding import Communicator, ShardLayout, intervals
@@ -43,6 +45,8 @@ class OperatorPlan:
 
     Attributes:
         operators: one a bucket.
+        shipments: the same operators; what is transposed together, for a signal that comes, is
+            filtered and returns.
         exchanges: how many groups are exchanged in each way.
         work: what is to be done at a step.
         bytes_per_hop: that all ranks together send for a product with L, as boundary rows.
@@ -52,6 +56,7 @@ class OperatorPlan:
     """
 
     operators: list[LaplacianOperator] = field(default_factory=list)
+    shipments: list[Shipment] = field(default_factory=list)
     exchanges: dict[Exchange, int] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
     bytes_per_hop: int = 0
@@ -115,6 +120,11 @@ def plan_operators(
     for pack in packs_of(packables, bucket_elements):
         members = [groups[position] for position in pack]
         plan.operators.extend(maker.operators(exchanges[pack[0]], members, bucket_elements))
+    sizes = [op.bucket.numel if op.transposition else None for op in plan.operators]
+    plan.shipments = [
+        Shipment([plan.operators[position] for position in positions], communicator)
+        for positions in shipments_of(sizes, shipment_elements(world_size))
+    ]
     own = [
         sum(op.exchange.buffers.elements_sent for op in plan.operators if op.exchange is not None),
         sum(op.transposition.buffers.elements_sent for op in plan.operators if op.transposition),
@@ -124,7 +134,7 @@ def plan_operators(
         count * exchange_dtype.itemsize for count in sent
     )
     plan.scratch_bytes = allocate_scratch(
-        plan.operators, communicator.device, dtype, exchange_dtype
+        plan.operators, plan.shipments, communicator.device, dtype, exchange_dtype
     )
     return plan
 

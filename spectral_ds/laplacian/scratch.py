@@ -5,17 +5,19 @@ from collections.abc import Sequence
 import torch
 
 from spectral_ds.laplacian.operator import LaplacianOperator, Scratch
+from spectral_ds.laplacian.shipment import Shipment
 
 
 def allocate_scratch(
     operators: Sequence[LaplacianOperator],
+    shipments: Sequence[Shipment],
     device: torch.device,
     dtype: torch.dtype,
     exchange_dtype: torch.dtype,
 ) -> int:
     """Give every operator its scratch matrices, and every exchange its buffers.
 
-    All share memory of the size that the largest bucket needs; it begins as zeros.
+    All share memory of the size that the largest bucket or shipment needs; it begins as zeros.
 
     Args:
         dtype, exchange_dtype: of the matrices, and of what travels.
@@ -33,7 +35,7 @@ def allocate_scratch(
     out = buffer([block.own * block.width for block in blocks])
     boundaries = [op.exchange for op in operators if op.exchange is not None]
     transpositions = [op.transposition for op in operators if op.transposition is not None]
-    passing = [*(e.buffers for e in boundaries), *(t.buffers for t in transpositions)]
+    passing = [e.buffers for e in boundaries] + [s.buffers for s in shipments if s.buffers]
     send = buffer([each.elements_sent for each in passing], exchange_dtype)
     receive = buffer([each.elements_received for each in passing], exchange_dtype)
     staging = None
@@ -45,6 +47,8 @@ def allocate_scratch(
         exchange.use_buffers(send, receive, staging)
     for transposition in transpositions:
         transposition.use_buffers(send, receive)
+    for shipment in shipments:
+        shipment.use_buffers(send, receive)
     for operator in operators:
         block = operator.block
         shape, own_shape = (block.stored, block.width), (block.own, block.width)

@@ -91,8 +91,8 @@ class Transposition:
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
         """Take flat buffers, shared with other exchanges, of at least the needed size."""
         self.buffers.use(send, receive)
-        self._send_views = _segments(self.buffers.send, self.sends)
-        self._receive_views = _segments(self.buffers.receive, self.receives)
+        [self._send_views] = segments(self.buffers.send, [self.sends])
+        [self._receive_views] = segments(self.buffers.receive, [self.receives])
 
     def places(self, matrix: torch.Tensor) -> list[torch.Tensor]:
         """Views of a (nodes, slice) matrix where what comes from other ranks lies."""
@@ -115,15 +115,23 @@ class Transposition:
             owned, received: views of a (nodes, slice) matrix: of what stays, and `places`.
         """
         self.block.load(fragments, owned)
-        for view, part in zip(self._send_views, _flat(self.sends), strict=True):
+        self.pack(fragments, self._send_views)
+        self.buffers.exchange()
+        copy(received, self._receive_views)
+
+    def pack(self, fragments: Signal, views: Sequence[torch.Tensor]) -> None:
+        """Views of a send buffer ← what leaves this rank; None counts as zeros."""
+        for view, part in zip(views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
             if fragment is None:
                 view.zero_()
             else:
                 view.copy_(part.view(fragment))
-        self.buffers.exchange()
-        if received:
-            torch._foreach_copy_(received, self._receive_views)
+
+    def unpack(self, views: Sequence[torch.Tensor], fragments: Signal) -> None:
+        """The fragments ← what has come back into views of a send buffer."""
+        for view, part, fragment in self._returned(views, fragments):
+            part.view(fragment).copy_(view)
 
     def store(
         self,
@@ -133,8 +141,8 @@ class Transposition:
     ) -> None:
         """Bring the signal back into the fragments, in their own dtype (collective)."""
         self.block.store(owned, fragments)
-        for view, part, fragment in self._returned(received, fragments):
-            part.view(fragment).copy_(view)
+        self._return(received)
+        self.unpack(self._send_views, fragments)
 
     def add(
         self,
@@ -145,32 +153,48 @@ class Transposition:
     ) -> None:
         """Add the signal, times the factor of each fragment, to the fragments (collective)."""
         self.block.add(owned, fragments, factors)
-        for view, part, fragment in self._returned(received, fragments):
+        self._return(received)
+        for view, part, fragment in self._returned(self._send_views, fragments):
             part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
 
-    def _returned(
-        self, received: list[torch.Tensor], fragments: Signal
-    ) -> Iterator[tuple[torch.Tensor, Rectangle, torch.Tensor]]:
-        """What comes back: (values, rectangle, fragment) of all that this rank sent."""
-        if received:
-            torch._foreach_copy_(self._receive_views, received)
+    def _return(self, received: list[torch.Tensor]) -> None:
+        """What came from other ranks goes back into their send buffers (collective)."""
+        copy(self._receive_views, received)
         self.buffers.give_back()
-        for view, part in zip(self._send_views, _flat(self.sends), strict=True):
+
+    def _returned(
+        self, views: Sequence[torch.Tensor], fragments: Signal
+    ) -> Iterator[tuple[torch.Tensor, Rectangle, torch.Tensor]]:
+        """(values, rectangle, fragment) of all that this rank sent."""
+        for view, part in zip(views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
             if fragment is not None:
                 yield view, part, fragment
+
+
+def copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Each target ← its source; there may be none."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _flat(by_peer: list[list[Rectangle]]) -> list[Rectangle]:
     return [part for parts in by_peer for part in parts]
 
 
-def _segments(buffer: torch.Tensor, by_peer: list[list[Rectangle]]) -> list[torch.Tensor]:
-    """The part of the buffer that holds each rectangle."""
-    parts = _flat(by_peer)
-    return [
-        segment.view(part.nodes, part.columns)
-        for part, segment in zip(
-            parts, buffer.split([part.numel for part in parts]) if parts else (), strict=True
-        )
-    ]
+def segments(
+    buffer: torch.Tensor, moves: Sequence[list[list[Rectangle]]]
+) -> list[list[torch.Tensor]]:
+    """The part of the buffer that holds each rectangle, by move; in the buffer, peers come first.
+
+    Args:
+        moves: rectangles by peer, of each move.
+    """
+    views: list[list[torch.Tensor]] = [[] for _ in moves]
+    end = 0
+    for of_peer in zip(*moves, strict=True):
+        for found, parts in zip(views, of_peer, strict=True):
+            for part in parts:
+                start, end = end, end + part.numel
+                found.append(buffer[start:end].view(part.nodes, part.columns))
+    return views

@@ -74,14 +74,17 @@ class Cost:
         return busy + self.collectives * machine.latency
 
 
-def function_cost(packs: Sequence[Pack], work: Work, exchange_bytes: int, cluster: Cluster) -> Cost:
+def function_cost(
+    packs: Sequence[Pack], work: Work, transpositions: int, exchange_bytes: int, cluster: Cluster
+) -> Cost:
     """The cost of one function of L that takes so much work.
 
     Args:
+        transpositions: collectives that bring a signal to where it is transposed.
         exchange_bytes: of an element that travels.
     """
     zeros = np.zeros(cluster.world_size)
-    total = Cost(Flow.none(cluster), zeros, zeros, 0)
+    total = Cost(Flow.none(cluster), zeros, zeros, work.transposes * transpositions)
     for pack in packs:
         if pack.is_dense:
             elements = pack.rows * pack.columns
@@ -90,7 +93,7 @@ def function_cost(packs: Sequence[Pack], work: Work, exchange_bytes: int, cluste
         else:
             assert work.hops is not None, "what has no series is nowhere exchanged by boundary rows"
             hop = _times(_product(pack, exchange_bytes), work.hops)
-        total = total + hop + _times(_transpose(pack, exchange_bytes, cluster), work.transposes)
+        total = total + hop + _times(_transpose(pack, exchange_bytes), work.transposes)
     return total
 
 
@@ -110,17 +113,13 @@ def _product(pack: Pack, exchange_bytes: int) -> Cost:
     )
 
 
-def _transpose(pack: Pack, exchange_bytes: int, cluster: Cluster) -> Cost:
+def _transpose(pack: Pack, exchange_bytes: int) -> Cost:
     """Own elements to scratch memory or back, by way of other ranks' where transposed."""
-    own = sum((group.elements for group in pack.groups), np.zeros(cluster.world_size))
-    passing = pack.transpose.sent + pack.transpose.received
-    is_sent = pack.transpose.total > 0
-    return Cost(
-        pack.transpose * exchange_bytes,
-        np.zeros_like(own),
-        2 * FLOAT * own + (FLOAT + exchange_bytes) * passing,
-        pack.slices if is_sent else 0,
-    )
+    own = sum((group.elements for group in pack.groups), np.zeros_like(pack.rows))
+    flow = pack.transpose
+    passing = flow.sent + flow.received
+    traffic = 2 * FLOAT * own + (FLOAT + exchange_bytes) * passing
+    return Cost(flow * exchange_bytes, np.zeros_like(own), traffic, 0)
 
 
 def _times(cost: Cost, count: int) -> Cost:

@@ -16,7 +16,7 @@ from spectral_ds.planning.costs import Cost, function_cost
 from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup, plan_groups
 from spectral_ds.planning.layouts import Cuts
-from spectral_ds.planning.packs import Pack, ScratchElements, packed
+from spectral_ds.planning.packs import Pack, ScratchElements, packed, shipped
 from spectral_ds.planning.parts import Parts
 from spectral_ds.sketches import sketch_size
 from spectral_ds.stack.choices import GraphChoice, feature_width, sketch_shape
@@ -137,9 +137,14 @@ def plan_graph(
     scratch = ScratchElements.none(cluster)
     for pack in packs:
         scratch |= pack.scratch
+    shipments = shipped(packs, cluster)
+    for flow in shipments:
+        scratch |= ScratchElements.passing(flow)
 
-    def cost_of(work: Work) -> Cost | None:
-        return function_cost(packs, work, exchange_bytes, cluster) if work.transposes else None
+    def cost_of(work: Work, transpositions: int) -> Cost | None:
+        if work.transposes == 0:
+            return None
+        return function_cost(packs, work, transpositions, exchange_bytes, cluster)
 
     memory = {
         "edges": sum((_edge_bytes(group) for group in groups), np.zeros(cluster.world_size)),
@@ -158,8 +163,8 @@ def plan_graph(
         nodes,
         edges_held,
         memory,
-        cost_of(works.filter),
-        cost_of(works.penalty),
+        cost_of(works.filter, len(shipments)),
+        cost_of(works.penalty, sum(len(pack.transposed) for pack in packs)),
     )
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_ds.geometry.buckets import columns_at_once
+from spectral_ds.geometry.buckets import columns_at_once, shipment_elements
 from spectral_ds.laplacian import Exchange
-from spectral_ds.laplacian.packing import Packable, nodes_in_scratch, packs_of
+from spectral_ds.laplacian.packing import Packable, nodes_in_scratch, packs_of, shipments_of
 from spectral_ds.laplacian.transpose import column_slices
 from spectral_ds.planning.flows import FLOAT, Cluster, Floats, Flow
 from spectral_ds.planning.groups import PlannedGroup
@@ -40,6 +40,12 @@ class ScratchElements:
         zeros = np.zeros(cluster.world_size)
         return cls(zeros, zeros, zeros, zeros, zeros)
 
+    @classmethod
+    def passing(cls, flow: Flow) -> "ScratchElements":
+        """Of buffers that what travels passes through."""
+        zeros = np.zeros_like(flow.sent)
+        return cls(zeros, zeros, flow.sent, flow.received, zeros)
+
     def __or__(self, other: "ScratchElements") -> "ScratchElements":
         return ScratchElements(
             np.maximum(self.stored, other.stored),
@@ -66,7 +72,8 @@ class Pack:
         is_dense: whether products are dense, by the eigenbasis of depth paths.
         slices: of columns, one product each.
         hop: what travels before a product; nothing if it is transposed.
-        transpose: what travels to transpose, and again to come back.
+        transposed: of each slice that is: its elements over all ranks, and what travels to
+            transpose it, and again to come back.
         rows, columns: nodes that a rank multiplies, and columns of them; by rank.
         links: nonzero numbers of its block; by rank.
         scratch: what it takes.
@@ -77,11 +84,17 @@ class Pack:
     is_dense: bool
     slices: int
     hop: Flow
-    transpose: Flow
+    transposed: tuple[tuple[int, Flow], ...]
     rows: Floats
     columns: Floats
     links: Floats
     scratch: ScratchElements
+
+    @property
+    def transpose(self) -> Flow:
+        """What travels to transpose the pack, and again to come back."""
+        flows = (flow for _, flow in self.transposed)
+        return sum(flows, Flow.none_like(self.rows))
 
     @property
     def kernel_bytes(self) -> Floats:
@@ -109,6 +122,18 @@ def packed(
     ]
 
 
+def shipped(packs: Sequence[Pack], cluster: Cluster) -> list[Flow]:
+    """What travels of the slices that are transposed together, see `shipments_of`."""
+    slices = [each for pack in packs for each in pack.transposed]
+    together = shipments_of(
+        [elements for elements, _ in slices], shipment_elements(cluster.world_size)
+    )
+    return [
+        sum((slices[position][1] for position in positions), Flow.none(cluster))
+        for positions in together
+    ]
+
+
 def _pack(
     exchange: Exchange, groups: Sequence[PlannedGroup], cluster: Cluster, bucket_elements: int
 ) -> Pack:
@@ -133,8 +158,7 @@ def _pack(
     scratch = ScratchElements(
         (rows + boundary) * here, rows * here, sent, received, np.maximum(sent, received)
     )
-    none = Flow.none(cluster)
-    return Pack(exchange, tuple(groups), is_dense, slices, hop, none, rows, columns, links, scratch)
+    return Pack(exchange, tuple(groups), is_dense, slices, hop, (), rows, columns, links, scratch)
 
 
 def _transposed(
@@ -147,26 +171,27 @@ def _transposed(
     """A pack whose slices of columns are divided among the ranks by what they own of them."""
     touched = cluster.by_rank(parts.rank, parts.touched)
     at_once = columns_at_once(bucket_elements, int(touched.max()))
-    transpose, scratch = Flow.none(cluster), ScratchElements.none(cluster)
-    columns = np.zeros(cluster.world_size)
-    starts = range(0, parts.width, at_once)
-    for low in starts:
+    transposed: list[tuple[int, Flow]] = []
+    scratch = ScratchElements.none(cluster)
+    columns = zeros = np.zeros(cluster.world_size)
+    for low in range(0, parts.width, at_once):
         high = min(low + at_once, parts.width)
         elements = cluster.by_rank(parts.rank, parts.count(low, high)).astype(np.int64)
         slices = low + np.array(column_slices(elements, high - low))
         own = np.diff(slices).astype(np.float64)
         stored = parts.all_nodes * own
-        sent = parts.transposed(slices, cluster)
-        scratch |= ScratchElements(stored, stored, sent.sent, sent.received, np.zeros_like(stored))
-        transpose, columns = transpose + sent, columns + own
+        scratch |= ScratchElements(stored, stored, zeros, zeros, zeros)
+        flow = parts.transposed(slices, cluster)
+        transposed.append((parts.all_nodes * (high - low), flow))
+        columns = columns + own
     has_any = (columns > 0).astype(np.float64)
     return Pack(
         "transpose",
         tuple(groups),
         is_dense,
-        len(starts),
+        len(transposed),
         Flow.none(cluster),
-        transpose,
+        tuple(transposed),
         parts.all_nodes * has_any,
         columns,
         (sum(group.all_links for group in groups) + parts.all_nodes) * has_any,

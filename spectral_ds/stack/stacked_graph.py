@@ -240,7 +240,7 @@ class StackedGraph:
         used = [way for way, count in self.plan.exchanges.items() if count]
         check_exchanges(self._works, used, self._whole)
         self.spectrometer = spectrometer or Spectrometer(None, self.plan, communicator)
-        self.filter = GraphFilter(self.plan.operators, transfers.filter, is_ready)
+        self.filter = GraphFilter(self.plan.shipments, transfers.filter, is_ready)
         if transfers.penalty is not None:
             function = GraphFunction(self.plan.operators, transfers.penalty)
             self.penalty = GraphPenalty(function, self._ridge)
