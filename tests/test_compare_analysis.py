@@ -1,6 +1,7 @@
 """What is said of methods: chosen on validation data, reported on test data, seed by seed."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,18 @@ def test_costs_are_relative_to_the_baseline():
     cost = standings()["other"].cost
     assert (cost.step, cost.memory) == (1.5, 1.0)
     assert (cost.steps_to, cost.seconds_to, cost.reached) == (1.0, 1.0, 3)
+
+
+def test_what_is_done_after_the_baselines_runs_costs_what_they_did():
+    """Also where they were trained again, for rows that were added later, on a faster machine."""
+    whole = comparison("other")
+    methods = whole.methods | {"after": MethodConfig(after="adamw", by="early_stopping")}
+    later = rows("after", 0.1, 0.5, 0.6, forgetting=0.3, step_seconds=0.5, memory=90.0)
+    found = analyse(
+        replace(whole, methods=methods), "words", [*BASE, *OTHER, *later], CURVES, FORGETTING
+    )
+    cost = next(each.cost for each in found.standings if each.method == "after")
+    assert (cost.step, cost.memory) == (1.0, 1.0)
 
 
 def test_seeds_that_the_baseline_lacks_do_not_count():

@@ -350,15 +350,21 @@ def _cost(
     rows, base_rows = points[_best(points)], base[_best(base)]
     memory = [rows[seed]["memory"] for seed in seeds] + [base_rows[s]["memory"] for s in seeds]
     known = all(memory) and min(memory) > 0
-    targets = _ends(curves, trained_by(comparison, comparison.baseline), _best(base), seeds)
-    trains = trained_by(comparison, name)
+    base_trains, trains = trained_by(comparison, comparison.baseline), trained_by(comparison, name)
+    targets = _ends(curves, base_trains, _best(base), seeds)
     reached = []
     for seed, target in zip(seeds, targets, strict=True):
         curve = _of(curves, trains, _best(points), seed)
         reached += [row for row in curve if row["loss"] <= target][:1]
+
+    def relative(what: str) -> float:
+        # The same runs cost the same, also where some were trained again for rows added later.
+        is_same = trains == base_trains
+        return 1.0 if is_same else _mean(rows, what, seeds) / _mean(base_rows, what, seeds)
+
     return Cost(
-        _mean(rows, "step_seconds", seeds) / _mean(base_rows, "step_seconds", seeds),
-        _mean(rows, "memory", seeds) / _mean(base_rows, "memory", seeds) if known else None,
+        relative("step_seconds"),
+        relative("memory") if known else None,
         _mean(rows, "perturbation", seeds),
         fmean(row["step"] for row in reached) if reached else None,
         fmean(row["seconds"] for row in reached) if reached else None,
