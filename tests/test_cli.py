@@ -12,7 +12,7 @@ import pytest
 from commands import run, write_model
 
 import spectral_ds
-from spectral_ds.cli import env, main
+from spectral_ds.cli import env, main, parse
 from spectral_ds.cli.inspect.batches import token_batches
 from spectral_ds.laplacian import kernels
 from spectral_ds.text import DataError, read_texts
@@ -91,6 +91,8 @@ def test_no_two_batches_share_text(tmp_path):
         ),
         (["inspect", "{f}/remote"], "trust_remote_code"),
         (["inspect", "{f}/model", "--out", "{f}/reviews.tsv"], "is not a folder"),
+        (["inspect", "{f}/model", "a=1"], "unrecognized arguments: a=1"),
+        (["compare", "--config", "x", "a=1", "--out", "y", "b"], "unrecognized arguments: b"),
         (["inspect", "{f}/model", "--steps", "3"], "'3' is not a whole number from 4 on"),
         (["inspect"], "MODEL"),
         (["inspekt"], "inspekt"),
@@ -130,6 +132,11 @@ def test_an_unknown_model_is_one_line_in_the_shell():
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert "nobody/nothing: cannot be loaded (HF_HUB_OFFLINE is set)" in line
+
+
+def test_settings_may_stand_anywhere():
+    words = ["compare", "--config", "x", "a=1", "b=2", "--out", "y", "c=3", "--resume"]
+    assert parse(words).overrides == ["a=1", "b=2", "c=3"]
 
 
 def test_the_version_is_the_package_s():

@@ -59,6 +59,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments. `KEY=VALUE` may stand anywhere, where argparse alone takes it in one place."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    later = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(later) < len(rest) or (later and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if later:
+        arguments.overrides += later
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -69,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 2 for wrong input, which is reported in one line on stderr.
     """
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments = parse(argv)
     except SystemExit as stop:  # after --help, --version and wrong arguments
         return int(stop.code or 0)
     try:
