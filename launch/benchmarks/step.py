@@ -30,8 +30,9 @@ import spectral_ds
 from spectral_ds.cli.compare.memory import MemoryMeter
 
 # Intervals of what is measured, the same for all presets; the first cycle also imports and builds.
+# Cycles are whole: an engine may count on from one method to the next.
 MONITORED, DRAWN = 4, 8
-STEPS = 3 * DRAWN + 2
+STEPS = 3 * DRAWN
 # Of methods without kinds of steps.
 PLAIN_STEPS = DRAWN
 OFF, NAIVE = "off", "naive"
