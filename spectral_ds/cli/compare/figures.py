@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEIGHT = 5.4
+# Inches of a line of the legend, and of what is above and below it.
+LINE, MARGIN = 0.26, 0.8
+# Of points of one colour.
+MARKERS = ("o", "s", "^", "D")
 # Of a band: standard errors of the mean over seeds.
 ERRORS = 1.0
 
@@ -54,7 +58,7 @@ def frontier_file(analysis: TaskAnalysis) -> str:
 @styled
 def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
     """Loss on the task against what is forgotten; lower and further left is better."""
-    figure = new_figure(HEIGHT, WIDE)
+    figure = _figure(len(analysis.frontiers))
     axes = figure.subplots()
     for number, (name, found) in enumerate(analysis.frontiers.items()):
         if not found:
@@ -72,6 +76,11 @@ def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
     return figure
 
 
+def _figure(names: int) -> "Figure":
+    """As high as a legend of so many names."""
+    return new_figure(max(HEIGHT, LINE * names + MARGIN), WIDE)
+
+
 def _grid(found: Sequence[Frontier]) -> Any:
     """Between the points that all seeds have; None where there is nothing between them."""
     ends = [frontier.ends for frontier in found]
@@ -84,10 +93,10 @@ def _point(axes: Any, found: Sequence[Frontier], name: str, number: int) -> None
     x = np.array([frontier.ends[0] for frontier in found])
     places = np.array([x, [float(f.at(at)) for f, at in zip(found, x, strict=True)]])
     errors = _errors(places.T)
-    color = _look(number)["color"]
+    color, marker = _look(number)["color"], MARKERS[number // len(COLORS) % len(MARKERS)]
     axes.errorbar(
-        *places.mean(1), xerr=errors[0], yerr=errors[1], label=name, color=color, marker="o",
-        linewidth=1.2, capsize=3,
+        *places.mean(1), xerr=errors[0], yerr=errors[1], label=name, color=color, marker=marker,
+        linestyle="none", elinewidth=1.2, capsize=3,
     )  # fmt: skip
 
 
@@ -101,7 +110,7 @@ def _errors(seeds: Any) -> Any:
 @styled
 def curves(analysis: TaskAnalysis) -> "Figure":
     """Validation loss while training, each method at its best learning rate."""
-    figure = new_figure(HEIGHT, WIDE)
+    figure = _figure(len(analysis.curves))
     axes = figure.subplots()
     for number, (name, curve) in enumerate(analysis.curves.items()):
         if curve:
@@ -128,7 +137,7 @@ def by_examples(analyses: Sequence[TaskAnalysis], examples: Mapping[str, int]) -
     ]
     if all(best.accuracy is not None for found in places.values() for best in found.values()):
         panels.append(("accuracy, test data", lambda best: best.accuracy))
-    figure = new_figure(HEIGHT, WIDE)
+    figure = _figure(len(places))
     row = figure.subplots(1, len(panels), squeeze=False).flat
     for axes, (label, value) in zip(row, panels, strict=True):
         for number, (name, found) in enumerate(places.items()):
