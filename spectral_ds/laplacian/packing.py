@@ -81,7 +81,7 @@ def shipments_of(elements: Sequence[int | None], most: int) -> list[list[int]]:
     """Buckets that are transposed together while they fit; those whose rows stay alone.
 
     Args:
-        elements: of each bucket, over all ranks; None: its rows stay.
+        elements: of each bucket, of the rank that owns most of it; None: its rows stay.
         most: elements of a shipment of more than one bucket.
 
     Returns:

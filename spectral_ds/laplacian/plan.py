@@ -14,7 +14,7 @@ import torch
 from scipy.sparse import csr_array
 
 from spectral_ds.geometry.block import LocalBlock
-from spectral_ds.geometry.buckets import Bucket, columns_at_once, shipment_elements
+from spectral_ds.geometry.buckets import SHIPMENT_ELEMENTS, Bucket, columns_at_once
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.boundary import BoundaryExchange
@@ -120,10 +120,10 @@ def plan_operators(
     for pack in packs_of(packables, bucket_elements):
         members = [groups[position] for position in pack]
         plan.operators.extend(maker.operators(exchanges[pack[0]], members, bucket_elements))
-    sizes = [op.bucket.numel if op.transposition else None for op in plan.operators]
+    sizes = [op.transposition.largest if op.transposition else None for op in plan.operators]
     plan.shipments = [
         Shipment([plan.operators[position] for position in positions], communicator)
-        for positions in shipments_of(sizes, shipment_elements(world_size))
+        for positions in shipments_of(sizes, SHIPMENT_ELEMENTS)
     ]
     own = [
         sum(op.exchange.buffers.elements_sent for op in plan.operators if op.exchange is not None),

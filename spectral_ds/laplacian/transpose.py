@@ -36,12 +36,14 @@ class Transposition:
         sends: rectangles of this rank's fragments, by peer.
         receives: rectangles of this rank's slice that other ranks own, by peer.
         buffers: where their elements pass through.
+        largest: elements of the bucket that the rank owns that owns most.
     """
 
     block: LocalBlock
     sends: list[list[Rectangle]]
     receives: list[list[Rectangle]]
     buffers: SplitBuffers
+    largest: int
     # The part of a buffer that holds each rectangle.
     _send_views: list[torch.Tensor] = field(default_factory=list)
     _receive_views: list[torch.Tensor] = field(default_factory=list)
@@ -86,7 +88,8 @@ class Transposition:
             [sum(part.numel for part in parts) for parts in receives],
             communicator,
         )
-        return cls(block, sends, receives, buffers)
+        largest = max(sum(part.numel for part in parts) for parts in rectangles)
+        return cls(block, sends, receives, buffers, largest)
 
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
         """Take flat buffers, shared with other exchanges, of at least the needed size."""

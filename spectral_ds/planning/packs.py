@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_ds.geometry.buckets import columns_at_once, shipment_elements
+from spectral_ds.geometry.buckets import SHIPMENT_ELEMENTS, columns_at_once
 from spectral_ds.laplacian import Exchange
 from spectral_ds.laplacian.packing import Packable, nodes_in_scratch, packs_of, shipments_of
 from spectral_ds.laplacian.transpose import column_slices
@@ -72,8 +72,8 @@ class Pack:
         is_dense: whether products are dense, by the eigenbasis of depth paths.
         slices: of columns, one product each.
         hop: what travels before a product; nothing if it is transposed.
-        transposed: of each slice that is: its elements over all ranks, and what travels to
-            transpose it, and again to come back.
+        transposed: of each slice that is: the elements of the rank that owns most of it, and what
+            travels to transpose it, and again to come back.
         rows, columns: nodes that a rank multiplies, and columns of them; by rank.
         links: nonzero numbers of its block; by rank.
         scratch: what it takes.
@@ -125,9 +125,7 @@ def packed(
 def shipped(packs: Sequence[Pack], cluster: Cluster) -> list[Flow]:
     """What travels of the slices that are transposed together, see `shipments_of`."""
     slices = [each for pack in packs for each in pack.transposed]
-    together = shipments_of(
-        [elements for elements, _ in slices], shipment_elements(cluster.world_size)
-    )
+    together = shipments_of([elements for elements, _ in slices], SHIPMENT_ELEMENTS)
     return [
         sum((slices[position][1] for position in positions), Flow.none(cluster))
         for positions in together
@@ -182,7 +180,7 @@ def _transposed(
         stored = parts.all_nodes * own
         scratch |= ScratchElements(stored, stored, zeros, zeros, zeros)
         flow = parts.transposed(slices, cluster)
-        transposed.append((parts.all_nodes * (high - low), flow))
+        transposed.append((int(elements.max()), flow))
         columns = columns + own
     has_any = (columns > 0).astype(np.float64)
     return Pack(
