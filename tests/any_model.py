@@ -81,16 +81,13 @@ class Model(NamedTuple):
     def times_laplacian(self, signal, bucket_elements=10**6):
         """L x by the operators of a plan; signals by name."""
         graph = self.graph()
-        operators = self.plan(graph, bucket_elements).operators
-        x, y = flattened(signal), [torch.full((p.numel,), torch.nan) for p in self.parameters]
-        y = [each.double() for each in y]
-        for operator in operators:
-            scratch = operator.scratch
-            operator.load(x, scratch.x)
-            operator.apply(scratch.x, scratch.out)
-            scratch.out.values.add_(scratch.x.values).mul_(graph.lambda_max / 2)
-            operator.store(scratch.out, y)
-        return shaped(y, signal)
+        x = [each.clone() for each in flattened(signal)]
+        for shipment in self.plan(graph, bucket_elements).shipments:
+            for operator in shipment.carry(x):
+                scratch = operator.scratch
+                operator.apply(scratch.x, scratch.out)
+                scratch.out.values.add_(scratch.x.values).mul_(graph.lambda_max / 2)
+        return shaped(x, signal)
 
     def filtered(self, signal, response, strength=1.0):
         """(1 − s) x + s h(L) x by the package, in float32."""

@@ -127,25 +127,23 @@ def facts_of(plugin):
         found[label] = {
             "bytes": plan.bytes_sent,
             "moves": moves_of(plan, buckets, engine.fragments),
-            "product": product(plan.operators, graph.lambda_max, engine.fragments),
+            "product": product(plan.shipments, graph.lambda_max, engine.fragments),
         }
     return found
 
 
-def product(operators, lambda_max, fragments):
+def product(shipments, lambda_max, fragments):
     """L x on this rank's fragments of the graph; x is `signal_of` each parameter."""
     x = [signal_of(f.parameter, f.start, f.length) for f in fragments]
-    y = [torch.zeros_like(each) for each in x]
-    for operator in operators:
-        scratch = operator.scratch
-        for each in scratch:
-            each.values.fill_(torch.nan)
-        operator.load(x, scratch.x)
-        operator.apply(scratch.x, scratch.out)
-        own = scratch.x.values[: operator.block.own]
-        scratch.out.values.add_(own).mul_(lambda_max / 2)
-        operator.store(scratch.out, y)
-    pairs = zip(fragments, y, strict=True)
+    for shipment in shipments:
+        for matrix in (matrix for operator in shipment.operators for matrix in operator.scratch):
+            matrix.values.fill_(torch.nan)
+        for operator in shipment.carry(x):
+            scratch = operator.scratch
+            operator.apply(scratch.x, scratch.out)
+            own = scratch.x.values[: operator.block.own]
+            scratch.out.values.add_(own).mul_(lambda_max / 2)
+    pairs = zip(fragments, x, strict=True)
     return [each.numpy() for f, each in pairs if tiny.is_filtered(f.parameter)]
 
 

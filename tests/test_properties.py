@@ -40,13 +40,12 @@ def signal_of(model, seed):
 @given(models(), st.sampled_from([1, 50, 300, 10**6]))
 def test_buckets_hold_every_element_once_and_no_more_than_they_may(model, bucket_elements):
     graph = model.graph()
-    operators = model.plan(graph, bucket_elements).operators
+    shipments = model.plan(graph, bucket_elements).shipments
     times = [torch.zeros(p.numel, dtype=torch.float64) for p in model.parameters]
-    for operator in operators:
-        operator.load(times, operator.scratch.x)
-        operator.scratch.x.values.add_(1)
-        operator.store(operator.scratch.x, times)
+    for operator in (each for shipment in shipments for each in shipment.carry(times)):
+        x, _, out = operator.scratch
         block = operator.block
+        torch.add(x.values[: block.own], 1, out=out.values)
         if block.stored * block.width > bucket_elements:  # no smaller slice, and no other group
             assert block.width <= 16
             assert block.stored in {group.bucket.nodes for group in graph.groups}

@@ -88,13 +88,6 @@ class LaplacianOperator:
         else:
             self.transposition.load(signal, x.owned, x.received)
 
-    def store(self, x: Matrix, signal: Signal) -> None:
-        """The signal ← own elements of x, (own rows or more, width); undoes `load`."""
-        if self.transposition is None:
-            self.block.store(x.owned, signal)
-        else:
-            self.transposition.store(x.owned, x.received, signal)
-
     def add(self, x: Matrix, signal: Signal, factors: Sequence[float]) -> None:
         """The signal ← the signal + factor · own elements of x, with a factor a fragment."""
         if self.transposition is None:

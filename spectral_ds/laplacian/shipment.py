@@ -33,8 +33,9 @@ class Shipment:
             self.buffers = SplitBuffers.joined(
                 [t.buffers for t in self._transpositions], communicator
             )
+        # The parts of the buffers that hold what a bucket sends and receives.
         self._sends: list[list[torch.Tensor]] = []
-        self._receives: list[list[torch.Tensor]] = []
+        self._receives: list[list[torch.Tensor]] = [[] for _ in operators]
 
     def use_buffers(self, send: torch.Tensor, receive: torch.Tensor) -> None:
         """Take flat buffers, shared with other exchanges, of at least the needed size."""
@@ -54,15 +55,10 @@ class Shipment:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros and
                 stays as it is.
         """
-        if self.buffers is None:
-            for operator in self.operators:
-                operator.load(signal, operator.scratch.x)
-                yield operator
-                operator.store(operator.scratch.out, signal)
-            return
         for transposition, views in zip(self._transpositions, self._sends, strict=True):
             transposition.pack(signal, views)
-        self.buffers.exchange()
+        if self.buffers is not None:
+            self.buffers.exchange()
         for operator, views in zip(self.operators, self._receives, strict=True):
             x, _, out = operator.scratch
             operator.block.load(signal, x.owned)
@@ -70,6 +66,7 @@ class Shipment:
             yield operator
             operator.block.store(out.owned, signal)
             copy(views, out.received)
-        self.buffers.give_back()
+        if self.buffers is not None:
+            self.buffers.give_back()
         for transposition, views in zip(self._transpositions, self._sends, strict=True):
             transposition.unpack(views, signal)

@@ -136,17 +136,6 @@ class Transposition:
         for view, part, fragment in self._returned(views, fragments):
             part.view(fragment).copy_(view)
 
-    def store(
-        self,
-        owned: Sequence[torch.Tensor],
-        received: list[torch.Tensor],
-        fragments: Signal,
-    ) -> None:
-        """Bring the signal back into the fragments, in their own dtype (collective)."""
-        self.block.store(owned, fragments)
-        self._return(received)
-        self.unpack(self._send_views, fragments)
-
     def add(
         self,
         owned: Sequence[torch.Tensor],
@@ -156,14 +145,10 @@ class Transposition:
     ) -> None:
         """Add the signal, times the factor of each fragment, to the fragments (collective)."""
         self.block.add(owned, fragments, factors)
-        self._return(received)
-        for view, part, fragment in self._returned(self._send_views, fragments):
-            part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
-
-    def _return(self, received: list[torch.Tensor]) -> None:
-        """What came from other ranks goes back into their send buffers (collective)."""
         copy(self._receive_views, received)
         self.buffers.give_back()
+        for view, part, fragment in self._returned(self._send_views, fragments):
+            part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
 
     def _returned(
         self, views: Sequence[torch.Tensor], fragments: Signal
