@@ -28,8 +28,8 @@ LENGTH = 8
 # All that there is, and every direction of it.
 LOOK = ["--samples", "999", "--length", str(LENGTH)]
 # Behind a norm both graphs may lack one direction, up to rounding in float32: where there is
-# something to learn, the one by the other is less exact there.
-TOLERANCE = {False: 1e-5, True: 1e-4}
+# something to learn, the one by the other is less exact there, by how much depends on the CPU.
+TOLERANCE = {False: 1e-5, True: 1e-3}
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 

@@ -76,6 +76,17 @@ def test_a_merge_that_was_killed_goes_on_where_it_stopped(folder, tmp_path, monk
         assert merge(own, own / "tuned", *words, out) == whole
 
 
+@pytest.mark.parametrize(("kind", "best"), [("llama", "generated"), ("bert", "random")])
+def test_what_is_kept_by_default_depends_on_the_kind_of_model(folder, tmp_path, kind, best):
+    own = folder / kind
+    merge(own, own / "tuned", *LOOK, "--out", tmp_path / "default")
+    merge(own, own / "tuned", *LOOK, "--keep", best, "--out", tmp_path / "named")
+    found, expected = tensors(tmp_path / "default"), tensors(tmp_path / "named")
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    # It is the same merge: the folder can be gone on with either way.
+    merge(own, own / "tuned", *LOOK, "--out", tmp_path / "named")
+
+
 def refusal(capsys, *words):
     """The one line of a merge that is refused."""
     capsys.readouterr()
@@ -209,7 +220,8 @@ def test_the_input_of_a_watched_head_is_seen_at_every_token(folder, tmp_path, mo
 
     monkeypatch.setattr(Moments, "add", counted)
     own = folder / "llama"
-    merge(own, own / "tuned", "--out", tmp_path / "out", "--samples", "4", "--length", "8")
+    words = ["--keep", "random", "--samples", "4", "--length", "8"]
+    merge(own, own / "tuned", "--out", tmp_path / "out", *words)
     assert set(counts) == {4 * 8}
 
 

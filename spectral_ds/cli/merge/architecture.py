@@ -198,11 +198,19 @@ def class_of(config: Any) -> Any:
     """The class of transformers that a model was saved with."""
     import transformers
 
-    names = getattr(config, "architectures", None) or [f"Unnamed{CAUSAL[0]}"]
-    if (kind := getattr(transformers, names[0], None)) is not None:
+    if (kind := getattr(transformers, _name_of(config), None)) is not None:
         return kind
-    is_causal = names[0].endswith(CAUSAL)
-    return transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+    return transformers.AutoModelForCausalLM if is_causal(config) else transformers.AutoModel
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a model was saved as a causal language model."""
+    return _name_of(config).endswith(CAUSAL)
+
+
+def _name_of(config: Any) -> str:
+    names: list[str] = getattr(config, "architectures", None) or [f"Unnamed{CAUSAL[0]}"]
+    return names[0]
 
 
 def _by_numbers(name: str) -> list[tuple[int, int | str]]:

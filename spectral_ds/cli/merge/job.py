@@ -9,7 +9,7 @@ from torch import nn
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.adapter import Adapter, is_adapter
-from spectral_ds.cli.merge.architecture import Architecture
+from spectral_ds.cli.merge.architecture import Architecture, is_causal
 from spectral_ds.cli.merge.folder import Folder
 from spectral_ds.cli.merge.frontier import frontier
 from spectral_ds.cli.merge.judges import judge_for
@@ -36,7 +36,7 @@ from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep,
 from spectral_ds.coactivation import Batch, Coactivation, content_of
 from spectral_ds.coactivation import file as statistics
 
-NONE = "none"
+NONE, BEST = "none", "best"
 
 
 class Job:
@@ -57,17 +57,18 @@ class Job:
             Adapter(given, self._base) if is_adapter(given) else Folder(given)
             for given in arguments.tuned
         ]
+        self._keep: str = _best(self._base) if arguments.keep == BEST else arguments.keep
         architectures = [Architecture.of(each.config, each.given) for each in self._tuned]
         self._sites = architectures[0].sites
         self._merging = Merging(self._base, self._tuned, architectures)
         count = len(self._tuned)
         self._learn: list[str] = list(arguments.learn) * (count // len(arguments.learn))
         self._amount = Amount(arguments.samples, arguments.length, arguments.rank)
-        self._output = Output(arguments.out, making, self._fingerprints())
+        self._output = Output(arguments.out, {**making, "keep": self._keep}, self._fingerprints())
 
     def _fingerprints(self) -> dict[str, str]:
         found = {each.given: each.fingerprint() for each in (self._base, *self._tuned)}
-        files = [self._arguments.keep, *self._learn, self._arguments.task, self._arguments.general]
+        files = [self._keep, *self._learn, self._arguments.task, self._arguments.general]
         for given in files:
             if given not in (RANDOM, GENERATED, NONE, None):
                 found[str(given)] = content_of(Path(given))
@@ -97,7 +98,7 @@ class Job:
         Args:
             halves: whether files that settings are judged on are used by half.
         """
-        keep = self._graphs("keep", self._arguments.keep, None, halves)
+        keep = self._graphs("keep", self._keep, None, halves)
         assert keep is not None, "inputs to keep are always named"
         learn = [
             self._graphs(f"learn-{number}", source, tuned, halves)
@@ -177,7 +178,7 @@ class Job:
         if all(path.exists() for path in found_before):
             return
         arguments = self._arguments
-        keep = self._forward_batches(arguments.keep, "--keep", None)
+        keep = self._forward_batches(self._keep, "--keep", None)
         learn = [
             None if source == NONE else self._forward_batches(source, "--learn", each)
             for source, each in zip(self._learn, self._tuned, strict=True)
@@ -191,7 +192,7 @@ class Job:
                 path = self._output.statistics(f"learn-{number + 1}")
                 self._save(path, with_names(graphs, refresh.names), source)
         kept = with_names(refresh.kept, refresh.names)
-        self._save(self._output.statistics("keep"), kept, arguments.keep)
+        self._save(self._output.statistics("keep"), kept, self._keep)
 
     def _forward_batches(
         self, source: str, option: str, tuned: "Folder | Adapter | None", half: int | None = None
@@ -227,3 +228,8 @@ class Job:
 
 def _is_same(one: Path, other: Path) -> bool:
     return one.exists() and one.resolve() == other.resolve()
+
+
+def _best(base: Folder) -> str:
+    """The inputs to keep that have measured best for a model's kind."""
+    return GENERATED if is_causal(base.config) else RANDOM
