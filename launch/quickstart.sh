@@ -183,7 +183,7 @@ config["scheduler"] = {
     },
 }
 edges = {"family": "activations", "keep": keep}
-if task == "causal-lm":  # where it helps to know the inputs to learn from, see configs/README.md
+if task == "causal-lm":  # where it helps to know the inputs to learn from, as in preset retain_lm
     edges |= {"learn": "training", "samples": 32}
 config["spectral_ds"] = {
     "preset": "retain", "graph": {"node": "column", "edges": [edges]},

@@ -65,7 +65,7 @@ def test_these_commands_and_presets_are_there():
     assert re.findall(r"^    (\w+) +\S", usage, re.MULTILINE) == list(COMMANDS)
     assert sorted(PRESETS) == [
         "denoise", "gradient_smoothing", "grokfast", "laplacian_smoothing", "observe", "paper",
-        "retain", "whiten",
+        "retain", "retain_lm", "whiten",
     ]  # fmt: skip
 
 
