@@ -77,14 +77,20 @@ def test_a_merge_that_was_killed_goes_on_where_it_stopped(folder, tmp_path, monk
 
 
 @pytest.mark.parametrize(("kind", "best"), [("llama", "generated"), ("bert", "random")])
-def test_what_is_kept_by_default_depends_on_the_kind_of_model(folder, tmp_path, kind, best):
+def test_what_is_kept_by_default_depends_on_the_kind_of_model(folder, tmp_path, capsys, kind, best):
     own = folder / kind
     merge(own, own / "tuned", *LOOK, "--out", tmp_path / "default")
+    # A language model that is to learn nothing learns too little, and it is said.
+    assert ("--learn FILE" in capsys.readouterr().err) == (kind == "llama")
     merge(own, own / "tuned", *LOOK, "--keep", best, "--out", tmp_path / "named")
     found, expected = tensors(tmp_path / "default"), tensors(tmp_path / "named")
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     # It is the same merge: the folder can be gone on with either way.
     merge(own, own / "tuned", *LOOK, "--out", tmp_path / "named")
+    texts = folder / "keep.txt"
+    capsys.readouterr()
+    merge(own, own / "tuned", *LOOK, "--learn", texts, "--out", tmp_path / "learns")
+    assert "--learn FILE" not in capsys.readouterr().err
 
 
 def refusal(capsys, *words):

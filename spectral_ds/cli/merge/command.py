@@ -92,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
             from spectral_ds.cli.merge.report import show
 
             show(report, arguments.rest, arguments.out)
+        if job.hint:
+            sys.stderr.write(f"spectral-ds merge: {job.hint}\n")
     return 0
 
 

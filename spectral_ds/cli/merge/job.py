@@ -74,6 +74,16 @@ class Job:
                 found[str(given)] = content_of(Path(given))
         return found
 
+    @property
+    def hint(self) -> str:
+        """What the user should know of such a merge; empty: nothing."""
+        if not is_causal(self._base.config) or self._learn != [NONE] * len(self._learn):
+            return ""
+        return (
+            "nothing was named to learn, and a language model learns too little so: "
+            "--learn FILE names texts that TUNED was trained on"
+        )
+
     # Merging
 
     def merge(self) -> dict[str, Any]:
