@@ -1,4 +1,4 @@
-"""By either exchange, a graph's filter gives the same and sends what the plan says."""
+"""By either exchange, a filter and a penalty give the same and send what the plan says."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,9 @@ from traffic import counting_bytes
 from spectral_ds.filters import (
     FixedTransfer,
     GraphFilter,
+    GraphPenalty,
     Heat,
+    Reference,
 )
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity
 from spectral_ds.laplacian import ParameterGraph, Work, plan_operators
@@ -36,6 +38,7 @@ CASES = {
 
 
 HEAT = Heat(0.7)
+RIDGE, FACTOR = 0.2, -0.5
 EXCHANGES = "boundary", "transpose", "best"
 ROUNDED = "bfloat16"
 
@@ -50,7 +53,7 @@ def signal_of(name):
 
 
 def filtered_on_ranks(name):
-    """Hops; by exchange: filtered signal; bytes sent, as counted and as planned; groups.
+    """Hops; by exchange: filtered signal, and penalized; bytes of each, and as planned; groups.
 
     Transposed buckets travel together, however many they are.
     """
@@ -73,15 +76,21 @@ def filtered_on_ranks(name):
         for operator in plan.operators:
             for matrix in operator.scratch:
                 matrix.values.fill_(torch.nan)
-        signal = sharded.local(signal_of(name))
+        signal, weights = sharded.local(signal_of(name)), sharded.local(signal_of(name))
         with counting_bytes() as sent:
             GraphFilter(plan.shipments, transfer).apply(signal, 0.9)
+        reference = Reference(sharded.layout.own, sharded.local(random_arrays(CASES[name][0], 2)))
+        penalty = GraphPenalty(plan.shipments, transfer, RIDGE)
+        with counting_bytes() as sent_by_penalty:
+            penalty.pull(reference, weights, [-FACTOR] * len(weights))
         if plan.exchanges["transpose"] and not plan.exchanges["boundary"]:
             assert len(sent) == 2
             if (name, way) == ("similarity of rows", "transpose, small buckets"):
                 assert sum(op.transposition is not None for op in plan.operators) > 2
-        total = sum(sharded.communicator.gather_objects(sum(sent)))
-        found[way] = sharded.whole(signal), total, plan.bytes_sent, plan.exchanges
+        own = sum(sent), sum(sent_by_penalty)
+        totals = [sum(each) for each in zip(*sharded.communicator.gather_objects(own), strict=True)]
+        after = sharded.whole(signal), sharded.whole(weights)
+        found[way] = after, totals, plan.bytes_sent, plan.exchanges
     return transfer.hops, found
 
 
@@ -127,13 +136,12 @@ def error_of(found, expected):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", CASES)
-def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
-    ranks, name, world_size
-):
-    alone = sharded_of(name, alone=True)
-    expected = by_dense_laplacian(
-        alone.graph, CASES[name][2], lambda v: 0.1 + 0.9 * np.exp(-0.7 * v), signal_of(name)
-    )
+def test_both_exchanges_give_what_is_filtered_and_send_what_the_plan_says(ranks, name, world_size):
+    alone, kind, signal = sharded_of(name, alone=True), CASES[name][2], signal_of(name)
+    expected = by_dense_laplacian(alone.graph, kind, lambda v: 0.1 + 0.9 * np.exp(-0.7 * v), signal)
+    moved = {n: signal[n] - each for n, each in random_arrays(CASES[name][0], 2).items()}
+    term = by_dense_laplacian(alone.graph, kind, lambda v: np.exp(-0.7 * v) + RIDGE, moved)
+    penalized = {n: signal[n] + FACTOR * each for n, each in term.items()}
     results = ranks(world_size).run(filtered_on_ranks, name)
     boundary, transpose = bytes_by_hand(name, world_size, results[0][0]).T
     wins = np.count_nonzero(transpose < boundary)
@@ -146,8 +154,10 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
     if (name, world_size) == ("depth and ring", 4):
         assert min(wins, loses) > 0
     for result in results:
-        for way, (filtered, counted, planned, exchanges) in result[1].items():
-            assert counted == planned
+        for way, ((filtered, pulled), (counted, of_penalty), planned, exchanges) in result[
+            1
+        ].items():
+            assert counted == of_penalty == planned  # a reference does not travel
             exchange, _, change = way.partition(", ")
             if change != "small buckets":  # they divide columns anew, with other rounding
                 sent, *groups = by_hand[exchange]
@@ -161,6 +171,7 @@ def test_both_exchanges_give_the_filtered_signal_and_send_what_the_plan_says(
                 continue
             for parameter, value in expected.items():
                 np.testing.assert_allclose(filtered[parameter], value, atol=2e-6)
+                np.testing.assert_allclose(pulled[parameter], penalized[parameter], atol=3e-6)
 
 
 def moments_of_a_rank_without_columns():

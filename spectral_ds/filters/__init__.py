@@ -2,7 +2,6 @@
 
 from spectral_ds.filters.adaptive import whiten_gains, wiener_gains
 from spectral_ds.filters.chebyshev import MAX_ORDER, ChebyshevSeries, ToleranceError
-from spectral_ds.filters.graph_function import GraphFunction
 from spectral_ds.filters.regularizer import GraphPenalty, Penalty, Reference, Regularizer
 from spectral_ds.filters.rescale import NormKeeper
 from spectral_ds.filters.responses import (
@@ -27,7 +26,6 @@ __all__ = [
     "ExactTransfer",
     "FixedTransfer",
     "GraphFilter",
-    "GraphFunction",
     "GraphPenalty",
     "Heat",
     "Identity",

@@ -6,7 +6,7 @@ import torch
 
 from spectral_ds.filters.chebyshev import apply_series
 from spectral_ds.filters.transfer import Transfer
-from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.laplacian import LaplacianOperator, Shipment
 from spectral_ds.laplacian.eigenbasis import Eigenbasis
 
 
@@ -14,17 +14,20 @@ class GraphFunction:
     """A function of the Laplacian of one graph.
 
     Args:
-        operators: one a bucket.
+        shipments: the operators of the buckets, together as their signals travel.
         transfer: h.
+
+    Attributes:
+        operators: of all shipments.
     """
 
-    def __init__(self, operators: Sequence[LaplacianOperator], transfer: Transfer) -> None:
-        self.transfer = transfer
-        self.operators = operators
+    def __init__(self, shipments: Sequence[Shipment], transfer: Transfer) -> None:
+        self.transfer, self.shipments = transfer, shipments
+        self.operators = [operator for shipment in shipments for operator in shipment.operators]
         self._made_for: tuple[float, float, int] | None = None
         self._coefficients = torch.empty(0)
         # h at the eigenvalues of each eigenbasis, and a + b · h(L) by it; slices of columns share.
-        bases = dict.fromkeys(op.eigenbasis for op in operators if op.eigenbasis is not None)
+        bases = dict.fromkeys(op.eigenbasis for op in self.operators if op.eigenbasis is not None)
         self._values = {basis: transfer.at(basis.values) for basis in bases}
         self._matrices: dict[Eigenbasis, torch.Tensor] = {}
 

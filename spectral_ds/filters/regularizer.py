@@ -11,7 +11,8 @@ import torch
 
 from spectral_ds.checkpoint import PartState, Pieces, Restoration, SavedState
 from spectral_ds.filters.graph_function import GraphFunction
-from spectral_ds.laplacian import LaplacianOperator
+from spectral_ds.filters.transfer import Transfer
+from spectral_ds.laplacian import Shipment
 from spectral_ds.sharding import Communicator, Fragment, Signal, squared_norm_of
 
 STATE = "reference"
@@ -75,15 +76,6 @@ class Reference:
         values = saved.pieces(STATE, pieces.fragments)
         return lambda: pieces.fill(values)
 
-    def load_difference(self, operator: LaplacianOperator, weights: Signal) -> None:
-        """The operator's scratch.x ← θ − θ_ref on own rows."""
-        x, y, _ = operator.scratch
-        operator.load(weights, x)
-        if self.fragments is not None:
-            operator.load(self.fragments, y)
-            own = operator.block.own
-            x.values[:own].sub_(y.values[:own])
-
     def squared_distance(self, weights: Signal) -> torch.Tensor:
         """‖θ − θ_ref‖² of this rank's fragments, float64, 0-D."""
         references = self.fragments or [None] * len(weights)
@@ -115,13 +107,14 @@ class GraphPenalty:
     """(r(L) + ρI) Δ on one graph.
 
     Args:
-        function: r, on the graph's operators.
+        shipments: the operators of the buckets, together as their weights travel.
+        transfer: r.
         ridge: ρ.
     """
 
-    def __init__(self, function: GraphFunction, ridge: float) -> None:
-        self.transfer = function.transfer
-        self._function = function
+    def __init__(self, shipments: Sequence[Shipment], transfer: Transfer, ridge: float) -> None:
+        self.transfer = transfer
+        self._function = GraphFunction(shipments, transfer)
         self._ridge = ridge
 
     def largest(self) -> float:
@@ -133,10 +126,10 @@ class GraphPenalty:
     ) -> None:
         """target ← target + factor · (r(L) + ρI) Δ, a factor a fragment (collective)."""
         self._function.set(self._ridge, 1.0)
-        for operator in self._function.operators:
-            reference.load_difference(operator, weights)
-            self._function.evaluate(operator)
-            operator.add(operator.scratch.out, target, factors)
+        for shipment in self._function.shipments:
+            minus = reference.fragments
+            for operator in shipment.carry_difference(weights, minus, target, factors):
+                self._function.evaluate(operator)
 
     def pull(self, reference: Reference, weights: Signal, steps: Sequence[float]) -> None:
         """θ ← θ − step · (r(L) + ρI) Δ, a step a fragment (collective)."""
@@ -147,10 +140,10 @@ class GraphPenalty:
         self._function.set(self._ridge, 1.0)
         total = torch.zeros((), dtype=torch.float64)
         for operator in self._function.operators:
-            reference.load_difference(operator, weights)
-            self._function.evaluate(operator)
-            reference.load_difference(operator, weights)  # x was overwritten
             x, _, out = operator.scratch
+            operator.load(weights, x, reference.fragments)
+            self._function.evaluate(operator)
+            operator.load(weights, x, reference.fragments)  # x was overwritten
             for moved, product in zip(x.answered, out.answered, strict=True):
                 energy = torch.dot(moved.reshape(-1), product.reshape(-1)).double()
                 total = total.to(energy.device) + energy

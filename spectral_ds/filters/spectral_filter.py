@@ -48,9 +48,7 @@ class GraphFilter:
     ) -> None:
         self.transfer = transfer
         self.is_ready = is_ready
-        self._shipments = shipments
-        operators = [operator for shipment in shipments for operator in shipment.operators]
-        self._function = GraphFunction(operators, transfer)
+        self._function = GraphFunction(shipments, transfer)
 
     def apply(self, signal: Signal, strength: float) -> None:
         """Filter in place (collective).
@@ -63,7 +61,7 @@ class GraphFilter:
         if self.is_identity(strength):
             return
         self._function.set(1 - strength, strength)
-        for shipment in self._shipments:  # all rows come, where buckets are transposed
+        for shipment in self._function.shipments:  # all rows come, where buckets are transposed
             for operator in shipment.carry(signal):
                 self._function.evaluate(operator)
 

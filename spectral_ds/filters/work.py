@@ -16,11 +16,10 @@ def filter_work(transfer: Transfer, acts: bool) -> Work:
     return Work(transfer.hops, transposes=2)
 
 
-def penalty_work(transfer: Transfer, has_reference: bool) -> Work:
-    """The work of r(L) + ρI: the weights come, as does the reference, and the product returns.
+def penalty_work(transfer: Transfer) -> Work:
+    """The work of r(L) + ρI: what weights have moved comes, and the product returns.
 
     Args:
         transfer: r.
-        has_reference: whether the reference is other weights, and not 0.
     """
-    return Work(transfer.hops, transposes=3 if has_reference else 2)
+    return Work(transfer.hops, transposes=2)

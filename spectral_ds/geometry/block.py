@@ -123,8 +123,10 @@ class LocalBlock:
         is_own[is_own] = self.own_rows[at[is_own]] == rows[is_own]
         return np.where(is_own, at, self.own + np.searchsorted(self.boundary_rows, rows))
 
-    def load(self, fragments: Signal, views: Sequence[torch.Tensor]) -> None:
-        """Copy fragment values into own rows.
+    def load(
+        self, fragments: Signal, views: Sequence[torch.Tensor], minus: Signal | None = None
+    ) -> None:
+        """Copy fragment values, less what is subtracted, into own rows.
 
         Elements that are neither owned nor received keep what they hold: no owned element ever
         depends on them, since columns are filtered independently.
@@ -132,10 +134,14 @@ class LocalBlock:
         Args:
             fragments: this rank's flat tensors, any floating dtype; None counts as zeros.
             views: `owned_views` of a (stored, width) matrix.
+            minus: what is subtracted, on any device; None where fragments are.
         """
         places, values = self._paired(views, fragments)
         if places:
             torch._foreach_copy_(places, values)
+            if minus is not None:
+                _, values = self._paired(views, minus)
+                torch._foreach_sub_(places, [value.to(places[0].device) for value in values])
         if len(places) < len(self.placements):
             for view, place in zip(views, self.placements, strict=True):
                 if fragments[place.rectangle.fragment] is None:

@@ -1,6 +1,5 @@
 """LaplacianOperator: y = L x for one bucket, on the rows of one rank."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -76,24 +75,18 @@ class LaplacianOperator:
         is_whole = self.transposition is not None or self.block.is_whole
         return Matrix(values, owned, received, [values[: self.block.own]] if is_whole else owned)
 
-    def load(self, signal: Signal, x: Matrix) -> None:
+    def load(self, signal: Signal, x: Matrix, minus: Signal | None = None) -> None:
         """x ← the signal's own elements (collective if there is a transposition).
 
         Args:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros.
             x: (stored rows, width).
+            minus: what is subtracted from them; see `LocalBlock.load`.
         """
         if self.transposition is None:
-            self.block.load(signal, x.owned)
+            self.block.load(signal, x.owned, minus)
         else:
-            self.transposition.load(signal, x.owned, x.received)
-
-    def add(self, x: Matrix, signal: Signal, factors: Sequence[float]) -> None:
-        """The signal ← the signal + factor · own elements of x, with a factor a fragment."""
-        if self.transposition is None:
-            self.block.add(x.owned, signal, factors)
-        else:
-            self.transposition.add(x.owned, x.received, signal, factors)
+            self.transposition.load(signal, x.owned, x.received, minus)
 
     def apply(self, x: Matrix, out: Matrix, alpha: float = 1.0, beta: float = 0.0) -> None:
         """out ← alpha · L̃ x + beta · out on own rows (collective if there is an exchange).

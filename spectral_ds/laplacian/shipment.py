@@ -55,18 +55,44 @@ class Shipment:
             signal: this rank's fragments, flat, any floating dtype; None counts as zeros and
                 stays as it is.
         """
+        for operator in self._pass_through(signal):
+            yield operator
+            operator.block.store(operator.scratch.out.owned, signal)
         for transposition, views in zip(self._transpositions, self._sends, strict=True):
-            transposition.pack(signal, views)
+            transposition.unpack(views, signal)
+
+    def carry_difference(
+        self, signal: Signal, minus: Signal | None, target: Signal, factors: Sequence[float]
+    ) -> Iterator[LaplacianOperator]:
+        """Each operator with its part of a difference in scratch.x (collective).
+
+        What scratch.out holds when the next one is asked for is added to the target.
+
+        Args:
+            signal: see `carry`.
+            minus: what is subtracted from it; see `LocalBlock.load`.
+            target: fragments like the signal's; it may be the signal.
+            factors: of what is added, one a fragment.
+        """
+        for operator in self._pass_through(signal, minus):
+            yield operator
+            operator.block.add(operator.scratch.out.owned, target, factors)
+        for transposition, views in zip(self._transpositions, self._sends, strict=True):
+            transposition.add(views, target, factors)
+
+    def _pass_through(
+        self, signal: Signal, minus: Signal | None = None
+    ) -> Iterator[LaplacianOperator]:
+        """Each operator with what has come in scratch.x; what has come returns as scratch.out."""
+        for transposition, views in zip(self._transpositions, self._sends, strict=True):
+            transposition.pack(signal, views, minus)
         if self.buffers is not None:
             self.buffers.exchange()
         for operator, views in zip(self.operators, self._receives, strict=True):
             x, _, out = operator.scratch
-            operator.block.load(signal, x.owned)
+            operator.block.load(signal, x.owned, minus)
             copy(x.received, views)
             yield operator
-            operator.block.store(out.owned, signal)
             copy(views, out.received)
         if self.buffers is not None:
             self.buffers.give_back()
-        for transposition, views in zip(self._transpositions, self._sends, strict=True):
-            transposition.unpack(views, signal)

@@ -110,26 +110,33 @@ class Transposition:
         fragments: Signal,
         owned: Sequence[torch.Tensor],
         received: list[torch.Tensor],
+        minus: Signal | None = None,
     ) -> None:
-        """Bring the signal into slices (collective).
+        """Bring the signal, less what is subtracted, into slices (collective).
 
         Args:
             fragments: this rank's flat tensors, any floating dtype; None counts as zeros.
             owned, received: views of a (nodes, slice) matrix: of what stays, and `places`.
+            minus: see `LocalBlock.load`.
         """
-        self.block.load(fragments, owned)
-        self.pack(fragments, self._send_views)
+        self.block.load(fragments, owned, minus)
+        self.pack(fragments, self._send_views, minus)
         self.buffers.exchange()
         copy(received, self._receive_views)
 
-    def pack(self, fragments: Signal, views: Sequence[torch.Tensor]) -> None:
+    def pack(
+        self, fragments: Signal, views: Sequence[torch.Tensor], minus: Signal | None = None
+    ) -> None:
         """Views of a send buffer ← what leaves this rank; None counts as zeros."""
         for view, part in zip(views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
             if fragment is None:
                 view.zero_()
-            else:
-                view.copy_(part.view(fragment))
+                continue
+            view.copy_(part.view(fragment))
+            subtracted = None if minus is None else minus[part.fragment]
+            if subtracted is not None:
+                view.sub_(part.view(subtracted).to(view.device))
 
     def unpack(self, views: Sequence[torch.Tensor], fragments: Signal) -> None:
         """The fragments ← what has come back into views of a send buffer."""
@@ -137,17 +144,10 @@ class Transposition:
             part.view(fragment).copy_(view)
 
     def add(
-        self,
-        owned: Sequence[torch.Tensor],
-        received: list[torch.Tensor],
-        fragments: Signal,
-        factors: Sequence[float],
+        self, views: Sequence[torch.Tensor], fragments: Signal, factors: Sequence[float]
     ) -> None:
-        """Add the signal, times the factor of each fragment, to the fragments (collective)."""
-        self.block.add(owned, fragments, factors)
-        copy(self._receive_views, received)
-        self.buffers.give_back()
-        for view, part, fragment in self._returned(self._send_views, fragments):
+        """The fragments ← themselves + the factor of each · what has come back."""
+        for view, part, fragment in self._returned(views, fragments):
             part.view(fragment).add_(view.to(fragment.device), alpha=factors[part.fragment])
 
     def _returned(

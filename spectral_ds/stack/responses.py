@@ -122,8 +122,7 @@ def works_of(transfers: Transfers, config: SpectralConfig) -> Works:
     """The work of a configuration's filter and of its regularizer on one graph."""
     of_filter, of_penalty = filter_work(transfers.filter, config.filter.strength > 0), Work()
     if transfers.penalty is not None:
-        has_reference = config.regularizer.reference == "pretrained"
-        of_penalty = penalty_work(transfers.penalty, has_reference)
+        of_penalty = penalty_work(transfers.penalty)
     return Works(of_filter, of_penalty)
 
 

@@ -13,7 +13,7 @@ from spectral_ds.checkpoint import PartState, Restoration, SavedState
 from spectral_ds.config import SpectralConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
-from spectral_ds.filters import GraphFilter, GraphFunction, GraphPenalty
+from spectral_ds.filters import GraphFilter, GraphPenalty
 from spectral_ds.geometry.buckets import below_shard, bucket_elements
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian import (
@@ -242,8 +242,7 @@ class StackedGraph:
         self.spectrometer = spectrometer or Spectrometer(None, self.plan, communicator)
         self.filter = GraphFilter(self.plan.shipments, transfers.filter, is_ready)
         if transfers.penalty is not None:
-            function = GraphFunction(self.plan.operators, transfers.penalty)
-            self.penalty = GraphPenalty(function, self._ridge)
+            self.penalty = GraphPenalty(self.plan.shipments, transfers.penalty, self._ridge)
 
     def _warn(self, message: str) -> None:
         self._engine.log(message, logging.WARNING)
