@@ -91,9 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             from spectral_ds.cli.merge.report import show
 
-            show(report, arguments.rest, arguments.out)
-        if job.hint:
-            sys.stderr.write(f"spectral-ds merge: {job.hint}\n")
+            show(report, arguments.rest, arguments.out, job.hint)
     return 0
 
 

@@ -80,8 +80,8 @@ class Job:
         if not is_causal(self._base.config) or self._learn != [NONE] * len(self._learn):
             return ""
         return (
-            "nothing was named to learn, and a language model learns too little so: "
-            "--learn FILE names texts that TUNED was trained on"
+            "Nothing was named to learn, and a language model learns too little so: "
+            "--learn FILE names texts that TUNED was trained on."
         )
 
     # Merging

@@ -12,8 +12,8 @@ from spectral_ds.cli.terminal import make_console, make_table
 MOST_LISTED = 6
 
 
-def show(report: Mapping[str, Any], rest: float, folder: Path) -> None:
-    """Print what has become of all tensors."""
+def show(report: Mapping[str, Any], rest: float, folder: Path, hint: str) -> None:
+    """Print what has become of all tensors, and what the user should know if anything."""
     print_ = partial(make_console().print, soft_wrap=True)
     print_(
         f"{report['filtered']} matrices filtered; {report['scaled']} tensors without inputs x "
@@ -32,6 +32,8 @@ def show(report: Mapping[str, Any], rest: float, folder: Path) -> None:
     for model, names in report["left_out"].items():
         print_(f"not in the result, only in {model}: {_listed(names)}")
     print_(f"written: {folder}")
+    if hint:
+        print_(hint)
 
 
 def _listed(names: Sequence[str]) -> str:
