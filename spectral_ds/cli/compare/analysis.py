@@ -133,6 +133,8 @@ class TaskAnalysis:
         axis: what counts as forgetting.
         standings: of methods that have rows of at least one seed of the baseline's.
         frontiers: by method and seed, on test data.
+        settings: by method: (what is forgotten, loss) of each that is not interpolated, on test
+            data; means over seeds.
         curves: by method, at its best learning rate: (step, validation losses of the seeds).
     """
 
@@ -140,6 +142,7 @@ class TaskAnalysis:
     axis: str
     standings: list[Standing]
     frontiers: dict[str, list[Frontier]]
+    settings: dict[str, list[tuple[float, float]]]
     curves: dict[str, list[tuple[int, list[float]]]]
 
 
@@ -180,6 +183,7 @@ def analyse(
             for name, points in methods.items()
             if not name.endswith(INTERPOLATED)
         },
+        {name: _settings(points, axis) for name, points in methods.items()},
         {
             name: _curve(own, comparison, name, _best(points), points)
             for name, points in methods.items()
@@ -247,6 +251,14 @@ def _frontiers(points: Points, seeds: Sequence[int], axis: str, part: str = TEST
             ]
         )
         for seed in seeds
+    ]
+
+
+def _settings(points: Points, axis: str) -> list[tuple[float, float]]:
+    return [
+        (_mean(rows, column(TEST, axis)), _mean(rows, column(TEST, LOSS)))
+        for point, rows in points.items()
+        if point.alpha == 1
     ]
 
 

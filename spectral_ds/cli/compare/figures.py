@@ -19,6 +19,8 @@ HEIGHT = 5.4
 LINE, MARGIN = 0.26, 0.8
 # Of points of one colour.
 MARKERS = ("o", "s", "^", "D")
+# Area of a setting's dot, in points².
+SETTING = 16
 # Of a band: standard errors of the mean over seeds.
 ERRORS = 1.0
 
@@ -57,7 +59,10 @@ def frontier_file(analysis: TaskAnalysis) -> str:
 
 @styled
 def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
-    """Loss on the task against what is forgotten; lower and further left is better."""
+    """Loss on the task against what is forgotten; lower and further left is better.
+
+    Frontiers are chosen on validation data; small dots are all settings that a method has.
+    """
     figure = _figure(len(analysis.frontiers))
     axes = figure.subplots()
     for number, (name, found) in enumerate(analysis.frontiers.items()):
@@ -69,6 +74,7 @@ def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
         else:
             losses = np.array([frontier.at(grid) for frontier in found])
             _band(axes, grid, losses, name, number)
+    _dots(axes, analysis)
     axes.set_xlabel(what)
     axes.set_ylabel("loss on the task, test data (nats)")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -98,6 +104,15 @@ def _point(axes: Any, found: Sequence[Frontier], name: str, number: int) -> None
         *places.mean(1), xerr=errors[0], yerr=errors[1], label=name, color=color, marker=marker,
         linestyle="none", elinewidth=1.2, capsize=3,
     )  # fmt: skip
+
+
+def _dots(axes: Any, analysis: TaskAnalysis) -> None:
+    """A dot for each setting of methods that have several, where there is room for it."""
+    limits = axes.axis()
+    for number, name in enumerate(analysis.frontiers):
+        if len(settings := analysis.settings[name]) > 1:
+            axes.scatter(*zip(*settings, strict=True), s=SETTING, color=_look(number)["color"])
+    axes.axis(limits)
 
 
 def _errors(seeds: Any) -> Any:

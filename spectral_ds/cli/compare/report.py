@@ -119,6 +119,9 @@ def _equal_section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         f"![Frontiers]({frontier_file(analysis)})",
         "",
+        "*Means over seeds and their standard errors, of what validation data put on a frontier; "
+        "small dots: all settings of a method.*",
+        "",
     ]
 
 
