@@ -48,25 +48,32 @@ class SpectralPlugin(Study):
         self._is_used = [True] * len(engine.fragments)
         self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
+        self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
         self.attached = True
+        try:
+            self._hook()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _hook(self) -> None:
+        if self._pulls:
+            self.stack.warn_of_unstable_pull()
         acts_after = self._filters_updates or self._pulls
-        engine.install(
+        self.engine.install(
             self.before_step,
             self.after_update if acts_after else None,
             self.begin_step if self._filters_updates else None,
         )
-        engine.watch_loss(self.observe_loss)
-        self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
-        if config.checkpoint.enabled:
+        self.engine.watch_loss(self.observe_loss)
+        if self.config.checkpoint.enabled:
             self._persistence.carry()
-        engine.when_complete(self._catch_up)
-        if self._pulls:
-            self.stack.warn_of_unstable_pull()
+        self.engine.when_complete(self._catch_up)
 
     def begin_step(self) -> None:
         """What the engine calls when a step has moved no weight yet."""
         self._take_newcomers()
-        if self._updates is not None and not self.stack.filter.is_idle(self.engine.step):
+        if self._updates is not None and self.stack.may_act(self.engine.step):
             self._updates.remember(self._filtered_weights())
 
     def before_step(self) -> None:
@@ -137,6 +144,8 @@ class SpectralPlugin(Study):
             self.stack = stack
             self.monitor.use(stack)
             self._persistence.use(stack)
+            # What newcomers do in a step whose gradients were filtered before they came.
+            self._is_used = [True] * len(self.engine.fragments)
             if self._updates is not None:
                 self._updates = Updates(self._filtered_weights())
                 self._updates.remember(self._filtered_weights())
@@ -191,8 +200,11 @@ class SpectralPlugin(Study):
 
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
-        self.engine.remove()
         self.stack.warn_of_end()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.engine.remove()
         self.stack.forget()
         self.attached = False
         self.monitor.close()

@@ -1,5 +1,8 @@
 """`spectral-ds compare` on tiny models: every way to train and what is done after, and going on."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -140,11 +143,30 @@ def test_examples_of_each_class_are_drawn_by_the_seed(folder):
     )
     comparison, _ = load(config, [], False)
     task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("few")
-    drawn = [task.drawn_ids(comparison.tasks["few"], seed) for seed in (0, 0, 1)]
+    config = replace(comparison.tasks["few"], steps=5)
+    drawn = [task.trained_ids(config, 4, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert all(len(each) == 15 for each in drawn)
+    # An epoch is 3 whole batches; 5 leave out at most what the second has left.
+    assert all(12 <= len(each) <= 15 for each in drawn)
     held_out = {tuple(ids) for part in task.held_out.values() for ids in part}
     assert not held_out & {tuple(ids) for ids in drawn[0]}
+
+
+def test_what_a_run_has_learned_from_is_what_stood_in_its_batches(folder):
+    """`learn: training` of a merge: not what else could have been drawn."""
+    config = write_config(folder, name="seen")
+    comparison, _ = load(config, [], False)
+    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("words")
+    settings = replace(comparison.tasks["words"], steps=3)
+    seen = {tuple(ids) for ids in task.trained_ids(settings, 4, 1)}
+    batches = itertools.islice(task.batches(settings, 4, 1), 3)
+    used = {
+        tuple(ids[mask == 1].tolist())
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    assert seen == used
+    assert len(task.training) > 12
 
 
 def test_by_depth_the_share_rises_from_the_first_block_to_the_last(folder):

@@ -142,6 +142,39 @@ def test_filtered_updates_and_metrics_go_on_when_parameters_join(tmp_path):
     plugin.detach()
 
 
+def test_what_joins_between_filtering_and_the_step_does_not_stop_it():
+    model = frozen(Blocks(), 2)
+    optimizer = sgd(model.parameters())
+    section = {**SECTION, "filter": {**SECTION["filter"], "apply_to": "update"}}
+    plugin = spectral_ds.attach(model, optimizer, section)
+    gradients_of(model)
+    plugin.filter_gradients()
+    unfreezes(model, optimizer)
+    gradients = gradients_of(model)
+    built = as_arrays(model, gradients)
+    assert_is(step_of(model, optimizer), filtered_on(built, gradients))
+
+
+def test_updates_are_filtered_from_the_step_in_which_a_graph_of_gradients_is_known():
+    """At learning rate 0 there are none: nothing else may move a weight."""
+    section = {
+        "graph": {
+            "edges": [{"family": "similarity", "features": "gradient", "neighbours": 3}],
+            "refresh_interval": 2,
+        },
+        "filter": {"apply_to": "update"},
+        "statistics": {"interval": 1},
+        "monitor": {"enabled": False},
+    }
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    plugin = spectral_ds.attach(model, optimizer, section)
+    for _ in range(5):
+        gradients_of(model)
+        assert not any(value.any() for value in step_of(model, optimizer).values())
+    assert plugin.graph.num_edges > 0
+
+
 def test_a_graph_of_gradients_keeps_what_it_has_sampled(said):
     section = {
         "graph": {

@@ -100,6 +100,23 @@ def test_complex_updates_and_the_regularizer_act_on_both_parts():
     assert_close(moved, {name: steps[name] + 0.1 * pull[name] for name in before})
 
 
+@pytest.mark.parametrize("apply_to", ["gradient", "update"])
+def test_parameters_in_float64_are_filtered(apply_to):
+    """The filter's own arithmetic is float32; the weights stay what they are."""
+    filter_keys = {**FILTER, "apply_to": apply_to, "rescale": "norm", "temporal": {"decay": 0.5}}
+    section = {**SECTION, "filter": filter_keys, "statistics": {"interval": 1}}
+    model = Complex().mix.double()
+    x = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients, before, moved, plugin = one_step(model, lambda m: m(x).square().sum(), section)
+    smooth = filtered(before, gradients)
+    kept = {n: v * np.linalg.norm(gradients[n]) / np.linalg.norm(v) for n, v in smooth.items()}
+    amplify = 1 + plugin.config.filter.temporal.amplify
+    assert_close(moved, {n: amplify * v for n, v in kept.items()})
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+    norm = np.sqrt(sum((value**2).sum() for value in gradients.values()))
+    np.testing.assert_allclose(plugin.metrics()["gradient_norm/all"], norm, rtol=1e-5)
+
+
 def test_a_lazily_conjugated_gradient_counts_with_its_true_sign():
     model = Complex()
 

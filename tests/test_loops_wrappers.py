@@ -270,3 +270,27 @@ def test_a_wrapper_that_steps_by_itself_is_told(caplog):
     (warning,) = warnings_of(caplog)
     assert "not filtered: a step of Idle" in warning
     assert "attached to SGD" in warning
+
+
+# Refused at the end of attaching.
+
+
+class OwnRate(torch.optim.SGD):
+    """Finds its own learning rate, as some do."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.param_groups[0]["lr"] = None
+
+
+def test_what_is_refused_has_left_no_hook(caplog):
+    section = {**SECTION, "regularizer": {"strength": 0.1, "coupling": "decoupled"}}
+    model = make_model()
+    optimizer = OwnRate(model.parameters(), lr=1.0)
+    with pytest.raises(spectral_ds.UnsupportedEngineError, match="lr is None"):
+        spectral_ds.attach(model, optimizer, section)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    optimizer.param_groups[0]["lr"] = 1.0
+    plugin = spectral_ds.attach(model, optimizer, SECTION)
+    assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()))

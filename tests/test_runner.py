@@ -18,6 +18,7 @@ from ring_steps import (
     make_model,
     smoothed,
     step_of,
+    warnings_of,
 )
 
 import spectral_ds
@@ -135,6 +136,27 @@ def test_accelerate_that_accumulates_is_not_filtered_yet(runner, monkeypatch):
     monkeypatch.setitem(GradientState._shared_state, "sync_gradients", True)
     wanted = expected(model, LIMIT)
     assert_is(step_of(model, lambda: clips_twice(model, optimizer)), wanted)
+
+
+def test_gradients_that_are_clipped_in_every_micro_batch_are_told_once(runner, caplog):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    for _ in range(2):
+        model.zero_grad()
+        for _ in range(3):
+            loss_of(model).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+        optimizer.step()
+    (warning,) = warnings_of(caplog)
+    assert "after each micro-batch" in warning
+
+
+def test_loops_that_clip_once_a_step_are_told_nothing(runner, caplog):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    for loop in (clips_twice, clips_in_two_calls, keeps_gradient_tensors, accumulates) * 2:
+        loop(model, optimizer)
+    assert warnings_of(caplog) == []
 
 
 # What is attached.

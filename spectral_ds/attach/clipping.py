@@ -4,6 +4,7 @@ In: the plugins of torch optimizers. A call of `clip_grad_norm_`, `clip_grad_val
 `get_total_norm` with their gradients filters these first, once.
 """
 
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +35,10 @@ class Training:
         self.since = since
         self._optimizer = weakref.ref(optimizer)
         self._plugin = weakref.ref(plugin)
-        # Some gradient and its version, as they were left after filtering and clipping.
-        self._seen: tuple[weakref.ref[torch.Tensor], int] | None = None
+        # Some gradient and its version, as they were left after filtering and clipping, and the
+        # step that this was before.
+        self._seen: tuple[weakref.ref[torch.Tensor], int, int] | None = None
+        self._has_warned = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -61,22 +64,38 @@ class Training:
         """Filter the gradients, unless exactly these have been (collective)."""
         plugin = self.plugin
         if plugin is not None and not self.is_filtered:
+            self._warn_if_added_to(plugin)
             plugin.filter_gradients()
             self.note()
+
+    def _warn_if_added_to(self, plugin: SpectralPlugin) -> None:
+        """Say once that gradients seem to be accumulated after they were filtered."""
+        if self._seen is None or self._has_warned:
+            return
+        reference, _, step = self._seen
+        if step == plugin.engine.step and reference() is self._gradient() is not None:
+            self._has_warned = True
+            plugin.engine.log(
+                "gradients have changed since they were filtered before clipping, with no step in "
+                "between: if the loop clips, or takes their norm, after each micro-batch, what has "
+                "accumulated is filtered again each time. Clip once before the step, or attach in "
+                "the script and call plugin.filter_gradients() there",
+                logging.WARNING,
+            )
 
     @property
     def is_filtered(self) -> bool:
         """Whether the gradients are those that were last filtered, clipped or not."""
         if self._seen is None or (gradient := self._gradient()) is None:
             return False
-        reference, version = self._seen
+        reference, version, _ = self._seen
         return reference() is gradient and version_of(gradient) == version
 
     def note(self) -> None:
         """Remember the gradients as filtered."""
-        gradient = self._gradient()
-        if gradient is not None:
-            self._seen = weakref.ref(gradient), version_of(gradient)
+        gradient, plugin = self._gradient(), self.plugin
+        if gradient is not None and plugin is not None:
+            self._seen = weakref.ref(gradient), version_of(gradient), plugin.engine.step
 
     def _gradient(self) -> torch.Tensor | None:
         optimizer = self.optimizer

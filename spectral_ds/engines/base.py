@@ -202,7 +202,7 @@ class Engine(ABC):
 
 
 def learning_rate_of(group: Mapping[str, Any]) -> float:
-    """The learning rate of a torch optimizer's parameter group.
+    """The learning rate of a torch optimizer's parameter group; a tensor on a device is waited for.
 
     Raises:
         UnsupportedEngineError: the group has none.

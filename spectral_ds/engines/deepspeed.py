@@ -148,7 +148,8 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
 
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
-        return [learning_rate_of(groups[placed.group]) for placed in self._placed]
+        rates = {n: learning_rate_of(groups[n]) for n in {p.group for p in self._placed}}
+        return [rates[placed.group] for placed in self._placed]
 
     def _has_gradient(self, placed: Placed) -> bool:
         """Whether the parameter got a gradient since the last step."""

@@ -201,8 +201,10 @@ class TorchEngine(Engine):
         groups = self.optimizer.param_groups
         by_id = {id(parameter): group for group in groups for parameter in group["params"]}
         found = [by_id.get(id(parameter)) for parameter in self._parameters.values()]
+        used = {id(group): group for group in found if group is not None}
+        rates = {key: learning_rate_of(group) for key, group in used.items()}
         # What the optimizer has no longer stays as it is.
-        return [0.0 if group is None else learning_rate_of(group) for group in found]
+        return [rates.get(id(group), 0.0) for group in found]
 
     def gradients(self) -> list[torch.Tensor | None]:
         gradients = [plain_gradient(parameter) for parameter in self._parameters.values()]

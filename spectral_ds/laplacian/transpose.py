@@ -130,13 +130,14 @@ class Transposition:
         """Views of a send buffer ← what leaves this rank; None counts as zeros."""
         for view, part in zip(views, _flat(self.sends), strict=True):
             fragment = fragments[part.fragment]
+            subtracted = None if minus is None else minus[part.fragment]
             if fragment is None:
                 view.zero_()
-                continue
-            view.copy_(part.view(fragment))
-            subtracted = None if minus is None else minus[part.fragment]
-            if subtracted is not None:
-                view.sub_(part.view(subtracted).to(view.device))
+            elif subtracted is None:
+                view.copy_(part.view(fragment))
+            else:  # a buffer of lower precision rounds the difference, not what it is of
+                values = (part.view(each).to(view.device) for each in (fragment, subtracted))
+                torch.sub(*values, out=view)
 
     def unpack(self, views: Sequence[torch.Tensor], fragments: Signal) -> None:
         """The fragments ← what has come back into views of a send buffer."""

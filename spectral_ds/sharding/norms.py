@@ -11,4 +11,5 @@ def squared_norm_of(part: torch.Tensor) -> torch.Tensor:
     """‖x‖² of a tensor of any floating dtype; float64, 0-D, on its device."""
     flat = part.reshape(-1)
     blocks = flat.split(BLOCK_ELEMENTS) if flat.device.type == "cpu" else [flat]
-    return torch.stack(torch._foreach_norm(blocks, 2, torch.float32)).double().square().sum()
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(blocks, 2, dtype)).double().square().sum()

@@ -171,6 +171,10 @@ class Stack:
             raise ValueError("no graph of the configuration is of family activations")
         return found
 
+    def may_act(self, step: int) -> bool:
+        """Whether the filter acts at a step, or graphs are built in it by which it may."""
+        return not self.filter.is_idle(step) or any(graph.is_due(step) for graph in self.graphs)
+
     def refresh(self, step: int) -> None:
         """Build the graphs anew that are due at this step (collective).
 

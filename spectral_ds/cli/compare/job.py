@@ -134,14 +134,11 @@ class _Work:
         model.save_pretrained(self._folder / "model")
         tokenizer.save_pretrained(self._folder / "model")
         torch.save(trained.best, self._folder / "best.pt")
-        config = self._place.comparison.tasks[self._job.run.task]
-        write_texts(
-            self._folder / "training.jsonl",
-            [
-                tokenizer.decode(ids, skip_special_tokens=True)
-                for ids in self._task.drawn_ids(config, self._job.run.seed)
-            ],
-        )
+        run, comparison = self._job.run, self._place.comparison
+        task = comparison.tasks[run.task]
+        seen = self._task.trained_ids(task, comparison.batch_size, run.seed)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in seen]
+        write_texts(self._folder / "training.jsonl", texts)
         torch.save(self._cost, self._folder / "cost.pt")  # last: all is there
 
     # What is made of it

@@ -4,6 +4,7 @@ What is held out is the same for all seeds and methods: of each task some exampl
 some to report, of general texts likewise. What is trained on is drawn by the seed.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,16 +64,22 @@ class Task:
         Raises:
             DataError: there are not enough for one batch.
         """
-        chosen = self._drawn(config, seed)
-        return batches(
-            chosen, self.collate, batch_size=min(batch_size, len(chosen)), rank=0, world_size=1,
-            seed=seed,
-        )  # fmt: skip
+        return self._batches(self._drawn(config, seed), self.collate, batch_size, seed)
 
-    def drawn_ids(self, config: TaskConfig, seed: int) -> list[list[int]]:
-        """Token ids of the examples that a seed draws."""
-        chosen = self._drawn(config, seed)
+    def trained_ids(self, config: TaskConfig, batch_size: int, seed: int) -> list[list[int]]:
+        """Token ids of the examples in the batches of a run, each once."""
+        drawn = self._drawn(config, seed)
+        numbers = self._batches(range(len(drawn)), list, batch_size, seed)
+        used = {n for batch in itertools.islice(numbers, config.steps) for n in batch}
+        chosen = [drawn[number] for number in sorted(used)]
         return [each.tolist() if self.labels is None else each[0] for each in chosen]
+
+    @staticmethod
+    def _batches(
+        examples: Sequence[Any], collate: Callable[[Sequence[Any]], Any], size: int, seed: int
+    ) -> Iterator[Any]:
+        size = min(size, len(examples))
+        return batches(examples, collate, batch_size=size, rank=0, world_size=1, seed=seed)
 
     def _drawn(self, config: TaskConfig, seed: int) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
