@@ -58,6 +58,10 @@ def _rows(path: Path, column: str | None, labelled: bool) -> list[Row]:
             rows = _of_tsv(path, column, labelled)
         elif path.suffix in {".jsonl", ".json"}:
             rows = _of_jsonl(path, column or TEXT_COLUMN, labelled)
+        elif path.suffix == ".csv":
+            raise DataError("CSV is not read: save it as TSV or JSONL")
+        elif column is not None:
+            raise DataError(f"is plain text, which has no column {column!r}")
         else:
             rows = _of_plain_text(path, labelled)
         found = [row for row in rows if any(character.isalnum() for character in row[0])]
@@ -82,8 +86,8 @@ def _of_tsv(path: Path, column: str | None, labelled: bool) -> Iterator[Row]:
     text, label = TEXT_POSITION, LABEL_POSITION if labelled else TEXT_POSITION
     for number, line in _lines(path):
         cells = line.split("\t")
-        has_header = number == 1 and (column or TEXT_COLUMN) in cells
-        if has_header or (number == 1 and column is not None):
+        has_header = {column or TEXT_COLUMN, LABEL_COLUMN}.intersection(cells)
+        if number == 1 and (has_header or column is not None):
             _require(cells, column or TEXT_COLUMN, labelled)
             text = cells.index(column or TEXT_COLUMN)
             label = cells.index(LABEL_COLUMN) if labelled else text

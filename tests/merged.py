@@ -321,7 +321,7 @@ def lora(path, model, targets, task, **settings):
     )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or (parameter.requires_grad and "bias" in name):
                 parameter.normal_()
     adapted.save_pretrained(path / "adapter")
     adapted.merge_and_unload().save_pretrained(path / "whole")

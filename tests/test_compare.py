@@ -1,6 +1,7 @@
 """`spectral-ds compare` on tiny models: every way to train and what is done after, and going on."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -228,12 +229,23 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                      id="no such general text"),
         pytest.param({"test": 5000}, "is too short", id="more held out than there is"),
         pytest.param({"model": "/nowhere"}, "/nowhere", id="no such model"),
+        pytest.param({"statistics": {"own": {"keep": "{folder}/general.txt"}}},
+                     "statistics.own.keep", id="what is measured is kept"),
+        pytest.param({"methods": {"adamw": {"section": retain("{folder}/general.txt")}}},
+                     "is what general.other measures", id="it is kept in training"),
+        pytest.param({"general": {"other": {"data": "{folder}/general.txt", "texts": 31}}},
+                     "general.other.texts = 31: there are only 30", id="few general texts"),
+        pytest.param({"tasks": {"words": {"data": "{folder}/task.tsv", "examples": 81}}},
+                     "tasks.words.examples = 81: there are only 80", id="few examples"),
+        pytest.param({"tasks": {"words": {"data": "{folder}/task.tsv", "per_class": 40}}},
+                     "tasks.words.per_class = 40: there are only", id="few of a class"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named_before_anything_is_trained(
     folder, tmp_path, capsys, changes, said
 ):
-    config = write_config(folder, name="wrong", **({"methods": {"adamw": None}} | changes))
+    named = json.loads(json.dumps(changes).replace("{folder}", str(folder)))
+    config = write_config(folder, name="wrong", **({"methods": {"adamw": None}} | named))
     assert compare(config, tmp_path / "out", "--workers", "0") == 2
     wrong = capsys.readouterr().err
     assert said in wrong

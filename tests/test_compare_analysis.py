@@ -144,6 +144,14 @@ def test_a_run_that_diverged_is_never_chosen():
     assert found["other"].equal.difference.mean == pytest.approx(0.60 - 0.80)
 
 
+def test_a_setting_of_which_one_seed_diverged_is_never_chosen_at_equal_forgetting():
+    lost = rows("other", 0.05, 0.1, 0.1, forgetting=0.3, alpha=1.0)
+    lost[1] |= {"validation.loss": float("nan"), "test.loss": float("nan")}
+    found = analyse(comparison("other"), "words", [*lost, *BASE, *OTHER], CURVES, FORGETTING)
+    [other] = [each for each in found.standings if each.method == "other"]
+    assert other.equal.difference.mean == pytest.approx(0.60 - 0.80)
+
+
 def test_interpolations_of_the_baseline_are_its_frontier_and_no_other_method():
     found = standings()
     assert math.isnan(found["adamw" + INTERPOLATED].equal.p)

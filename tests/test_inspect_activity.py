@@ -170,6 +170,17 @@ def test_what_is_kept_and_learned_may_be_files(folder, capsys, tmp_path):
     assert [graph["name"] for graph in summary["graphs"]] == ["graphs[1]"]
 
 
+def test_statistics_of_lower_rank_are_looked_at_as_they_are(folder, capsys, tmp_path):
+    model = folder / "model"
+    words = ["--keep", "random", "--rank", "8", "--samples", "8", "--length", "16"]
+    assert main(["merge", str(model), str(model), *words, "--out", str(tmp_path / "out")]) == 0
+    keep = tmp_path / "out" / "statistics" / "keep.safetensors"
+    capsys.readouterr()
+    config = written(tmp_path, f"graph: {ACTIVATIONS % f'rank: 8, keep: {keep}'}")
+    [report] = inspected(capsys, folder, *config)["activity"]
+    assert report["name"] == f"graph, keep {keep}"
+
+
 def test_inputs_that_are_given_in_training_are_not_there_before(folder, capsys, tmp_path):
     config = written(tmp_path, f"graph: {ACTIVATIONS % 'keep: given'}")
     assert inspected(capsys, folder, *config)["activity"] == []

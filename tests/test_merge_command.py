@@ -9,6 +9,7 @@ import torch
 from commands import run
 from merged import (
     CLASSES,
+    CONFIGS,
     LENGTH,
     LOOK,
     VOCABULARY,
@@ -24,6 +25,7 @@ from merged import (
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
+    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -193,6 +195,7 @@ def test_statistics_of_another_model_are_refused(folder, tmp_path, capsys):
         ("llama", ["o_proj"], "CAUSAL_LM", {"use_dora": True}),
         ("gpt2", ["c_attn"], "CAUSAL_LM", {"fan_in_fan_out": True}),
         ("classifier", ["query", "dense"], "SEQ_CLS", {}),
+        ("classifier", ["query", "dense"], "SEQ_CLS", {"bias": "all"}),
     ],
 )
 def test_an_adapter_is_merged_like_the_whole_model_it_makes(
@@ -202,7 +205,9 @@ def test_an_adapter_is_merged_like_the_whole_model_it_makes(
     if kind == "classifier":
         model = BertForSequenceClassification.from_pretrained(own / "base", num_labels=3)
         # The pooler is new in the classifier, like its head; peft has it trained only if told to.
-        settings = {"modules_to_save": ["pooler", "classifier"], "exclude_modules": r".*pooler.*"}
+        settings = settings | {
+            "modules_to_save": ["pooler", "classifier"], "exclude_modules": r".*pooler.*",
+        }  # fmt: skip
     else:
         model = CLASSES[kind].from_pretrained(own / "base")
     lora(tmp_path, model, targets, task, **settings)
@@ -217,6 +222,14 @@ def test_an_adapter_is_merged_like_the_whole_model_it_makes(
     if task == "SEQ_CLS":
         loaded = BertForSequenceClassification.from_pretrained(tmp_path / "one")
         assert loaded.classifier.weight.shape[0] == 3
+
+
+def test_an_adapter_with_biases_of_its_own_is_refused(folder, tmp_path, capsys):
+    model = LlamaForCausalLM(LlamaConfig(**CONFIGS["llama"].to_dict() | {"attention_bias": True}))
+    model.save_pretrained(tmp_path / "base")
+    lora(tmp_path, model, ["q_proj"], "CAUSAL_LM", lora_bias=True)
+    line = refusal(capsys, tmp_path / "base", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert "has lora_bias; merge it with peft first" in line
 
 
 def test_the_input_of_a_watched_head_is_seen_at_every_token(folder, tmp_path, monkeypatch):

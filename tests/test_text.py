@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 from spectral_ds.cli.examples import batches, load_corpus
-from spectral_ds.text import DataError
+from spectral_ds.text import DataError, read_texts
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
 
@@ -64,6 +64,12 @@ def test_labels_become_classes(tmp_path, kind):
         ("keys.jsonl", '{"words": "a"}\n', False, "line 1 is not an object with 'text'"),
         ("plain.txt", "a film", True, "no labels"),
         ("same.tsv", "a\tgood\tfilm\nb\tgood\tplot\n", True, "only one class"),
+        ("ones.tsv", "1\tfilm\n1\tplot\n", True, "only one class"),
+        ("header.tsv", "sentence\tlabel\na film\t0\n", False, "no column 'text', only sentence"),
+        ("header.tsv", "sentence\tlabel\na film\t0\n", True, "no column 'text', only sentence"),
+        ("table.csv", "text,label\na film,0\n", False, "CSV is not read"),
+        ("none.tsv", "0\tfilm\n2\tplot\n-1\tcast\n", True, "labels -1 to 2"),
+        ("stars.tsv", "0.5\tfilm\n4.5\tplot\n", True, "labels 0.5 to 4.5"),
     ],
 )
 def test_bad_data_is_one_message(tmp_path, name, content, labelled, message):
@@ -71,6 +77,12 @@ def test_bad_data_is_one_message(tmp_path, name, content, labelled, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_corpus(tmp_path / name, labelled=labelled)
+
+
+def test_plain_text_has_no_columns(tmp_path):
+    (tmp_path / "plain.txt").write_text("a film")
+    with pytest.raises(DataError, match="no column 'review'"):
+        read_texts(tmp_path / "plain.txt", "review")
 
 
 def collate(chosen):

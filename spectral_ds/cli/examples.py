@@ -51,14 +51,17 @@ def load_corpus(path: Path, *, labelled: bool) -> Corpus:
         return Corpus(read_texts(path), None, 0)
     texts, labels = zip(*read_labelled_texts(path), strict=True)
     classes = _classes(labels)
-    num_classes = max(classes) + 1
-    if num_classes < 2:
+    if len(set(classes)) < 2:
         raise DataError("has only one class")
-    return Corpus(list(texts), classes, num_classes)
+    return Corpus(list(texts), classes, max(classes) + 1)
 
 
 def _classes(labels: Sequence[Any]) -> list[int]:
-    """Classes of labels: whole numbers from 0 as they are, ratings by sign, names by order."""
+    """Classes of labels: whole numbers from 0 as they are, ratings by sign, names by order.
+
+    Raises:
+        DataError: numbers are neither.
+    """
     try:
         numbers = [float(label) for label in labels]
     except (TypeError, ValueError):
@@ -66,6 +69,16 @@ def _classes(labels: Sequence[Any]) -> list[int]:
         return [names.index(str(label)) for label in labels]
     if all(number.is_integer() and number >= 0 for number in numbers):
         return [int(number) for number in numbers]
+    whole = {int(number) for number in numbers if number.is_integer()}
+    if len(whole) == len(set(numbers)) and min(whole) == -1 and 0 in whole:
+        raise DataError(
+            f"has labels -1 to {max(whole)}: number classes from 0, and leave out texts without one"
+        )
+    if not min(numbers) < 0 < max(numbers):
+        raise DataError(
+            f"has labels {min(numbers):g} to {max(numbers):g}: ratings are below 0 and above it, "
+            "classes are whole numbers from 0"
+        )
     return [int(number > 0) for number in numbers]
 
 

@@ -4,6 +4,7 @@ Texts are sequences of token ids. Models are called in evaluation, on the device
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,19 @@ def divergence(before: Sequence[Tensor], model: nn.Module, sequences: Sequences)
 
 
 def class_scores(model: nn.Module, sequences: Sequences) -> Tensor:
-    """What a classifier gives; (sequences, classes), float32, CPU."""
+    """What a classifier gives; (sequences, classes), float32, CPU.
+
+    Decoders find the last token of a text by the token for padding, and not by the mask; those that
+    name none are called with one text at a time.
+    """
+    config: Any = model.config
+    fill = config.get_text_config().pad_token_id
+    device, most = _device(model), BATCH_TOKENS if fill is not None else 1
     with only_looking(model):
         return torch.cat(
             [
                 model(input_ids=ids, attention_mask=mask).logits.float().cpu()
-                for ids, mask in padded(sequences, _device(model))
+                for ids, mask in padded(sequences, device, most, fill or 0)
             ]
         )
 
@@ -98,12 +106,19 @@ def share_kept(before: Tensor, after: Tensor) -> float:
     return float(both.double().mean())
 
 
-def padded(sequences: Sequences, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and masks of some sequences at once, in order, padded at their ends."""
-    at_once = max(1, BATCH_TOKENS // max(map(len, sequences)))
+def padded(
+    sequences: Sequences, device: torch.device, most: int = BATCH_TOKENS, fill: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and masks of some sequences at once, in order, padded at their ends.
+
+    Args:
+        most: tokens at once, if one sequence is not longer.
+        fill: the token for padding.
+    """
+    at_once = max(1, most // max(map(len, sequences)))
     for first in range(0, len(sequences), at_once):
         held = sequences[first : first + at_once]
-        ids = torch.zeros(len(held), max(map(len, held)), dtype=torch.long)
+        ids = torch.full((len(held), max(map(len, held))), fill)
         mask = torch.zeros_like(ids)
         for row, sequence in enumerate(held):
             ids[row, : len(sequence)] = torch.tensor(sequence)

@@ -311,10 +311,12 @@ def _standing(
 
 def _equal(points: Points, base: Points, seeds: Sequence[int], axis: str) -> Equal:
     to_choose = _frontiers(base, seeds, axis, VALIDATION)
-    chosen = min(
-        (point for point in points if point.alpha > 0),
-        key=lambda point: fmean(_over_frontier(points[point], to_choose, seeds, axis, VALIDATION)),
-    )
+
+    def height(point: Point) -> float:
+        mean = fmean(_over_frontier(points[point], to_choose, seeds, axis, VALIDATION))
+        return inf if isnan(mean) else mean
+
+    chosen = min((point for point in points if point.alpha > 0), key=height)
     frontiers, rows = _frontiers(base, seeds, axis), points[chosen]
     found = paired(_over_frontier(rows, frontiers, seeds, axis, TEST))
     heights = between(_frontiers(points, seeds, axis), frontiers)

@@ -5,6 +5,7 @@ some to report, of general texts likewise. What is trained on is drawn by the se
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,15 @@ class Material:
             )  # fmt: skip
         except DataError as error:
             raise UserError(f"tasks.{name}.data = {path}: {error}") from error
+        key = f"tasks.{name}"
+        if config.per_class:
+            classes = Counter(label for _, label in examples.training)
+            fewest = min(classes[number] for number in range(corpus.num_classes))
+            _require(
+                f"{key}.per_class", config.per_class, fewest, "of the rarest class, not held out"
+            )
+        else:
+            _require(f"{key}.examples", config.examples, len(examples.training), "not held out")
         parts = {TEST: examples.held_out[: c.test], VALIDATION: examples.held_out[c.test :]}
         if not self._classifies:
             held_out = {part: [each.tolist() for each in held] for part, held in parts.items()}
@@ -161,11 +171,20 @@ class Material:
         fewest = 2 * (knowledge.NEIGHBOURS + 1) if self._classifies else 2
         if len(encoded) < fewest:
             raise UserError(f"general.{name}.data = {path}: {len(encoded)} texts are too few")
+        _require(
+            f"general.{name}.texts", config.texts, len(encoded) // 2, "to choose by and to report"
+        )
         half = len(encoded) // 2
         return {
             TEST: sorted(encoded[:half], key=len),
             VALIDATION: sorted(encoded[half : 2 * half], key=len),
         }
+
+
+def _require(key: str, wanted: int, found: int, what: str) -> None:
+    """Refuse to measure less than is asked for and said."""
+    if found < wanted:
+        raise UserError(f"{key} = {wanted}: there are only {found} {what}")
 
 
 class Measures:

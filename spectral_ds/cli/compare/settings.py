@@ -208,14 +208,26 @@ def _contradictions(comparison: Comparison) -> Iterator[str]:
     for name, general in comparison.general.items():
         if not general.data:
             yield f"general.{name}.data: is missing"
+    measured = {Path(each.data).resolve(): n for n, each in comparison.general.items()}
+    for name, each in comparison.statistics.items():
+        yield from _measured_too(f"statistics.{name}.keep", each.keep, measured)
     for name, method in comparison.methods.items():
         yield from _of_method(name, method, comparison)
+        for word in words_of(method):
+            yield from _measured_too(f"methods.{name}", word, measured)
     for name in comparison.only:
         chosen = comparison.methods.get(name)
         if chosen is None:
             yield f"only = {name}: is none of {', '.join(comparison.methods)}"
         elif chosen.after and chosen.after not in comparison.only:
             yield f"only = {name}: comes after {chosen.after}, so name {chosen.after} too"
+
+
+def _measured_too(key: str, word: str, measured: Mapping[Path, str]) -> Iterator[str]:
+    """Refuse to keep the very texts that say whether they were kept."""
+    name = measured.get(Path(word).resolve())
+    if name is not None:
+        yield f"{key} = {word}: is what general.{name} measures; take another half of such texts"
 
 
 def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Iterator[str]:

@@ -8,6 +8,7 @@ from spectral_ds.cli.inspect.activity import DATA, RANDOM, RANK, ActivityMeasure
 from spectral_ds.cli.inspect.batches import Batch
 from spectral_ds.cli.inspect.model_under_test import ModelUnderTest
 from spectral_ds.coactivation import InputsError, calibrate, random_batches, user_batches
+from spectral_ds.coactivation import file as statistics
 from spectral_ds.config import GraphConfig
 from spectral_ds.console.progress import progress
 from spectral_ds.stack import GraphChoice, graphs_of
@@ -62,7 +63,8 @@ def of_configuration(
             if source in LATER or (source == "random" and has_data):
                 continue
             key = f"spectral_ds.{choice.key}.edges[0].{what}"
-            more = replace(edge, rank=max(edge.rank, RANK))
+            has_rank = source.endswith(statistics.SUFFIX)  # of its own
+            more = edge if has_rank else replace(edge, rank=max(edge.rank, RANK))
             graphs = graphs_of(source, key, more, sites, model.module, model.communicator, seed)
             name = f"{choice.key}, {what} {source}"
             found.append(ActivityMeasurement(name, model, parameters, graphs))

@@ -19,6 +19,8 @@ from spectral_ds.cli.merge.folder import Folder, Stored, fingerprint_of
 CONFIG = "adapter_config.json"
 # The name that peft gives an adapter.
 NAME = "default"
+# What it puts before the names of what an adapter has, and into those of what it wraps.
+PREFIX, WRAPPED = "base_model.model.", ".base_layer."
 
 
 class Adapter:
@@ -45,7 +47,9 @@ class Adapter:
                 architecture.model, given, low_cpu_mem_usage=True
             ).get_base_model(),
         )
-        self._layers, self._whole = self._changed(names)
+        self._layers: dict[str, Any] = {}
+        self._whole: dict[str, torch.Tensor] = {}
+        self._take_others(self._changed(names), shapes)
         self._base_name: dict[str, str] = {}
         stored = {}
         inside = {architecture.short(name): name for name in shapes}
@@ -69,25 +73,50 @@ class Adapter:
                 stored[full] = Stored(shapes[full], dtype)
         self.stored: Mapping[str, Stored] = stored
 
-    def _changed(self, names: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """The layers that the adapter changes, and parameters that it has whole, by parameter."""
+    def _changed(self, names: Mapping[int, str]) -> tuple[str, ...]:
+        """Find layers that the adapter changes, and modules that it has whole; their paths."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
-        layers: dict[str, Any] = {}
-        whole: dict[str, torch.Tensor] = {}
+        paths = []
         found: dict[str, nn.Module] = dict(self._model.named_modules())
         for path, module in found.items():
             if isinstance(module, BaseTunerLayer):
                 weight: Any = getattr(module.get_base_layer(), "weight", None)
                 if id(weight) not in names:
                     raise UserError(f"{self.given}: changes {path}, which has no weight of its own")
-                layers[names[id(weight)]] = path, module
+                self._layers[names[id(weight)]] = path, module
+                paths.append(f"{path}.")
             elif isinstance(module, ModulesToSaveWrapper):
                 for name, value in module.modules_to_save[NAME].named_parameters():
-                    whole[f"{path}.{name}"] = self._saved[f"base_model.model.{path}.{name}"]
+                    self._whole[f"{path}.{name}"] = self._saved[f"{PREFIX}{path}.{name}"]
                     del value
-        return layers, whole
+                paths.append(f"{path}.")
+        return tuple(paths)
+
+    def _take_others(self, paths: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take parameters of the model itself that were trained and saved too, such as biases.
+
+        Args:
+            paths: of modules whose own parameters are known.
+            shapes: of the model's parameters.
+        """
+        if getattr(self._settings, "lora_bias", False):
+            raise self._unread("has lora_bias")
+        for key, value in self._saved.items():
+            name = key.removeprefix(PREFIX).replace(WRAPPED, ".")
+            if name in shapes and name not in self._layers and name not in self._whole:
+                if tuple(value.shape) != shapes[name]:
+                    raise self._unread(f"saves {name} of another shape than {shapes[name]}")
+                self._whole[name] = value
+            elif not name.startswith(paths):
+                raise self._unread(f"saves {key}, which belongs to no layer that it changes")
+
+    def _unread(self, what: str) -> UserError:
+        return UserError(
+            f"{self.given}: {what}; merge it with peft first: merge_and_unload() and "
+            "save_pretrained(NEW)"
+        )
 
     def read(self, name: str) -> torch.Tensor:
         dtype = self.stored[name].dtype
@@ -117,7 +146,7 @@ class Adapter:
             if NAME not in parts:
                 continue
             at = parts.index(NAME)
-            key = ".".join(("base_model.model", path, *parts[:at], *parts[at + 1 :]))
+            key = PREFIX + ".".join((path, *parts[:at], *parts[at + 1 :]))
             saved = self._saved.get(key, self._saved.get(key.removesuffix(".weight")))
             if saved is None or saved.shape != parameter.shape:
                 raise UserError(f"{self.given}: lacks {key}, or it has another shape")

@@ -8,7 +8,7 @@ longer the base model's.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from spectral_ds.cli.knowledge import (
 from spectral_ds.cli.merge.looking import SEED, Amount
 from spectral_ds.cli.models import CAUSAL
 from spectral_ds.text import DataError, read_labelled_texts, read_texts
+
+T = TypeVar("T")
 
 CLASSIFIER = "ForSequenceClassification"
 # Texts of the second half, in turn: statistics of the same file are of the first.
@@ -70,14 +72,13 @@ def judge_for(
         ]
         return _LanguageModels(*texts), "loss on general texts"
     if name.endswith(CLASSIFIER):
-        rows, labels = _labelled(task, model)
+        rows = _drawn(_labelled(task, model), amount.samples)
+        others = _drawn(_texts(general, "--general"), amount.samples)
         return (
             _Classifiers(
-                [_cut(ids, length) for ids in _encoded(rows, tokenizer)][: amount.samples],
-                labels[: amount.samples],
-                [_cut(ids, length) for ids in _encoded(_texts(general, "--general"), tokenizer)][
-                    : amount.samples
-                ],
+                _encoded([text for text, _ in rows], tokenizer, length),
+                [label for _, label in rows],
+                _encoded(others, tokenizer, length),
                 str(general),
             ),
             f"share kept of each general text's {NEIGHBOURS} nearest neighbours",
@@ -124,7 +125,7 @@ def _texts(path: Path, option: str) -> list[str]:
         raise UserError(f"{option} {path}: {error}") from error
 
 
-def _labelled(path: Path, model: nn.Module) -> tuple[list[str], list[int]]:
+def _labelled(path: Path, model: nn.Module) -> list[tuple[str, int]]:
     """Held-out texts and their labels, as the model numbers them."""
     try:
         rows = read_labelled_texts(path)[HELD_OUT::2]
@@ -136,16 +137,21 @@ def _labelled(path: Path, model: nn.Module) -> tuple[list[str], list[int]]:
     for _, label in rows:
         if str(label) not in numbers:
             raise UserError(f"--task {path}: label {label!r} is none of {', '.join(numbers)}")
-    return [text for text, _ in rows], [numbers[str(label)] for _, label in rows]
+    return [(text, numbers[str(label)]) for text, label in rows]
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+def _encoded(texts: Sequence[str], tokenizer: Any, length: int | None = None) -> list[list[int]]:
+    """Token ids of each text, cut at a length as in training: what ends it stays."""
+    found: list[list[int]] = tokenizer(
+        list(texts), truncation=length is not None, max_length=length, verbose=False
+    )["input_ids"]
     return found
 
 
-def _cut(ids: list[int], length: int) -> list[int]:
-    return ids[:length]
+def _drawn(found: Sequence[T], samples: int) -> list[T]:
+    """Some, at random, since files may be sorted."""
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED))
+    return [found[at] for at in order[:samples].tolist()]
 
 
 def _pieces(
@@ -160,5 +166,4 @@ def _pieces(
     ]
     if not found:
         raise UserError(f"{given}: the held-out half has no two tokens in a row")
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SEED))
-    return [found[at] for at in order[:samples].tolist()]
+    return _drawn(found, samples)
