@@ -182,11 +182,11 @@ config["scheduler"] = {
         "warmup_type": "linear", "total_num_steps": steps,
     },
 }
-edges = {"family": "activations", "keep": keep}
-if task == "causal-lm":  # where it helps to know the inputs to learn from, as in preset retain_lm
-    edges |= {"learn": "training", "samples": 32}
+edges, preset = {"family": "activations", "keep": keep}, "retain"
+if task == "causal-lm":  # where it helps to know the inputs to learn from
+    edges, preset = edges | {"learn": "training", "samples": 32}, "retain_lm"
 config["spectral_ds"] = {
-    "preset": "retain", "graph": {"node": "column", "edges": [edges]},
+    "preset": preset, "graph": {"node": "column", "edges": [edges]},
     "monitor": {"interval": 5, "figures_interval": 10},
 }
 (out / "retain/deepspeed.json").write_text(json.dumps(config, indent=2) + "\n")

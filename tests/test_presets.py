@@ -33,7 +33,8 @@ from spectral_ds.config import (
         (
             "retain_lm",
             "activations by weights",
-            {"graph.node": "column", "filter.response": "tikhonov", "filter.apply_to": "update"},
+            {"graph.node": "column", "graph.exclude": (), "filter.response": "tikhonov",
+             "filter.apply_to": "update", "filter.rest": 0.3},
         ),
         (
             "denoise",
