@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tunes MiniLM on movie reviews twice from one seed, without and with `preset: retain`, under
-# DeepSpeed ZeRO-2 on 2 local ranks (GPUs where there are any, else CPU); filters the first run's
-# change once more after training, by `spectral-ds merge`; and shows of each what it has learned and
-# what it still knows.
+# Fine-tunes MiniLM on movie reviews twice from one seed, without and with `preset: retain` (of a
+# language model `retain_lm`), under DeepSpeed ZeRO-2 on 2 local ranks (GPUs where there are any, else
+# CPU); filters the first run's change once more after training, by `spectral-ds merge`; and shows of
+# each what it has learned and what it still knows.
 #
 #   bash launch/quickstart.sh [--smollm2] [--steps N] [--out DIR]
 #
@@ -165,13 +165,16 @@ PY
     model=$out/base
 fi
 mkdir -p "$out/without" "$out/retain"
+preset=retain
+# Of a language model it helps to know the inputs to learn from.
+[[ $task == causal-lm ]] && preset=retain_lm
 evaluated=$((held_out / (batch * ranks)))
 # The first is the same configuration less the section, so nothing else can differ. The runs are
 # short, so TensorBoard gets more than it would every so many steps of long ones.
-python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" "$task" "$keep" <<'PY'
+python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" "$preset" "$keep" <<'PY'
 import json, pathlib, sys
 
-source, out, batch, steps, task, keep = sys.argv[1:]
+source, out, batch, steps, preset, keep = sys.argv[1:]
 config, out, steps = json.loads(pathlib.Path(source).read_text()), pathlib.Path(out), int(steps)
 config["train_micro_batch_size_per_gpu"] = int(batch)
 config["optimizer"]["params"]["lr"] = 2e-4
@@ -182,9 +185,9 @@ config["scheduler"] = {
         "warmup_type": "linear", "total_num_steps": steps,
     },
 }
-edges, preset = {"family": "activations", "keep": keep}, "retain"
-if task == "causal-lm":  # where it helps to know the inputs to learn from
-    edges, preset = edges | {"learn": "training", "samples": 32}, "retain_lm"
+edges = {"family": "activations", "keep": keep}
+if preset == "retain_lm":
+    edges |= {"learn": "training", "samples": 32}
 config["spectral_ds"] = {
     "preset": preset, "graph": {"node": "column", "edges": [edges]},
     "monitor": {"interval": 5, "figures_interval": 10},
@@ -197,7 +200,7 @@ PY
 ready=$SECONDS
 printf '\n[1/4] %s steps without spectral_ds\n' "$steps"
 run without
-printf '\n[2/4] %s steps with preset: retain\n' "$steps"
+printf '\n[2/4] %s steps with preset: %s\n' "$steps" "$preset"
 run retain
 printf '\n[3/4] the first run, filtered after training\n'
 rm -rf "$out/merged"

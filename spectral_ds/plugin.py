@@ -144,8 +144,8 @@ class SpectralPlugin(Study):
             self.stack = stack
             self.monitor.use(stack)
             self._persistence.use(stack)
-            # What newcomers do in a step whose gradients were filtered before they came.
-            self._is_used = [True] * len(self.engine.fragments)
+            # Of a step whose gradients were filtered before newcomers came.
+            self._is_used = [each is not None for each in self.engine.gradients()]
             if self._updates is not None:
                 self._updates = Updates(self._filtered_weights())
                 self._updates.remember(self._filtered_weights())

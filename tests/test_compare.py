@@ -153,6 +153,16 @@ def test_examples_of_each_class_are_drawn_by_the_seed(folder):
     assert not held_out & {tuple(ids) for ids in drawn[0]}
 
 
+def test_classes_may_be_numbered_from_one(folder, tmp_path):
+    lines = (folder / "task.tsv").read_text().splitlines()
+    path = tmp_path / "from one.tsv"
+    path.write_text("".join(f"{1 + int(line[0])}{line[1:]}\n" for line in lines))
+    tasks = {"few": {"data": str(path), "per_class": 5}}
+    comparison, _ = load(write_config(folder, name="from one", tasks=tasks), [], False)
+    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("few")
+    assert len(task.trained_ids(replace(comparison.tasks["few"], steps=9), 5, 0)) == 15
+
+
 def test_what_a_run_has_learned_from_is_what_stood_in_its_batches(folder):
     """`learn: training` of a merge: not what else could have been drawn."""
     config = write_config(folder, name="seen")

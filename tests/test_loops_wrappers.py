@@ -1,4 +1,7 @@
-"""Optimizers of two half-steps, and those that wrap others: filtered once, refused or told."""
+"""Optimizers of two half-steps, and those that wrap others: filtered once, refused or told.
+
+What is refused at the end of attaching leaves nothing behind.
+"""
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from ring_steps import (
 )
 
 import spectral_ds
+from spectral_ds.engines.torch_engine import TorchEngine
+from spectral_ds.stack import stack
 
 # Two half-steps.
 
@@ -283,14 +288,52 @@ class OwnRate(torch.optim.SGD):
         self.param_groups[0]["lr"] = None
 
 
-def test_what_is_refused_has_left_no_hook(caplog):
+@pytest.fixture
+def engine_that_fails(monkeypatch):
+    def fail(self, function):
+        raise RuntimeError("it ends here")
+
+    monkeypatch.setattr(TorchEngine, "when_complete", fail)
+
+
+def hooks_of(model, optimizer):
+    found = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+    return found + [hook for module in model.modules() for hook in module._forward_pre_hooks]
+
+
+LEARNING = {"family": "activations", "keep": "given", "learn": "training"}
+
+
+def test_an_error_at_the_end_of_attaching_leaves_no_hook(engine_that_fails):
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    graph = {"node": "column", "edges": [LEARNING]}
+    with pytest.raises(RuntimeError, match="it ends here"):
+        spectral_ds.attach(model, optimizer, {**UPDATE, "graph": graph})
+    assert hooks_of(model, optimizer) == []
+
+
+def test_a_second_graph_that_is_refused_leaves_no_hook_of_the_first(monkeypatch):
+    def refuse(*_):
+        raise spectral_ds.SpectralConfigError("not this one")
+
+    monkeypatch.setattr(stack, "StackedGraph", refuse)
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    graphs = [{"node": "column", "edges": [LEARNING]}, SECTION["graph"]]
+    section = {name: value for name, value in UPDATE.items() if name != "graph"}
+    with pytest.raises(spectral_ds.SpectralConfigError, match="not this one"):
+        spectral_ds.attach(model, optimizer, {**section, "graphs": graphs})
+    assert hooks_of(model, optimizer) == []
+
+
+def test_what_is_refused_has_left_no_hook():
     section = {**SECTION, "regularizer": {"strength": 0.1, "coupling": "decoupled"}}
     model = make_model()
     optimizer = OwnRate(model.parameters(), lr=1.0)
     with pytest.raises(spectral_ds.UnsupportedEngineError, match="lr is None"):
         spectral_ds.attach(model, optimizer, section)
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
+    assert hooks_of(model, optimizer) == []
     optimizer.param_groups[0]["lr"] = 1.0
     plugin = spectral_ds.attach(model, optimizer, SECTION)
     assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()))

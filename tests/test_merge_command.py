@@ -21,7 +21,9 @@ from merged import (
     tensors,
     token_pieces,
     write_models,
+    write_tokenizer,
 )
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -222,6 +224,24 @@ def test_an_adapter_is_merged_like_the_whole_model_it_makes(
     if task == "SEQ_CLS":
         loaded = BertForSequenceClassification.from_pretrained(tmp_path / "one")
         assert loaded.classifier.weight.shape[0] == 3
+
+
+def test_an_adapter_of_a_tied_model_may_have_saved_its_embeddings(folder, tmp_path):
+    settings = CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    words = ["--keep", "random", *LOOK, "--out"]
+    merge(tmp_path, tmp_path / "adapter", *words, tmp_path / "one")
+    merge(tmp_path, tmp_path / "whole", *words, tmp_path / "other")
+    assert_close(tensors(tmp_path / "one"), tensors(tmp_path / "other"), 1e-4)
 
 
 def test_an_adapter_with_biases_of_its_own_is_refused(folder, tmp_path, capsys):

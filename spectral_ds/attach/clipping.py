@@ -36,8 +36,8 @@ class Training:
         self._optimizer = weakref.ref(optimizer)
         self._plugin = weakref.ref(plugin)
         # Some gradient and its version, as they were left after filtering and clipping, and the
-        # step that this was before.
-        self._seen: tuple[weakref.ref[torch.Tensor], int, int] | None = None
+        # step that this was before, with its evaluations.
+        self._seen: tuple[weakref.ref[torch.Tensor], int, tuple[int, int]] | None = None
         self._has_warned = False
 
     @property
@@ -72,14 +72,15 @@ class Training:
         """Say once that gradients seem to be accumulated after they were filtered."""
         if self._seen is None or self._has_warned:
             return
-        reference, _, step = self._seen
-        if step == plugin.engine.step and reference() is self._gradient() is not None:
+        reference, _, moment = self._seen
+        if moment == _moment_of(plugin) and reference() is self._gradient() is not None:
             self._has_warned = True
             plugin.engine.log(
                 "gradients have changed since they were filtered before clipping, with no step in "
-                "between: if the loop clips, or takes their norm, after each micro-batch, what has "
-                "accumulated is filtered again each time. Clip once before the step, or attach in "
-                "the script and call plugin.filter_gradients() there",
+                "between. If a step was skipped, that is as it should be. If the loop clips, or "
+                "takes their norm, after each micro-batch, what has accumulated is filtered again "
+                "each time: clip once before the step, or attach in the script and call "
+                "plugin.filter_gradients() there",
                 logging.WARNING,
             )
 
@@ -95,12 +96,16 @@ class Training:
         """Remember the gradients as filtered."""
         gradient, plugin = self._gradient(), self.plugin
         if gradient is not None and plugin is not None:
-            self._seen = weakref.ref(gradient), version_of(gradient), plugin.engine.step
+            self._seen = weakref.ref(gradient), version_of(gradient), _moment_of(plugin)
 
     def _gradient(self) -> torch.Tensor | None:
         optimizer = self.optimizer
         parameters = () if optimizer is None else parameters_of(optimizer)
         return next((p.grad for p in parameters if p.grad is not None), None)
+
+
+def _moment_of(plugin: SpectralPlugin) -> tuple[int, int]:
+    return plugin.engine.step, plugin.engine.evaluations
 
 
 class FilterBeforeClipping:

@@ -57,12 +57,19 @@ class Stack:
         nodes = {node.name: node for choice in choices for node in choice.parameters}
         layout.check({name: node.numel for name, node in nodes.items()})
         self.is_filtered = [fragment.parameter in nodes for fragment in engine.fragments]
-        self.graphs: list[AnyGraph] = [
-            CoactivationGraph(index, choice, config, engine, layout, _activations(previous, index))
-            if choice.is_coactivation
-            else StackedGraph(index, choice, config, engine, layout)
-            for index, choice in enumerate(choices)
-        ]
+        self.graphs: list[AnyGraph] = []
+        try:
+            for index, choice in enumerate(choices):
+                self.graphs.append(
+                    CoactivationGraph(
+                        index, choice, config, engine, layout, _activations(previous, index)
+                    )
+                    if choice.is_coactivation
+                    else StackedGraph(index, choice, config, engine, layout)
+                )
+        except BaseException:  # refused: those before it have hooks
+            self.forget()
+            raise
         self.filter = self._make_filter(config.filter, list(nodes))
         self.regularizer = self._make_regularizer(config.regularizer)
         self._is_overdue = False  # whether a graph was not built because ranks had left

@@ -61,7 +61,8 @@ def frontier_file(analysis: TaskAnalysis) -> str:
 def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
     """Loss on the task against what is forgotten; lower and further left is better.
 
-    Frontiers are chosen on validation data; small dots are all settings that a method has.
+    Frontiers are chosen on validation data; small dots are settings, not interpolated, of
+    methods that have several.
     """
     figure = _figure(len(analysis.frontiers))
     axes = figure.subplots()

@@ -129,7 +129,7 @@ class Material:
         key = f"tasks.{name}"
         if config.per_class:
             classes = Counter(label for _, label in examples.training)
-            fewest = min(classes[number] for number in range(corpus.num_classes))
+            fewest = min(classes[label] for label in set(corpus.labels or ()))
             _require(
                 f"{key}.per_class", config.per_class, fewest, "of the rarest class, not held out"
             )

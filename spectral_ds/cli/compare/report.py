@@ -120,7 +120,7 @@ def _equal_section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         f"![Frontiers]({frontier_file(analysis)})",
         "",
         "*Means over seeds and their standard errors, of what validation data put on a frontier; "
-        "small dots: all settings of a method.*",
+        "small dots: of methods with several settings, each as trained, where they fit.*",
         "",
     ]
 

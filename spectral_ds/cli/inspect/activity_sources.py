@@ -63,8 +63,8 @@ def of_configuration(
             if source in LATER or (source == "random" and has_data):
                 continue
             key = f"spectral_ds.{choice.key}.edges[0].{what}"
-            has_rank = source.endswith(statistics.SUFFIX)  # of its own
-            more = edge if has_rank else replace(edge, rank=max(edge.rank, RANK))
+            is_found = source.endswith(statistics.SUFFIX)  # there may be no more than is asked for
+            more = edge if is_found else replace(edge, rank=max(edge.rank, RANK))
             graphs = graphs_of(source, key, more, sites, model.module, model.communicator, seed)
             name = f"{choice.key}, {what} {source}"
             found.append(ActivityMeasurement(name, model, parameters, graphs))

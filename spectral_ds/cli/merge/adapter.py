@@ -41,6 +41,8 @@ class Adapter:
         architecture = Architecture.of(self.config, given)
         names = {id(p): name for name, p in architecture.model.named_parameters()}
         shapes = {name: tuple(p.shape) for name, p in architecture.model.named_parameters()}
+        tied = architecture.model.named_parameters(remove_duplicate=False)
+        same = {name: names[id(parameter)] for name, parameter in tied}
         self._model: Any = _read(
             given,
             lambda: peft.PeftModel.from_pretrained(
@@ -49,7 +51,7 @@ class Adapter:
         )
         self._layers: dict[str, Any] = {}
         self._whole: dict[str, torch.Tensor] = {}
-        self._take_others(self._changed(names), shapes)
+        self._take_others(self._changed(names), shapes, same)
         self._base_name: dict[str, str] = {}
         stored = {}
         inside = {architecture.short(name): name for name in shapes}
@@ -94,18 +96,28 @@ class Adapter:
                 paths.append(f"{path}.")
         return tuple(paths)
 
-    def _take_others(self, paths: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _take_others(
+        self,
+        paths: tuple[str, ...],
+        shapes: Mapping[str, tuple[int, ...]],
+        same: Mapping[str, str],
+    ) -> None:
         """Take parameters of the model itself that were trained and saved too, such as biases.
 
         Args:
             paths: of modules whose own parameters are known.
             shapes: of the model's parameters.
+            same: the one of these that each name is of, also a tied one.
         """
         if getattr(self._settings, "lora_bias", False):
             raise self._unread("has lora_bias")
         for key, value in self._saved.items():
             name = key.removeprefix(PREFIX).replace(WRAPPED, ".")
-            if name in shapes and name not in self._layers and name not in self._whole:
+            name = same.get(name, name)
+            if name in self._whole:
+                if not torch.equal(value, self._whole[name]):
+                    raise self._unread(f"saves two values of {name}")
+            elif name in shapes and name not in self._layers:
                 if tuple(value.shape) != shapes[name]:
                     raise self._unread(f"saves {name} of another shape than {shapes[name]}")
                 self._whole[name] = value
