@@ -70,7 +70,7 @@ def _classes(labels: Sequence[Any]) -> list[int]:
     if all(number.is_integer() and number >= 0 for number in numbers):
         return [int(number) for number in numbers]
     whole = {int(number) for number in numbers if number.is_integer()}
-    if len(whole) == len(set(numbers)) and min(whole) == -1 and 0 in whole:
+    if len(whole) == len(set(numbers)) and min(whole) == -1 and max(whole) > 1:
         raise DataError(
             f"has labels -1 to {max(whole)}: number classes from 0, and leave out texts without one"
         )
