@@ -1,4 +1,4 @@
-"""Gradients that are not plain: complex, sparse, of other strides than their parameter.
+"""Gradients that are not plain: complex, in float64, sparse, of other strides than their parameter.
 
 All on one process; numbers against the dense oracle.
 """

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectral_ds.cli.compare.analysis import Best, TaskAnalysis
 from spectral_ds.cli.compare.inference import GRID, Frontier
 from spectral_ds.cli.compare.material import FORGETTING
+from spectral_ds.cli.compare.standing import Best, TaskAnalysis
 from spectral_ds.console.figure_style import COLORS, GREY, WIDE, new_figure, styled
 
 if TYPE_CHECKING:

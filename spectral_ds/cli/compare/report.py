@@ -8,12 +8,13 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from spectral_ds.cli.compare.analysis import Standing, TaskAnalysis, analyse
+from spectral_ds.cli.compare.analysis import analyse
 from spectral_ds.cli.compare.figures import draw, frontier_file
 from spectral_ds.cli.compare.inference import Difference
 from spectral_ds.cli.compare.material import DIVERGENCE, FORGETTING
 from spectral_ds.cli.compare.results import Row
 from spectral_ds.cli.compare.settings import Comparison
+from spectral_ds.cli.compare.standing import Standing, TaskAnalysis
 
 # Below it a difference is called one.
 SIGNIFICANT = 0.05
