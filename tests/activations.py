@@ -39,6 +39,19 @@ def section_of(edge=None, **keys):
     }
 
 
+class Writer(transformers.LlamaForCausalLM):
+    """A model that generates; in training it gives its loss."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(tiny.llama_config())
+
+    def forward(self, input_ids=None, **arguments):
+        if self.training:
+            return super().forward(input_ids=input_ids, labels=input_ids).loss
+        return super().forward(input_ids=input_ids, **arguments)
+
+
 class CalledByIds(tiny.TinyLlama):
     """The tiny model, as a model of Hugging Face is called and tells of its vocabulary."""
 

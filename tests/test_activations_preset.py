@@ -2,10 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
+from activations import Writer
+from cells import Training
 
 import spectral_ds
 
@@ -38,3 +41,26 @@ def test_the_preset_of_language_models_filters_once_it_knows_what_is_learned():
     plugin.detach()
     assert same == [True, False, False]
     assert shares[:2] == pytest.approx([1, 0.3], rel=1e-4)  # what has no inputs moves less
+
+
+def trained(name):
+    """Weights after steps of which the last are filtered, whole."""
+    edge = {"family": "activations", "keep": "generated", "learn": "training",
+            "rank": 8, "samples": 16, "length": 8}  # fmt: skip
+    section = {"preset": "retain_lm", "graph": {"node": "column", "edges": [edge]}}
+    training = Training(name, section, torch.optim.AdamW, tiny.ADAM_RATES, model=Writer)
+    plugin = training.plugin
+    training.train(4)
+    weights = training.snapshot()
+    assert plugin.stack.graphs[0].is_ready
+    training.close()
+    return weights
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("zero2", 2), ("zero3", 3), ("fsdp2", 2)])
+def test_every_engine_trains_by_the_preset_alike(ranks, name, world_size):
+    """Embeddings, which other graphs leave out, are in it."""
+    expected = ranks(1).run(trained, "plain")[0]
+    for weights in ranks(world_size).run(trained, name):
+        for parameter, value in expected.items():
+            np.testing.assert_allclose(weights[parameter], value, atol=1e-4, err_msg=parameter)

@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed.checkpoint as dcp
-import transformers
-from activations import CalledByIds, expected_update, section_of
+from activations import CalledByIds, Writer, expected_update, section_of
 from cells import ThereAndBack, Training, steps_from_here
 from expected import relative_error
 
@@ -81,19 +80,6 @@ def test_what_is_learned_comes_from_the_micro_batches_of_all_ranks(
 
 
 # Inputs to keep
-
-
-class Writer(transformers.LlamaForCausalLM):
-    """A model that generates; in training it gives its loss."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        super().__init__(tiny.llama_config())
-
-    def forward(self, input_ids=None, **arguments):
-        if self.training:
-            return super().forward(input_ids=input_ids, labels=input_ids).loss
-        return super().forward(input_ids=input_ids, **arguments)
 
 
 def sections_of_sources(folder):
