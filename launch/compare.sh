@@ -24,7 +24,7 @@ shift
 
 bash "$root/launch/setup.sh"
 unset PYTHONDONTWRITEBYTECODE
-export PATH=$root/.venv/bin:$PATH
+export PATH=${SPECTRAL_DS_VENV:-$root/.venv}/bin:$PATH
 # folder_of MODULE: where a package lies.
 folder_of() {
     python -c 'import importlib.util as u, sys; print(*u.find_spec(sys.argv[1]).submodule_search_locations)' "$1"

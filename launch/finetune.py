@@ -15,6 +15,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -343,6 +344,7 @@ def main() -> None:
     """Fine-tunes."""
     arguments = parse_arguments()
     deepspeed.init_distributed()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if dist.get_rank() != 0:  # no progress bars, neither transformers' nor ours
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign, assignment]
 

@@ -33,10 +33,8 @@ while (($#)); do
 done
 [[ $device == cuda || $device == cpu ]] || { usage >&2; exit 2; }
 
-python=python3
-[[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
-mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
-rm -f "$out"/*.json "$out"/*.log "$out"/*.status
+venv=${SPECTRAL_DS_VENV:-$root/.venv} python=python3
+[[ -x $venv/bin/python ]] && python=$venv/bin/python
 unset PYTHONDONTWRITEBYTECODE
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export DS_ACCELERATOR=$device SPECTRAL_DS_DEVICE=$device
@@ -48,12 +46,24 @@ if [[ $device == cuda ]]; then
     ((devices)) || { echo "gpu.sh: torch sees no CUDA device; --device cpu runs without one" >&2; exit 1; }
 fi
 
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+for name in environment cells filter-{smollm2,llama-3-8b} step-{plain,zero2,zero3,fsdp2} scaling; do
+    rm -f "$out/$name".{json,log,status}
+done
+rm -f "$out"/report.{json,md}
+
+running=
+end() { [[ -z $running ]] || { kill "$running"; wait "$running"; } 2>/dev/null; }
+trap 'end; exit 130' INT TERM HUP
 # part NAME SECONDS COMMAND...: runs it with a limit, and keeps what it says and how it ended.
 part() {
     local name=$1 limit=$2 started=$SECONDS status=0
     shift 2
     printf '== %s (at most %s s): %s\n' "$name" "$limit" "$*"
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 &
+    running=$!
+    wait "$running" || status=$?
+    running=
     printf '%s %s %s\n' "$status" "$((SECONDS - started))" "$*" >"$out/$name.status"
     ((status == 0)) || { tail -n 5 "$out/$name.log"; echo "   ended with status $status"; }
 }
@@ -77,18 +87,18 @@ steps() {
     fi
 }
 
-part environment 60 "$python" -c 'from spectral_ds.cli import main; raise SystemExit(main())' env --json
+part environment 40 "$python" -c 'from spectral_ds.cli import main; raise SystemExit(main())' env --json
 if [[ $device == cuda ]]; then
-    part cells 150 "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/test_device.py \
+    part cells 130 "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/test_device.py \
         tests/test_engines.py -k "not replicated_bf16"
     bench filter-smollm2 40 filter --model smollm2-135m --blocks 30 --rounds 15 --whole-steps
-    bench filter-llama-3-8b 60 filter --model llama-3-8b --blocks 4 --rounds 9 --whole-steps
+    bench filter-llama-3-8b 50 filter --model llama-3-8b --blocks 4 --rounds 9 --whole-steps
     long=(--model llama-3-8b --blocks 2 --tokens 8192 --bf16)
-    steps plain 60 "${long[@]}" --methods retain paper gradient_smoothing
+    steps plain 50 "${long[@]}" --methods retain paper gradient_smoothing
     steps zero2 40 "${long[@]}" --methods retain paper
     steps zero3 40 "${long[@]}" --methods retain paper
     steps fsdp2 40 --model smollm2-135m --tokens 8192 --bf16 --methods retain paper naive
-    bench scaling 60 scaling
+    bench scaling 50 scaling
 else
     small=(--blocks 1 --tokens 16 --threads 1)
     part cells 300 "$python" -m pytest -q -p no:cacheprovider -p no:xdist tests/test_device.py \

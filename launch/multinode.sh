@@ -107,7 +107,8 @@ else
     [[ -z $node_rank ]] || die "--node_rank $node_rank: goes with --no_ssh only"
 fi
 
-command -v spectral-ds >/dev/null || PATH=$root/.venv/bin:$PATH
+venv=${SPECTRAL_DS_VENV:-$root/.venv}
+command -v spectral-ds >/dev/null || PATH=$venv/bin:$PATH
 # Notices of torch to DeepSpeed, not to the user.
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 scratch=$(mktemp -d)
@@ -155,7 +156,7 @@ on_this_node() {
     local program i
     for program in spectral-ds deepspeed; do
         command -v "$program" >/dev/null ||
-            die "no program $program on PATH, nor in $root/.venv/bin; run bash $root/launch/setup.sh, or add its folder to PATH"
+            die "no program $program on PATH, nor in $venv/bin; run bash $root/launch/setup.sh, or add its folder to PATH"
     done
     [[ ${command[0]} == -m || -f ${command[0]} ]] || die "${command[0]}: no such file on $(uname -n), in $PWD"
     source "$root/launch/network.sh" "$master_addr" || exit 1

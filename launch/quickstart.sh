@@ -89,7 +89,7 @@ group=$!
 set +m
 wait "$group" || exit
 group=""
-export PATH=$root/.venv/bin:$PATH
+export PATH=${SPECTRAL_DS_VENV:-$root/.venv}/bin:$PATH
 # folder_of MODULE: where a package lies.
 folder_of() {
     python -c 'import importlib.util as u, sys; print(*u.find_spec(sys.argv[1]).submodule_search_locations)' "$1"
@@ -168,7 +168,7 @@ mkdir -p "$out/without" "$out/retain"
 preset=retain
 # Of a language model it helps to know the inputs to learn from.
 [[ $task == causal-lm ]] && preset=retain_lm
-evaluated=$((held_out / (batch * ranks)))
+evaluated=$(((held_out + batch * ranks - 1) / (batch * ranks)))  # at least what is examined later
 # The first is the same configuration less the section, so nothing else can differ. The runs are
 # short, so TensorBoard gets more than it would every so many steps of long ones.
 python - "$root/configs/zero2_spectral.json" "$out" "$batch" "$steps" "$preset" "$keep" <<'PY'
@@ -231,4 +231,4 @@ python "$root/launch/knowledge.py" --base "$model" --task "$task" --data "$data"
 printf '\n%s\n' \
     "all four took $((SECONDS - ready)) s, everything $((SECONDS - began)) s" \
     "results:      $out/knowledge.json, $out/knowledge.png" \
-    "TensorBoard:  $root/.venv/bin/tensorboard --logdir $out"
+    "TensorBoard:  $(command -v tensorboard) --logdir $out"

@@ -191,8 +191,9 @@ PY
 }
 
 find_python() {
-    local candidate reason reasons=""
-    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3.10 python3}; do
+    local candidate reason reasons="" candidates=(python3.13 python3.12 python3.11 python3.10 python3)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         command -v "$candidate" >/dev/null || { reasons+=$'\n'"  $candidate: not found"; continue; }
         reason=$(why_not_python "$candidate")
         [[ -n $reason ]] || { command -v "$candidate"; return; }
@@ -315,17 +316,23 @@ if get_accelerator().device_name() == "cpu":
 PY
 }
 
-watch
-mkdir -p "$cache"
-if command -v flock >/dev/null; then
-    exec 9>"$cache/setup.lock"
-    flock --nonblock 9 || { doing "waiting for another set-up of this user to end"; flock 9; }
-fi
-
-if [[ -f $stamp && $(cat "$stamp") == "$(fingerprint 2>/dev/null)" ]] && torch_sparse_works; then
+end_if_done() {
+    [[ -f $stamp && $(cat "$stamp") == "$(fingerprint 2>/dev/null)" ]] && torch_sparse_works || return 0
     share_wheels
     say "set-up: nothing to do"
     exit 0
+}
+
+watch
+end_if_done
+mkdir -p "$cache" || die "$cache: cannot make this folder; XDG_CACHE_HOME chooses another"
+if command -v flock >/dev/null; then
+    exec 9>"$cache/setup.lock"
+    if ! flock --nonblock 9; then
+        doing "waiting for another set-up of this user to end"
+        flock 9
+        end_if_done
+    fi
 fi
 
 check_compiler

@@ -10,7 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/launch/setup.sh"
 cd "$root"
-export PATH=$root/.venv/bin:$PATH
+export PATH=${SPECTRAL_DS_VENV:-$root/.venv}/bin:$PATH
 # The tests start hundreds of processes: each would compile what it imports again.
 unset PYTHONDONTWRITEBYTECODE
 

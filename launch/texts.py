@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterator
@@ -37,13 +38,16 @@ def prose() -> Iterator[str]:
 
 
 def write(kind: str, half: int, cache: Path) -> Path:
-    """Write every second text; the path."""
+    """Write every second text, if that is not done; the path."""
     texts = list({"code": code, "prose": prose}[kind]())[half::2]
-    target = cache / f"{kind}-{half}.jsonl"
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".unfinished")
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    unfinished.write_text("".join(lines), encoding="utf-8")
+    content, target = "".join(lines).encode("utf-8"), cache / f"{kind}-{half}.jsonl"
+    if target.is_file() and target.read_bytes() == content:
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    # Complete or not there at all, whatever happens meanwhile.
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(content)
     unfinished.replace(target)
     return target
 

@@ -6,6 +6,7 @@ The only place that sees engine, stack, monitor and checkpoints together.
 import logging
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,10 +36,21 @@ class SpectralPlugin(Study):
     """
 
     def __init__(self, engine: Engine, config: SpectralConfig, writer: Any = None) -> None:
-        self.config, self.engine = config, engine
-        self.stack = Stack(engine, config)
+        self.config, self.engine, self.attached = config, engine, False
+        with ExitStack() as refused:  # nothing stays hooked then
+            self.stack = Stack(engine, config)
+            refused.callback(self.stack.forget)
+            self.monitor = Monitor(engine, config, self.stack, writer)
+            refused.callback(self.monitor.close)
+            self._prepare()
+            refused.callback(engine.remove)
+            self._hook()
+            refused.pop_all()
+        self.attached = True
+
+    def _prepare(self) -> None:
+        engine, config = self.engine, self.config
         self._newcomers = Newcomers(engine, config)
-        self.monitor = Monitor(engine, config, self.stack, writer)
         self._filters_updates = config.filter.apply_to == "update"
         self._pulls = self.stack.regularizer is not None and (
             config.regularizer.coupling == "decoupled"
@@ -49,12 +61,6 @@ class SpectralPlugin(Study):
         self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
         self._persistence = Persistence(engine, self.stack, config.checkpoint.strict, self.resumed)
-        self.attached = True
-        try:
-            self._hook()
-        except BaseException:
-            self._let_go()
-            raise
 
     def _hook(self) -> None:
         if self._pulls:
@@ -92,7 +98,8 @@ class SpectralPlugin(Study):
         and before `clip_grad_norm_`, in the closure if the step has one. The hook then leaves these
         gradients alone.
         """
-        is_first = self.engine.evaluations == 0  # others are of the closure of the same step
+        has_climbed = self._is_handled and self.engine.climbs > self._climbs  # by a first half
+        is_first = self.engine.evaluations == 0 and not has_climbed  # of a closure's, others follow
         if is_first:
             self._take_newcomers()
         step = self._step = self.engine.step
@@ -201,9 +208,6 @@ class SpectralPlugin(Study):
     def detach(self) -> None:
         """Restore everything that was wrapped; the engine then trains as without the plugin."""
         self.stack.warn_of_end()
-        self._let_go()
-
-    def _let_go(self) -> None:
         self.engine.remove()
         self.stack.forget()
         self.attached = False

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ class Study:
             NotConvergedError: the solver did not reach its residual; on all ranks.
             ValueError: k is not an integer >= 1, or there is no such graph.
         """
+        _require_count("k", k)
         return self.stack.graph(graph).eigenpairs(k)
 
     def density(self, bins: int, graph: int = 0) -> Density:
@@ -148,6 +150,7 @@ class Study:
         Raises:
             ValueError: bins is not an integer >= 1, or there is no such graph.
         """
+        _require_count("bins", bins)
         return self.stack.graph(graph).density(bins)
 
     def snr(self, graph: int = 0) -> SignalToNoise:
@@ -158,3 +161,8 @@ class Study:
             ValueError: there is no such graph.
         """
         return self.stack.graph(graph).signal_to_noise()
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or int(value) < 1:
+        raise ValueError(f"{name} = {value!r}: must be an integer >= 1")

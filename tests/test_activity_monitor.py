@@ -239,7 +239,8 @@ def test_a_run_writes_charts_and_figures_of_its_graph_alone():
 def test_until_inputs_are_given_nothing_is_told_of_the_graph():
     writer, metrics, _, said = run_alone(SECTION, calibrates=False)
     assert writer.figures.keys() == {"gradient_norm_by_block_and_role"}
-    assert not [name for name in metrics if name.startswith(("active_", "most_active_"))]
+    of_the_graph = ("active_", "most_active_", "band_energy")
+    assert not [name for name in [*metrics, *writer.scalars] if name.startswith(of_the_graph)]
     assert said == []
 
 
@@ -256,6 +257,48 @@ def test_the_sentence_waits_for_full_strength():
     warm = {**SECTION, "filter": {**SECTION["filter"], "warmup_steps": 3}}
     for steps, said in ((3, 0), (4, 1)):
         assert len(run_alone(warm, steps=steps)[-1]) == said
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_sentence_waits_for_a_gradient_that_is_finite():
+    observing = {"preset": "observe", "graph": GRAPH, "monitor": SECTION["monitor"]}
+    model = tiny.TinyLlama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with messages(0) as said:
+        plugin = spectral_ds.attach(model, optimizer, observing)
+        plugin.calibrate(inputs_to_keep())
+        for factor in (torch.inf, 1.0):
+            (model(tiny_batch()) * factor).backward()
+            plugin.filter_gradients()
+            assert ("active_energy/before" in plugin.metrics()) == (factor == 1)
+            optimizer.zero_grad()
+            optimizer.step()
+    plugin.detach()
+    [line] = [line for line in said if "goes along" in line]
+    assert "nan" not in line
+
+
+def test_the_density_is_that_of_all_graphs(dense):
+    model = tiny.TinyLlama()
+    plugin = spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), SECTION)
+    plugin.calibrate(inputs_to_keep())
+    density = plugin.density(4)
+    values = []
+    for pairs in plugin.eigenpairs(RANK):
+        every = dense.eigenpairs(pairs.parameters[0])[0]
+        rest = np.full(len(every) - RANK, every[RANK:].mean())
+        values += [*every[:RANK], *rest]
+    edges = np.linspace(0, max(values), 5)
+    np.testing.assert_allclose(density.edges, edges, rtol=1e-4)
+    # The largest value is the end of the last bin.
+    counts = np.histogram(np.clip(values, 0, density.edges[-1]), density.edges)[0]
+    np.testing.assert_allclose(density.share, counts / len(values), atol=1e-12)
+    for bins in (0, 1.5):
+        with pytest.raises(ValueError, match="bins = "):
+            plugin.density(bins)
+    with pytest.raises(ValueError, match=r"k = 1\.5"):
+        plugin.eigenpairs(1.5)
+    plugin.detach()
 
 
 @pytest.mark.parametrize("first", ["activations", "depth"])

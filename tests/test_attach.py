@@ -239,3 +239,20 @@ def deep_copy_of_the_model_is_possible():
 
 def test_the_model_can_be_copied_while_attached(ranks):
     assert all(ranks(2).run(deep_copy_of_the_model_is_possible))
+
+
+def test_what_ranks_agree_on_travels_by_their_own_devices(monkeypatch):
+    module, chosen, worlds = sys.modules["spectral_ds.attach.initialize"], [], []
+    accelerator = SimpleNamespace(
+        communication_backend_name=lambda: "nccl",
+        set_device=chosen.append,
+        current_device_name=lambda: f"cuda:{chosen[-1]}",
+    )
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(module, "Communicator", lambda group, device: str(device))
+    monkeypatch.setattr(module, "agree_on_config", lambda source, world: worlds.append(world))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for args in (None, SimpleNamespace(device_rank=3)):
+        module.check_section(deepspeed.initialize, (args,), {"config": {}})
+    assert worlds == ["cuda:1", "cuda:3"]

@@ -209,6 +209,10 @@ LEARNS = {"node": "column", "edges": [{**ACTIVATIONS, "learn": "training"}]}
             "filter.rest = 0.6: belongs to family activations",
         ),
         (
+            {"preset": "retain", "graph": {"laplacian": "combinatorial"}},
+            'graph.laplacian = "combinatorial": belongs to families of edges, not to activations',
+        ),
+        (
             {"graph": {**COLUMNS, "laplacian": "combinatorial"}},
             'graph.laplacian = "combinatorial": belongs to families of edges, not to activations',
         ),

@@ -48,6 +48,22 @@ def test_deepspeed_json_may_hold_comments_as_deepspeed_allows(tmp_path: Path) ->
     assert load_config(write(tmp_path / "ds.json", text)).seed == 3
 
 
+def test_yaml_may_hold_variables_beside_the_section_but_none_of_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "section.yaml"
+    write(path, "seed: 3\nspectral_ds:\n  seed: ${seed}\n")
+    assert load_config(path).seed == 3
+    write(path, "spectral_ds:\n  seed: 3\nfilter: {tau: 3.0}\n")
+    assert message_of(path) == (
+        f'{path}: filter = {{"tau": 3.0}}: must stand in the section "spectral_ds", not beside'
+    )
+
+
+@pytest.mark.parametrize("text", ['{"spectral_ds": {"seed": 1e999}}', "[" * 3000])
+def test_json_of_no_number_or_end_is_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "ds.json", text)
+    assert message_of(path).startswith(f"{path}: cannot be read as JSON: ")
+
+
 @pytest.mark.parametrize("under_key", [True, False])
 @pytest.mark.parametrize("suffix", [".yaml", ".yml"])
 def test_yaml_holds_the_section_bare_or_under_its_key(

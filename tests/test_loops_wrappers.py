@@ -124,6 +124,23 @@ def test_a_gradient_filtered_by_hand_and_climbed_by_is_not_the_one_descended():
     assert_is(*steps)
 
 
+def test_two_half_steps_that_are_both_filtered_by_hand_are_measured_once():
+    section = {**SECTION, "monitor": {"interval": 1}, "statistics": {"interval": 1}}
+    model, optimizer, plugin = attached(SharpnessAware, section)
+    for number in range(2):
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        for half in (optimizer.first_step, optimizer.second_step):
+            loss_of(model).backward()
+            plugin.filter_gradients()
+            half(zero_grad=True)
+        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        assert plugin.engine.step == plugin.snr().samples == number + 1
+    loss_of(model).backward()
+    plugin.filter_gradients()  # tells what the last step has changed
+    ratio = float((after - before).norm() / before.norm())
+    assert plugin.metrics()["update_to_weight/all"] == pytest.approx(ratio, rel=1e-4)
+
+
 class HalvesAlone(SGD):
     def first_step(self):
         pass
@@ -337,3 +354,18 @@ def test_what_is_refused_has_left_no_hook():
     optimizer.param_groups[0]["lr"] = 1.0
     plugin = spectral_ds.attach(model, optimizer, SECTION)
     assert_filtered_once(model, plugin, lambda: (backward(model), optimizer.step()))
+
+
+def test_a_monitor_without_a_folder_has_left_no_hook(tmp_path):
+    (tmp_path / "file").touch()
+    section = {
+        **UPDATE,
+        "graph": {"node": "column", "edges": [LEARNING]},
+        "monitor": {"folder": str(tmp_path / "file" / "runs")},
+    }
+    model = make_model()
+    optimizer = SGD(model.parameters(), lr=1.0)
+    for _ in range(2):
+        with pytest.raises(spectral_ds.SpectralConfigError, match=r"monitor\.folder"):
+            spectral_ds.attach(model, optimizer, section)
+        assert hooks_of(model, optimizer) == []

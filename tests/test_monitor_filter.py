@@ -61,6 +61,17 @@ def test_what_acts_at_the_current_strength_is_drawn_and_judged(tmp_path):
     run.close()
 
 
+def test_a_filter_whose_strength_has_decayed_keeps_all(tmp_path):
+    run = Drawn(tmp_path, {**HEAT, "filter": {**HEAT["filter"], "decay_steps": 4, "interval": 1}})
+    kept = []
+    for _ in range(10):
+        run.step()
+        kept.append(run.plugin.metrics().get("signal_to_noise/kept_over_total"))
+    assert abs(kept[4] - 1) > 0.01
+    assert kept[-1] == 1
+    run.close()
+
+
 def test_until_the_graph_is_known_no_filter_is_drawn(tmp_path):
     edges = [{"family": "similarity", "features": "gradient", "neighbours": 3}]
     run = Drawn(tmp_path, {**HEAT, "graph": {"edges": edges, "refresh_interval": 2}})

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from spectral_ds import planning
 from spectral_ds.coactivation import Observer, Projections, calibrate, random_batches
@@ -133,13 +140,17 @@ def test_operations_are_four_a_direction_and_element():
     assert looking.filter is None
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2", "t5"])
 def test_who_shares_inputs_by_name_is_who_does_in_the_model(kind):
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "llama":
         model = tiny.LlamaForCausalLM(tiny.llama_config(num_key_value_heads=2))
     elif kind == "bert":
         model = BertModel(BertConfig(vocab_size=53, intermediate_size=24, **small))
+    elif kind == "t5":
+        small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
+        gated = T5Config(vocab_size=53, feed_forward_proj="gated-gelu", **small)
+        model = T5EncoderModel(gated)
     else:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=53, n_embd=16, n_layer=2, n_head=2))
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from transformers import BertConfig, CLIPConfig, T5Config
 
 from spectral_ds.cli import main
 from spectral_ds.cli.plan.models import KNOWN_MODELS, model_of
@@ -111,6 +112,52 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert reason in error
         assert error.count("\n") == 1
+
+
+def test_models_that_are_no_causal_ones_are_planned_and_what_is_none_is_one_line(tmp_path, capsys):
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1}
+    words = ["--engine", "zero2", "--world-size", "2", "--model"]
+    for architectures in (None, ["T5WithLMHeadModel"]):
+        config = T5Config(vocab_size=53, architectures=architectures, **small)
+        config.save_pretrained(tmp_path / "t5")
+        assert plan_by_command(capsys, *words, str(tmp_path / "t5"))["parameters"] > 0
+    BertConfig(hidden_size=17, num_attention_heads=4).save_pretrained(tmp_path / "bert")
+    assert main(["plan", *words, str(tmp_path / "bert")]) == 2
+    error = capsys.readouterr().err
+    assert "bert: its configuration makes no model" in error
+    assert error.count("\n") == 1
+
+
+def test_parameters_of_no_dimension_are_planned_but_under_fsdp2(tmp_path, capsys):
+    part = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "projection_dim": 8}  # fmt: skip
+    whole = {"text_config": part, "vision_config": part, "architectures": ["CLIPModel"]}
+    CLIPConfig(projection_dim=8, **whole).save_pretrained(tmp_path)
+    words = ["--model", str(tmp_path), "--world-size", "2", "--engine"]
+    found = plan_by_command(capsys, *words, "zero2")
+    assert found["other_engines"].keys() == {"zero3"}
+    assert main(["plan", *words, "fsdp2"]) == 2
+    assert "--engine fsdp2: fully_shard refuses" in (error := capsys.readouterr().err)
+    assert "logit_scale" in error
+
+
+def test_sums_are_counted_and_samples_are_told(capsys, tmp_path):
+    words = ["--model", "smollm2-135m", "--engine", "zero3", "--world-size", "8", "--config"]
+    found = plan_by_command(capsys, *words, "denoise")
+    assert found["bytes_per_step"] == 0
+    assert "Nothing but samples is sent" in found["advice"]
+    assert "samples of the gradient, every step" in found["advice"]
+    config, counts = tmp_path / "section.yaml", []
+    for rescale in ("none", "norm"):
+        for temporal in ("null", "{decay: 0.9}"):
+            config.write_text(
+                "graph: {edges: [{family: depth}]}\n"
+                f"filter: {{rescale: {rescale}, temporal: {temporal}}}"
+            )
+            planned = plan_by_command(capsys, *words, str(config))
+            assert "samples" not in planned["advice"]
+            counts.append(planned["collectives_per_step"])
+    assert counts == [0, 2, 2, 4]
 
 
 def test_only_the_first_of_several_processes_prints(capsys, monkeypatch):

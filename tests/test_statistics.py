@@ -222,6 +222,18 @@ def test_saved_means_of_consecutive_samples_go_on_but_for_the_pair_between():
     assert before.consecutive.means[0] == 3
 
 
+def test_saved_powers_by_other_bands_count_as_no_samples_on_the_graph():
+    stream = Stream(6)
+    before = stream.sharded.statistics(0, BANDS, DECAY)
+    for _ in range(3):
+        before.observe(stream.sample(), 1.0)
+    for bands, on_graph in ((BANDS, 3), (2 * BANDS, 0)):
+        after = stream.sharded.statistics(0, bands, DECAY)
+        after.restore("s", saved(before.state("s")))()
+        assert (after.samples, after.samples_on_graph) == (3, on_graph)
+        assert int(after.state("s").numbers["s.measured"]) == on_graph
+
+
 def test_wiener_gains_come_close_to_the_ideal():
     stream = Stream(50)
     statistics = stream.sharded.statistics(0, BANDS, 0.9995)

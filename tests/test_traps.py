@@ -261,6 +261,36 @@ def test_sharded_models_may_be_compiled(ranks, name):
         np.testing.assert_allclose(value, usual[plain_name], atol=1e-6)
 
 
+class Few(torch.nn.Module):
+    """Fewer weights than some ranks would own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.few = torch.nn.Linear(2, 1)
+
+    def forward(self, tokens):
+        return self.few(tokens[:, :2] / 53).square().mean()
+
+
+def metrics_of_few(name):
+    """Metrics of the second step, and how many fragments this rank owns."""
+    section = {"preset": "observe", "monitor": {"interval": 1}}
+    training = Training(name, section, model=Few)
+    training.train(2)
+    found = training.plugin.metrics(), len(training.plugin.engine.fragments)
+    training.close()
+    return found
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_a_rank_that_owns_nothing_is_monitored(ranks, name):
+    metrics, fragments = zip(*ranks(3).run(metrics_of_few, name), strict=True)
+    assert min(fragments) == 0
+    for other in metrics:
+        assert other["update_to_weight/all"] == metrics[0]["update_to_weight/all"] > 0
+
+
 class Adapted(torch.nn.Module):
     """LoRA adapters on a frozen model."""
 

@@ -23,6 +23,8 @@ from spectral_ds.spectrum import (
         ([3, 3, 3, 3], [1, 1, 1, 1], [1, 1, 0, 0], "does not separate 50 50 1.00 what the filter"),
         ([6, 2, 1, 3], [5, 2, 1, 4], [1, 1, 0, 0], "barely separates 67 58 1.14 what the filter"),
         ([2, 2, 2, 6], [2, 2, 2, 1], [1, 0, 0, 0], "does not separate 17 29 0.58 what the filter"),
+        # A response that amplifies: shares are of the largest gain.
+        ([4, 1, 5, 0], [1, 2, 1, 3], [3, 1.5, 0, 0], "separates 42 21 1.98 what the filter keeps"),
         # Alike gains: the lowest eighth, at least one band.
         ([3, 1, 1, 1], [1, 1, 1, 3], [1, 1, 1, 1], "separates 50 17 3.00 the lowest frequencies"),
         ([2, 1] * 8, [1, 1] * 8, [0.7] * 16, "does not separate 12 12 1.00 the lowest frequencies"),

@@ -77,13 +77,15 @@ def measure(method: str, training: Training, clock: Clock, tokens: int, vocabula
         sent, end = plugin.stack.bytes_sent(preset.filter.strength), plugin.detach
         steps = STEPS
     rest, own = [], []
-    for _ in tqdm(range(steps), desc=method, leave=False, disable=not is_first()):
-        batch = torch.randint(vocabulary, (1, tokens), device=device)
-        with clock.around() as seconds:
-            training.step(batch)
-            rest.append(seconds())
-        own.append(clock.seconds)
-    end()
+    try:
+        for _ in tqdm(range(steps), desc=method, leave=False, disable=not is_first()):
+            batch = torch.randint(vocabulary, (1, tokens), device=device)
+            with clock.around() as seconds:
+                training.step(batch)
+                rest.append(seconds())
+            own.append(clock.seconds)
+    finally:  # the others are measured all the same
+        end()
     return Found(rest, own, meter.peak(), sent, intervals)
 
 
@@ -175,7 +177,7 @@ def main() -> None:
         for method in arguments.methods:
             try:
                 found = measure(method, training, *given)
-            except Exception as error:  # the others are measured all the same
+            except Exception as error:
                 failed[method] = said(error)
                 if dist.is_initialized():  # ranks may have left each other
                     break

@@ -80,6 +80,10 @@ def check_section(
         dist_init_required=given.get("dist_init_required"),
         **{key: given[key] for key in ("distributed_port",) if key in given},
     )
+    # As the engine does, later: NCCL refuses what lies on another device than the rank's own.
+    device_rank = getattr(given.get("args"), "device_rank", int(os.environ.get("LOCAL_RANK", -1)))
+    if device_rank >= 0:
+        get_accelerator().set_device(device_rank)
     world = Communicator(None, torch.device(get_accelerator().current_device_name()))
     agree_on_config(lambda: _section(given), world)
 

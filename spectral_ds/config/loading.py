@@ -8,7 +8,7 @@ import copy
 import importlib.resources
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -45,7 +45,8 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
     2.0
     """
     problems: list[str] = []
-    user = check(SpectralConfig, read_section(source), SECTION, problems, _everywhere())
+    section = read_section(source, [each.name for each in fields(SpectralConfig)])
+    user = check(SpectralConfig, section, SECTION, problems, _everywhere())
     preset = _read_preset(user.get("preset", SpectralConfig.preset))
     usual = preset.get("filter", {}).get("response", FilterConfig.response)
     response = user.get("filter", {}).get("response", usual)
@@ -58,11 +59,12 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
         problems += _unused("filter", FilterConfig, user.get("filter", {}), response, penalty)
     graphs = {f"graphs[{i}]": graph for i, graph in enumerate(user.get("graphs", ()))}
     for key, graph in {"graph": user.get("graph", {}), **graphs}.items():
-        for index, edge in enumerate(graph.get("edges", ())):
+        given = () if graphs else preset.get("graph", {}).get("edges", ())
+        for index, edge in enumerate(graph.get("edges", given)):
             family = edge.get("family", EdgeConfig.family)
             problems += _unused(f"{key}.edges[{index}]", EdgeConfig, edge, family)
             if family == "activations":
-                problems += _of_edges_alone(f"{SECTION}.{key}", index, graph)
+                problems += _of_edges_alone(f"{SECTION}.{key}", index, edge, graph)
     for name, of_response in {"coefficients": "polynomial", "gains": "bands"}.items():
         numbers = (preset.get("filter", {}) | user.get("filter", {})).get(name)
         key = f"{SECTION}.filter.{name}"
@@ -181,10 +183,12 @@ def _unused(
             yield f"{SECTION}.{key}.{name} = {show(raw[name])}: {belongs}"
 
 
-def _of_edges_alone(key: str, index: int, graph: Mapping[str, Any]) -> Iterator[str]:
+def _of_edges_alone(
+    key: str, index: int, edge: Mapping[str, Any], graph: Mapping[str, Any]
+) -> Iterator[str]:
     """Problems with what a graph of activations does not use, unless it is at its default."""
     written = {
-        f"{key}.edges[{index}].weight": (graph["edges"][index].get("weight"), EdgeConfig.weight),
+        f"{key}.edges[{index}].weight": (edge.get("weight"), EdgeConfig.weight),
         f"{key}.laplacian": (graph.get("laplacian"), GraphConfig.laplacian),
     }
     for name, (value, default) in written.items():

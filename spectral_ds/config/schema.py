@@ -79,7 +79,12 @@ LEARN = ("none", "training")
 
 
 def _inputs(default: str, words: tuple[str, ...]) -> Any:
-    return rule(default, f"{', '.join(words)} or the name of a file or folder", bool)
+    allowed = f"{', '.join(words)} or the name of a file or folder, without ${{"
+    return rule(default, allowed, lambda value: value and "${" not in value)
+
+
+def _name() -> Any:
+    return rule("", "a string without ${", lambda value: "${" not in value)
 
 
 def _patterns(default: tuple[str, ...], may_be_empty: bool) -> Any:
@@ -111,7 +116,7 @@ class EdgeConfig:
     learn: str = _inputs("none", LEARN)  # activations: what it is to learn
     samples: int = integer(256, at_least=1)  # activations: sequences that are looked at
     length: int = integer(64, at_least=1)  # activations: tokens of each
-    tokenizer: str = ""  # activations: folder or name; "" = the model's own
+    tokenizer: str = _name()  # activations: folder or name; "" = the model's own
     weight: float = rule(1.0, "a finite number > 0", lambda value: value > 0)  # of the family
 
 
@@ -207,7 +212,7 @@ class MonitorConfig:
     # equal bands of frequency; the order of the band filters grows with their number
     bands: int = rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
     figures_interval: int = integer(100, at_least=1)  # optimizer steps between figures
-    folder: str = ""  # for TensorBoard files of its own; "" = where the engine writes
+    folder: str = _name()  # for TensorBoard files of its own; "" = where the engine writes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ In: what `load_config` was given. Out: the section, as it was written.
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,13 @@ class SpectralConfigError(ValueError):
     """The configuration cannot be used. One line a problem: key, value, what is allowed."""
 
 
-def read_section(source: Mapping[str, Any] | str | os.PathLike[str]) -> Any:
-    """The section of a dict or a file, as it was written."""
+def read_section(source: Mapping[str, Any] | str | os.PathLike[str], keys: Collection[str]) -> Any:
+    """The section of a dict or a file, as it was written.
+
+    Args:
+        keys: of the section: beside it in a YAML file, they would be lost without a word.
+    """
+    is_yaml = False
     if isinstance(source, Mapping):
         content, name, section_may_be_bare = plain(source), "the config", True
     elif isinstance(source, str | os.PathLike):
@@ -38,12 +43,23 @@ def read_section(source: Mapping[str, Any] | str | os.PathLike[str]) -> Any:
     if not isinstance(content, Mapping):
         raise SpectralConfigError(f"{name}: must hold a mapping, holds {show(content)}")
     if SECTION in content:
+        if is_yaml:
+            _refuse_beside_section(name, content, keys)
         return plain(content[SECTION])
     misspelt = difflib.get_close_matches(SECTION, map(str, content), n=1, cutoff=0.8)
     if misspelt or not section_may_be_bare or DEEPSPEED_KEYS & content.keys():
         hint = f"; nearest key there: {misspelt[0]}" if misspelt else ""
         raise SpectralConfigError(f'{name}: the section "{SECTION}" is missing{hint}')
     return content
+
+
+def _refuse_beside_section(name: str, content: Mapping[str, Any], keys: Collection[str]) -> None:
+    """Refuse what was meant to stand in the section; numbers and words may be for `${...}`."""
+    for key, value in content.items():
+        if key in keys and isinstance(value, Mapping | list):
+            raise SpectralConfigError(
+                f'{name}: {key} = {show(value)}: must stand in the section "{SECTION}", not beside'
+            )
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -54,7 +70,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     try:
         return hjson.loads(Path(path).read_text("utf-8"), object_pairs_hook=_no_duplicates)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         raise SpectralConfigError(f"{path}: cannot be read as JSON: {error}") from error
 
 

@@ -74,8 +74,9 @@ class CoactivationMeasurement(Measurement[ActiveEnergies]):
         """Nothing is judged."""
 
     def metrics(self, step: MonitoredStep[ActiveEnergies]) -> dict[str, float]:
-        """Shares along active directions; nothing until the graph is known."""
-        if not step.before.total.any():
+        """Shares along active directions; nothing until the graph is known, nor of NaN."""
+        total = step.before.total
+        if not (total.any() and np.isfinite(total).all()):
             return {}
         self._say(step)
         found = {}

@@ -51,7 +51,7 @@ class Dashboard:
 
         Of a long run every second, then every fourth, and so on: a picture shows no more.
         """
-        if not (self.board.is_open and np.isfinite(before).all()):
+        if not (self.board.is_open and np.isfinite(before).all() and before.any()):
             return
         if self._recorded % self._stride == 0:
             self._history.append((step, before))

@@ -116,7 +116,9 @@ class GraphMeasurement(Measurement[Energies]):
         if found is None:
             return {}
         self._judge(ENOUGH_SAMPLES)
-        return found.metrics(judged_gains(self._acting(step, self._fixed_gains(found))))
+        gains = self._fixed_gains(found)
+        is_flat = np.ptp(gains) == 0
+        return found.metrics(judged_gains(gains) if is_flat else self._acting(step, gains))
 
     def noise_scale(self) -> dict[str, float]:
         """McCandlish et al. (arXiv 1812.06162), eq. 2.8: tr(Σ)/|G|², Σ = batch size · noise."""

@@ -162,7 +162,8 @@ class Monitor:
         """What the step before has changed, if it was monitored."""
         if self._weights is None:
             return {}
-        torch._foreach_sub_(self._weights, self._norms.thinned(self._engine.weights()))
+        if self._weights:  # a rank may own none
+            torch._foreach_sub_(self._weights, self._norms.thinned(self._engine.weights()))
         squares = self._norms.squares_of_thinned(self._weights)
         ratios = self._norms.metrics("update_to_weight", squares, self._weight_squares)
         self.metrics |= ratios

@@ -54,6 +54,11 @@ class ActiveEnergies(Energies):
     def tags(self) -> Sequence[str]:
         return self.bands.tags
 
+    def metrics(self, what: str, when: str) -> dict[str, float]:
+        """By name; only the norm where no energy is on the graph, which may not be known yet."""
+        norm = {f"{what}_norm/{when}": self.norm}
+        return super().metrics(what, when) if self.total.any() else norm
+
     def share(self, directions: int) -> float:
         """Of the energy, what goes along so many of the most active directions; NaN of none."""
         return _ratio(self.along[:, :directions].sum(), self.total.sum())

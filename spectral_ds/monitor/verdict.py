@@ -39,6 +39,7 @@ def verdict(signal: Values, noise: Values, gains: Values, error: Values | float 
         return TOO_NOISY
     ratio = kept_over_total(signal, noise, gains)
     energy = np.square(gains)
+    energy /= max(1.0, energy.max())  # of a response that amplifies
     powers = np.maximum(signal, 0), np.maximum(noise, 0)
     kept = [100 * float(energy @ power / power.sum()) for power in powers]
     is_bound = energy @ powers[1] < LEAST_NOISE_KEPT * energy.max() * total_noise

@@ -195,12 +195,15 @@ def _cost(
     graphs: Sequence[AnyPlannedGraph], config: SpectralConfig, elements: Floats, cluster: Cluster
 ) -> Cost:
     """What one step costs. Passes over all elements are counted by what they read and write."""
-    cost = Cost(Flow.none(cluster), np.zeros_like(elements), np.zeros_like(elements), 0)
 
     def passes(numbers_each: int) -> Cost:
         return Cost.of_elements(elements, FLOAT * numbers_each, cluster)
 
-    acts = any(graph.filter is not None for graph in graphs)
+    def sums(collectives: int) -> Cost:  # of a few numbers
+        none = np.zeros_like(elements)
+        return Cost(Flow.none(cluster), none, none, collectives)
+
+    cost, acts = sums(0), any(graph.filter is not None for graph in graphs)
     for graph in graphs:
         if graph.filter is not None:
             cost = cost + graph.filter
@@ -210,7 +213,9 @@ def _cost(
     if acts and config.filter.apply_to == "update":
         cost = cost + passes(2) + passes(3) + passes(3)  # copy, subtract, add
     if acts and config.filter.rescale == "norm":
-        cost = cost + passes(1) + passes(1) + passes(2)
+        cost = cost + passes(1) + passes(1) + passes(2) + sums(2)  # norms before and after
     if config.filter.temporal is not None:
-        cost = cost + passes(5)
+        # Whether all is finite: what is filtered, and what is not.
+        is_of_gradients = config.filter.apply_to == "gradient"
+        cost = cost + passes(5) + sums(1 + is_of_gradients)
     return cost

@@ -14,12 +14,15 @@ TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
     ("wq", "wk", "wv"),
+    ("q", "k", "v"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
+    ("wi_0", "wi_1"),
 )
 # There, queries are of the one sequence, keys and values of the other.
-CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"encoder_attn|cross_?att|encdecatt", re.IGNORECASE)
 
 
 def by_shared_input(parameters: Sequence[ParameterNodes]) -> list[tuple[ParameterNodes, ...]]:

@@ -15,6 +15,7 @@ from spectral_ds.sharding import Communicator
 from spectral_ds.spectrum.bands import COEFFICIENTS_PER_BAND, band_coefficients, equal_edges
 from spectral_ds.spectrum.eigenpairs import DENSE_NODES, dense_laplacian
 from spectral_ds.spectrum.moments import chebyshev_moments
+from spectral_ds.spectrum.rings import ring_eigenvalues_below, ring_weight
 
 
 class Density(NamedTuple):
@@ -45,7 +46,8 @@ def density_of_states(
         communicator: the ranks that share the parameters.
         seed: of the probes.
         probes: random vectors with entries ±1; the error falls with their root.
-        dense_nodes: groups of so many nodes or fewer are counted exactly; so are depth paths.
+        dense_nodes: groups of so many nodes or fewer are counted exactly; so are depth paths and
+            rings.
     """
     edges = equal_edges(bins) * graph.lambda_max
     counts = np.zeros(bins)
@@ -56,6 +58,9 @@ def density_of_states(
             # Rounding must not carry an eigenvalue out of the spectrum or over an edge.
             values = np.clip(values.round(12), 0, graph.lambda_max)
             counts += np.histogram(values, edges)[0] * group.copies
+        elif (weight := ring_weight(group, communicator)) is not None:
+            below = ring_eigenvalues_below(group, weight, graph.normalized, edges)
+            counts += np.diff(below)
         else:
             large.append(group)
     if large:
@@ -78,15 +83,15 @@ def _estimated(
     plan = plan_on_node_signals(
         part, columns, layout, communicator, communicator, bucket_elements=2**24
     )
-    signal = {}
-    for number, parameter in enumerate(part.parameters):
+    own: list[torch.Tensor] = [torch.empty(0)] * len(layout.own)
+    for number, parameter in enumerate(part.parameters):  # equal at every world size
         generator = torch.Generator().manual_seed((seed + number) % 2**63)
-        bits = torch.randint(0, 2, (parameter.nodes * probes,), generator=generator)
-        signal[parameter.name] = 2.0 * bits - 1
-    own = [
-        signal[f.parameter][f.start : f.end].to(communicator.device, torch.float32)
-        for f in layout.own
-    ]
+        size = (parameter.nodes * probes,)
+        bits = torch.randint(0, 2, size, generator=generator, dtype=torch.int8)
+        for at, fragment in enumerate(layout.own):
+            if fragment.parameter == parameter.name:
+                signs = 2 * bits[fragment.start : fragment.end] - 1
+                own[at] = signs.to(communicator.device, torch.float32)
     count = COEFFICIENTS_PER_BAND * bins // 2 * 2
     moments = chebyshev_moments(plan.operators, own, count, communicator)
     coefficients = band_coefficients(equal_edges(bins), count)

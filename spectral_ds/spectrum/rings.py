@@ -1,4 +1,4 @@
-"""Eigenpairs of a ring in closed form: waves. An iteration would take as long as the ring is wide.
+"""Eigenpairs of a ring in closed form, waves: an iteration would take as long as the ring is wide.
 
 Of n >= 3 nodes with edges of weight w, L = D − W has the eigenvalues 2w (1 − cos(2πm/n)), of
 cosines and sines of m waves around the ring; of the normalized Laplacian they are divided by 2w.
@@ -63,3 +63,22 @@ def ring_eigenpairs(
     squares = torch.from_numpy(np.square(product - vectors * values).sum(axis=0))
     residuals = communicator.sum_(squares.to(communicator.device)).sqrt().cpu().numpy()
     return values, vectors, residuals
+
+
+def ring_eigenvalues_below(
+    group: Group, weight: float, normalized: bool, frequencies: Values
+) -> Values:
+    """How many eigenvalues lie below each of some frequencies.
+
+    Args:
+        weight: from `ring_weight`.
+        frequencies: ascending, from 0 to the end of the spectrum, which counts all.
+    """
+    nodes = group.bucket.nodes
+    highest = 2 * (1.0 if normalized else 2 * weight)
+    share = np.clip(frequencies / highest, 0, 1)
+    # 0, 1, ... waves lie below; rounding must not carry one over an edge.
+    waves = np.ceil(nodes / math.pi * np.arcsin(np.sqrt(share)) - 1e-9)
+    below = np.clip(2 * waves - 1, 0, nodes)  # each but none is a cosine and a sine
+    below[-1] = nodes
+    return np.asarray(below)

@@ -174,6 +174,8 @@ class GradientStatistics:
             self.estimate = SignalAndNoise(
                 numbers["signal"].to(device), numbers["noise"].to(device)
             )
+        else:  # its powers are known of no sample
+            self.samples_on_graph = 0
 
     def observe(
         self,

@@ -67,11 +67,11 @@ class Stack:
                     if choice.is_coactivation
                     else StackedGraph(index, choice, config, engine, layout)
                 )
-        except BaseException:  # refused: those before it have hooks
+            self.filter = self._make_filter(config.filter, list(nodes))
+            self.regularizer = self._make_regularizer(config.regularizer)
+        except BaseException:  # refused: graphs may have hooks
             self.forget()
             raise
-        self.filter = self._make_filter(config.filter, list(nodes))
-        self.regularizer = self._make_regularizer(config.regularizer)
         self._is_overdue = False  # whether a graph was not built because ranks had left
 
     def graph(self, number: int) -> AnyGraph:

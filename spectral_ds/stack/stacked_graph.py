@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Collection
 from dataclasses import asdict
-from numbers import Integral
 
 import torch
 
@@ -275,9 +274,7 @@ class StackedGraph:
 
         Raises:
             NotConvergedError: the solver did not reach its residual; on all ranks.
-            ValueError: k is not an integer >= 1.
         """
-        _require_count("k", k)
         is_shown = self._engine.everyone.rank == 0
         with progress("eigenpairs", len(self.graph.groups), "group", is_shown) as update:
             return lowest_eigenpairs(
@@ -285,12 +282,7 @@ class StackedGraph:
             )
 
     def density(self, bins: int) -> Density:
-        """Share of the eigenvalues in each of equal bins of [0, λ_max] (collective).
-
-        Raises:
-            ValueError: bins is not an integer >= 1.
-        """
-        _require_count("bins", bins)
+        """Share of the eigenvalues in each of equal bins of [0, λ_max] (collective)."""
         return density_of_states(self.graph, bins, self._engine.communicator, seed=self._whole.seed)
 
     def signal_to_noise(self) -> SignalToNoise:
@@ -305,8 +297,3 @@ class StackedGraph:
                 "graph.node to row or column"
             )
         return self.samples.statistics.signal_to_noise()
-
-
-def _require_count(name: str, value: object) -> None:
-    if not isinstance(value, Integral) or int(value) < 1:
-        raise ValueError(f"{name} = {value!r}: must be an integer >= 1")

@@ -90,8 +90,6 @@ class ToldGraph:
 
     def eigenpairs(self, k: int) -> list[Eigenpairs]:
         """The k most active directions of each graph; the first rank has them, others none."""
-        if k < 1:
-            raise ValueError(f"k = {k!r}: must be an integer >= 1")
         found = []
         is_first = self._engine.communicator.rank == 0
         for leader, members in self._members().items():
@@ -107,15 +105,13 @@ class ToldGraph:
 
     def density(self, bins: int) -> Density:
         """Share of the eigenvalues in equal bins of [0, λ_max]; unknown ones lie at their mean."""
-        if bins < 1:
-            raise ValueError(f"bins = {bins!r}: must be an integer >= 1")
         edges = np.linspace(0, self.lambda_max, bins + 1)
         counts = np.zeros(bins)
         for spectrum in () if self.keep is None else self.keep.all_spectra():
             counts += np.histogram(spectrum.values, edges)[0]
             others = spectrum.inputs - len(spectrum.values)
             counts += others * np.histogram([spectrum.rest], edges)[0]
-        return Density(edges, counts / max(counts.sum(), 1))
+        return Density(counts / max(counts.sum(), 1), edges)
 
     def signal_to_noise(self) -> SignalToNoise:
         """It is not measured.

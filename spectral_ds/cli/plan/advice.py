@@ -9,6 +9,7 @@ from spectral_ds.planning.coactivation import PlannedCoactivation
 from spectral_ds.planning.flows import FLOAT
 from spectral_ds.planning.layouts import EngineName
 from spectral_ds.planning.planner import Plan
+from spectral_ds.stack.choices import feature_width, is_adaptive
 
 # A rank that keeps more than this share of its shard for a graph is worth a word.
 LARGE = 0.5
@@ -17,13 +18,13 @@ LITTLE = 0.01
 
 
 def advice(plan: Plan, others: Mapping[EngineName, Plan], step: float | None) -> str:
-    """At most two sentences: what to change so that less is sent, and what it costs.
+    """Two or three sentences: what to change so that less is sent, what it costs, what is missing.
 
     Args:
         others: plans of the same graphs under other engines.
         step: seconds of a step without the filter, if known.
     """
-    sentences = [_of_sending(plan, others), _of_cost(plan, step)]
+    sentences = [_of_sending(plan, others), _of_cost(plan, step), _of_samples(plan.config)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -35,7 +36,8 @@ def _of_sending(plan: Plan, others: Mapping[EngineName, Plan]) -> str:
         reason = "every edge joins what one rank owns" if acts else "no graph acts on a signal"
         if acts and all(isinstance(graph, PlannedCoactivation) for graph in plan.graphs):
             reason = "no shard edge cuts a row"
-        return f"Nothing is sent under {plan.engine}: {reason}."
+        what = "Nothing but samples" if _needs_samples(plan.config) else "Nothing"
+        return f"{what} is sent under {plan.engine}: {reason}."
     if plan.bytes_sent < LITTLE * FLOAT * float(plan.elements.sum()):
         return f"Next to nothing is sent under {plan.engine}: {_sent(plan)}."
     best = min(others.values(), key=lambda other: other.bytes_sent, default=plan)
@@ -90,3 +92,19 @@ def _of_cost(plan: Plan, step: float | None) -> str:
         return f"It takes about {duration(worst)} of a step{memory}."
     share = f"{100 * worst / step:.2g} %"
     return f"It adds about {duration(worst)} to a step of {duration(step)} ({share}){memory}."
+
+
+def _needs_samples(config: SpectralConfig) -> bool:
+    """Whether the filter follows samples of the gradient."""
+    return is_adaptive(config) or any(feature_width(g) is not None for g in config.stack)
+
+
+def _of_samples(config: SpectralConfig) -> str:
+    if not _needs_samples(config):
+        return ""
+    interval = config.statistics.interval
+    often = "every step" if interval == 1 else f"every {interval} steps"
+    return (
+        f"The filter needs samples of the gradient, {often}: what they send is not counted, a "
+        "sketch of each node and, a degree of its spectrum, the boundary rows of the sketches."
+    )

@@ -101,8 +101,12 @@ def _report(arguments: argparse.Namespace, config: SpectralConfig, machines: int
     from spectral_ds.geometry.buckets import bucket_elements
     from spectral_ds.planning import Cluster, EngineName, Machine, Plan, plan_configuration
 
+    model = model_of(arguments.model)
+    scalar = next((name for name, shape in model.shapes.items() if not shape), None)
+    if scalar is not None and arguments.engine == "fsdp2":
+        raise UserError(f"--engine fsdp2: fully_shard refuses parameters of no dimension: {scalar}")
     plan = plan_configuration(
-        model_of(arguments.model),
+        model,
         config,
         arguments.engine,
         Cluster(arguments.world_size, machines),
@@ -116,7 +120,7 @@ def _report(arguments: argparse.Namespace, config: SpectralConfig, machines: int
         bucket_elements(torch.device(arguments.device)),
     )
     # ZeRO-1 and 2 cut parameters alike.
-    kinds: list[EngineName] = ["zero2", "zero3", "fsdp2"]
+    kinds: list[EngineName] = ["zero2", "zero3"] if scalar else ["zero2", "zero3", "fsdp2"]
     same = {"zero1": "zero2"}.get(plan.engine, plan.engine)
     others: dict[EngineName, Plan] = {
         kind: plan.instead(engine=kind) for kind in kinds if kind != same

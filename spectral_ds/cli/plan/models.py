@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.models import CAUSAL, Source
 from spectral_ds.planning.planner import Model
 
@@ -59,8 +60,13 @@ def model_of(given: str) -> Model:
         architecture = (settings.architectures or [CAUSAL[0]])[0]
         if not architecture.endswith(CAUSAL):
             kind = getattr(transformers, architecture, transformers.AutoModel)
-    with torch.device("meta"):
-        # Classes of one architecture have no public `from_config`.
-        make = getattr(kind, "from_config", None) or kind._from_config
-        module: torch.nn.Module = make(settings)
-    return Model.of(given, module)
+        elif type(settings) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = transformers.AutoModel
+    # Classes of one architecture have no public `from_config`.
+    make = getattr(kind, "from_config", None) or kind._from_config
+    try:
+        with torch.device("meta"):
+            return Model.of(given, make(settings))
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{given}: its configuration makes no model: {reason}") from error

@@ -47,6 +47,7 @@ def plan_report(
         ],
         "bytes_per_step": plan.bytes_sent,
         "collectives_per_step": plan.cost.collectives,
+        "not_counted": "measuring spectra, signal and noise",
         "per_rank": _per_rank(plan),
         "step": None
         if step is None

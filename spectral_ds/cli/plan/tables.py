@@ -33,8 +33,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(_ranks_table(report["per_rank"]))
     console.print(
         f"all ranks send {size(report['bytes_per_step'])} a step in at most "
-        f"{report['collectives_per_step']:,} collectives; measuring spectra, signal and noise is "
-        "not counted",
+        f"{report['collectives_per_step']:,} collectives; {report['not_counted']} is not counted",
         soft_wrap=True,
     )
     console.print(f"\n{report['advice']}", soft_wrap=True)
