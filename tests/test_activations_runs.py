@@ -3,6 +3,7 @@ what is gone on with."""
 
 import copy
 import logging
+import pickle
 
 import numpy as np
 import pytest
@@ -124,6 +125,19 @@ def test_evaluation_is_not_learned_from_and_detaching_takes_the_hooks_back():
     assert run.plugin.graph.learn is None
     assert run.hooks() > 0
     run.plugin.detach()
+    assert run.hooks() == 0
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_learned_from(by):
+    run = Run(section_of(LEARNS))
+    copied = by(run.model)
+    run.step(random_ids(5))
+    copied(random_ids(40))  # in training; enough, if it counted
+    run.step(random_ids(5))
+    assert run.plugin.graph.learn is None
+    run.plugin.detach()
+    copied(random_ids(4))
     assert run.hooks() == 0
 
 

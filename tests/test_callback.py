@@ -271,6 +271,64 @@ def test_training_resumes_with_the_state_of_the_plugin(pools, tmp_path, engine, 
         assert max(np.abs(without[n] - whole[n]).max() for n in whole) > 1e-4 * largest
 
 
+def saved_by_the_trainer_itself(output):
+    """Final weights of three steps, and resumed after two by a path elsewhere."""
+    from transformers import TrainerCallback
+
+    import spectral_ds
+
+    class Interrupted(TrainerCallback):
+        """As the Trainer does when a signal comes: no event tells."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer._save_checkpoint(trainer.model, trial=None)
+
+    changes = {"max_steps": 3, "learning_rate": 0.5}
+    ours = spectral_ds.SpectralCallback(REMEMBERS)
+    trainer = make_trainer("plain", f"{output}/first", [ours, Interrupted()], **changes)
+    trainer.train()
+    whole = snapshot(trainer.model)
+    checkpoint = Path(output, "first", "checkpoint-2")
+    ours = spectral_ds.SpectralCallback(REMEMBERS)
+    trainer = make_trainer("plain", f"{output}/second", [ours], **changes)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    resumed = snapshot(trainer.model)
+    trainer = make_trainer("plain", f"{output}/third", [], **changes)
+    trainer.add_callback(spectral_ds.SpectralCallback(REMEMBERS))
+    with pytest.raises(RuntimeError, match=r"give it in Trainer\(\.\.\., callbacks"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    return whole, resumed
+
+
+def test_every_whole_checkpoint_has_the_state_and_is_found_by_its_path(pools, tmp_path):
+    [(whole, resumed)] = pools("plain", 1).run(saved_by_the_trainer_itself, tmp_path)
+    largest = max(np.abs(weight).max() for weight in whole.values())
+    for name, weight in whole.items():
+        np.testing.assert_allclose(resumed[name], weight, atol=1e-6 * largest)
+
+
+def attach_beside_another(output):
+    """Whose gradients are filtered, if a plugin of another optimizer is on the model."""
+    import torch
+
+    import spectral_ds
+
+    trainer = make_trainer("plain", output, [spectral_ds.SpectralCallback(SECTION)])
+    model = trainer.model
+    earlier = torch.optim.SGD(model.parameters(), lr=1.0)
+    plugin = spectral_ds.attach(model, earlier, SECTION)
+    with pytest.raises(RuntimeError, match="attached already"):
+        trainer.train()
+    plugin.detach()
+    trainer.train()
+    return plugin.engine.step
+
+
+def test_a_plugin_of_another_optimizer_is_not_taken_for_the_trainers(pools, tmp_path):
+    assert pools("plain", 1).run(attach_beside_another, tmp_path) == [0]
+
+
 def train_with(engine, output, section, environment):
     """The response in use, or the error."""
     from transformers import TrainerCallback

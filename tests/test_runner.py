@@ -214,6 +214,20 @@ def test_the_optimizer_of_a_second_phase_takes_over(runner, capsys):
     assert "SGD is detached" in capsys.readouterr().err
 
 
+def test_an_optimizer_that_has_stepped_before_is_told(runner, capsys):
+    model = make_model()
+    states = []
+    for is_resumed in (False, True):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        if is_resumed:
+            optimizer.load_state_dict(states[0])
+        backward(model)
+        optimizer.step()
+        states.append(optimizer.state_dict())
+        assert ("it has stepped before" in capsys.readouterr().err) == is_resumed
+        spectral_ds.plugin_of(optimizer).detach()
+
+
 def test_optimizers_of_phases_may_all_be_built_before(runner):
     model = make_model()
     head, everything = sgd(model[2].parameters()), sgd(model.parameters())
@@ -351,6 +365,28 @@ def watch_deepspeed(config, section, initialize_of, with_optimizer=True):
     return response, detached, said.getvalue()
 
 
+def train_in_two_phases(initialize_of):
+    """Two engines of one module, one after another: whether each is attached, and its steps."""
+    import deepspeed
+
+    runner = Runner(spectral_ds.load_config(HEAT)) if initialize_of == "deepspeed" else None
+    if runner is not None:
+        runner.watch()
+    module, found = tiny.TinyLlama(), []
+    initialize = deepspeed.initialize if runner is not None else spectral_ds.initialize
+    try:
+        for _ in range(2):
+            training = Training("zero2", HEAT, initialize=initialize, model=lambda: module)
+            plugin = spectral_ds.plugin_of(training.engine)
+            training.step()
+            found.append((plugin is spectral_ds.plugin_of(module), plugin.engine.step))
+            training.close()
+    finally:
+        if runner is not None:
+            runner.stop()
+    return found
+
+
 HEAT, TIKHONOV = {"filter": {"response": "heat"}}, {"filter": {"response": "tikhonov"}}
 
 
@@ -378,3 +414,9 @@ def test_an_engine_that_only_evaluates_is_left_alone(ranks):
     [(found, _, said)] = ranks(1).run(watch_deepspeed, HEAT, None, "deepspeed", False)
     assert found is None
     assert "it has no optimizer" in said
+
+
+@pytest.mark.parametrize("initialize_of", ["spectral_ds", "deepspeed"])
+def test_a_second_engine_of_a_module_takes_over(ranks, initialize_of):
+    for found in ranks(2).run(train_in_two_phases, initialize_of):
+        assert found == [(True, 1), (True, 1)]

@@ -25,6 +25,7 @@ from spectral_ds.attach.live import live
 from spectral_ds.attach.runner import VARIABLE, Runner, config_of_environment, say
 from spectral_ds.config import SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines.hooks import WrappedMethod
+from spectral_ds.engines.wrappers import stepping_optimizer
 from spectral_ds.plugin import SpectralPlugin
 
 PREFIX = "spectral_ds/"
@@ -45,6 +46,8 @@ class SpectralCallback(TrainerCallback):
     Raises:
         SpectralConfigError: the configuration is wrong; when training begins, there is none.
         UnsupportedEngineError: when training begins, the Trainer's engine is not supported.
+        RuntimeError: when training begins, another optimizer of the model has a plugin; or it
+            resumes, and the callback was added after the Trainer was made.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class SpectralCallback(TrainerCallback):
         self._handles: list[Any] = []
         self._plugin: weakref.ref[SpectralPlugin] | None = None
         self._logged_step = -1.0
-        self._resumed_from: str | None = None  # the folder from which training resumes, if named
+        self._is_told = False  # by the Trainer that it has this callback
+        self._resumed_from: Path | None = None  # the folder from which training resumes, if named
 
     @property
     def plugin(self) -> SpectralPlugin | None:
@@ -73,10 +77,11 @@ class SpectralCallback(TrainerCallback):
     ) -> None:
         # Events tell neither from which checkpoint training resumes nor that it was interrupted.
         WrappedMethod(self._trainer(), "train", self._train)
+        self._is_told = True
 
     def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("resume_from_checkpoint")
-        self._resumed_from = given if isinstance(given, str) else None
+        self._resumed_from = Path(given) if isinstance(given, str | os.PathLike) else None
         try:
             return original(*args, **kwargs)
         finally:
@@ -92,11 +97,19 @@ class SpectralCallback(TrainerCallback):
         trainer = self._trainer()
         model = trainer.model_wrapped
         self._close()  # an attempt that was cut off
-        plugin = plugin_of(model)  # by `spectral_ds.run`, or by hand
+        if state.global_step > 0 and not self._is_told:
+            raise RuntimeError(
+                "SpectralCallback: add_callback() does not tell it from which checkpoint training "
+                "resumes; give it in Trainer(..., callbacks=[...])"
+            )
+        is_deepspeed = trainer.is_deepspeed_enabled
+        # By `spectral_ds.run`, or by hand.
+        plugin = plugin_of(model if is_deepspeed else stepping_optimizer(trainer.optimizer))
         if plugin is None:
             plugin = self._attach(trainer, model)
         if plugin is None:
             return
+        self._handles.append(WrappedMethod(trainer, "_save_checkpoint", self._save))
         self._plugin = weakref.ref(plugin)
         self._logged_step = -1.0
         self._join_logs(trainer.callback_handler.callbacks)
@@ -132,18 +145,17 @@ class SpectralCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1] |= named
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """First the plugin's state: a checkpoint that is whole has it, however it came to be."""
         plugin = self.plugin
-        if plugin is None or not plugin.config.checkpoint.enabled:
-            return
-        if plugin.engine.checkpoints is None:  # DeepSpeed's own, in the same folder, carry it
-            plugin.save(_checkpoint(args, state.global_step) / FOLDER)
+        is_saved = plugin is not None and plugin.config.checkpoint.enabled
+        # DeepSpeed's own checkpoints, in the same folder, carry it.
+        if plugin is not None and is_saved and plugin.engine.checkpoints is None:
+            trainer = self._trainer()
+            trial = kwargs["trial"] if "trial" in kwargs else args[1]
+            of_run = Path(trainer._get_output_dir(trial))
+            plugin.save(_checkpoint(of_run, trainer.state.global_step) / FOLDER)
+        return original(*args, **kwargs)
 
     def on_train_end(
         self,
@@ -195,7 +207,7 @@ class SpectralCallback(TrainerCallback):
 
     def _resume(self, plugin: SpectralPlugin, args: TrainingArguments, step: int) -> None:
         """Go on from the state in the checkpoint that the Trainer has resumed from (collective)."""
-        checkpoint = Path(self._resumed_from or _checkpoint(args, step))
+        checkpoint = self._resumed_from or _checkpoint(Path(str(args.output_dir)), step)
         newest = checkpoint / "latest"  # DeepSpeed's, with the name of its tag
         tag = newest.read_text("utf-8").strip() if newest.is_file() else ""
         folder = checkpoint / tag / FOLDER
@@ -207,5 +219,5 @@ class SpectralCallback(TrainerCallback):
         say(f"{checkpoint} has no state of the plugin; graph and reference are made of its weights")
 
 
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir), f"checkpoint-{step}")
+def _checkpoint(of_run: Path, step: int) -> Path:
+    return of_run / f"checkpoint-{step}"

@@ -45,12 +45,27 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     results: tuple[Any, Any, Any, Any] = deepspeed.initialize(*args, **kwargs)
     # Under `spectral_ds.run`, the call above has attached it.
     if results[0].config.get(SECTION) is not None and plugin_of(results[0]) is None:
+        take_over(results[0])
         try:
             attach(results[0])
         except NothingToFilterError as reason:  # the config may be shared with models that train
             if results[0] not in _told and results[0].global_rank == 0:
                 logger.info(f"nothing to filter in {type(results[0].module).__name__}: {reason}")
     return results
+
+
+def take_over(engine: Any) -> None:
+    """Detach the plugins of earlier DeepSpeed engines of a module that another one trains now."""
+    from deepspeed import DeepSpeedEngine
+
+    for plugin in plugins_of(engine.module):
+        other = plugin.engine.holders[0]
+        if isinstance(other, DeepSpeedEngine) and other is not engine:
+            plugin.detach()
+            what = type(engine.module).__name__
+            plugin.engine.log(
+                f"detached from an earlier engine of {what}, which another trains now"
+            )
 
 
 def has_been_told(engine: Any) -> None:

@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 from spectral_ds.attach import check_section, plugin_of, plugins_of
 from spectral_ds.attach.after_import import AfterImport
 from spectral_ds.attach.clipping import FilterBeforeClipping, Training
-from spectral_ds.attach.initialize import attach_unwatched, has_been_told
+from spectral_ds.attach.initialize import attach_unwatched, has_been_told, take_over
 from spectral_ds.attach.live import deepspeed_engine_of, module_trained_by, name_of
 from spectral_ds.config import SECTION, SpectralConfig, SpectralConfigError, load_config
 from spectral_ds.engines import UnsupportedEngineError
@@ -129,8 +129,16 @@ class Runner:
             return
         if plugin is None:
             self._refuse(what, "the configuration says enabled: false")
-        else:  # perhaps on some ranks only
-            say(f"attached to {what}", plugin.engine.everyone.rank == 0)
+            return
+        is_first = plugin.engine.everyone.rank == 0  # perhaps of some ranks only
+        say(f"attached to {what}", is_first)
+        if optimizer is not None and _has_stepped(stepping_optimizer(optimizer)):
+            say(
+                "it has stepped before: graph and reference are made of the weights as they are "
+                "now; the plugin's state of before, if there is one, comes back by "
+                "SpectralCallback or plugin.load()",
+                is_first,
+            )
 
     # DeepSpeed
 
@@ -150,6 +158,7 @@ class Runner:
         elif self._config is None and engine.config.get(SECTION) is None:
             self._refuse(what, f'its config has no section "{SECTION}", and {VARIABLE} is not set')
         else:
+            take_over(engine)
             self._try(what, engine)
         return results
 
@@ -306,6 +315,12 @@ def _is_part(optimizer: torch.optim.Optimizer) -> bool:
     around = running_steps()[1:]
     own = set(map(id, parameters_of(optimizer))) if around else set()
     return any(own & set(map(id, parameters_of(other))) for other in around)
+
+
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state is of earlier steps, as after a checkpoint was loaded."""
+    states = [state for state in optimizer.state.values() if state]
+    return any(float(state.get("step", 1)) > 0 for state in states)
 
 
 def config_of_environment() -> SpectralConfig | None:

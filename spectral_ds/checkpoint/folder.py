@@ -86,7 +86,8 @@ def _require_visible(folder: Path, files: Sequence[dict[str, Any]]) -> None:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise OSError(
                 f"{path} was written by another rank, but rank 0 does not see it: the folder must "
-                "be on a file system that all nodes share"
+                "be on a file system that all nodes share; with spectral_ds.checkpoint.enabled: "
+                "false nothing is written, and a resumed run makes a new graph and reference"
             )
 
 

@@ -19,6 +19,24 @@ from spectral_ds.coactivation.sites import Site, tokens
 from spectral_ds.engines.steps import not_compiled, version_of
 
 
+class OwnHook:
+    """A hook of one model's modules: in copies of the model, also pickled ones, it does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @not_compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnHook, (_nothing,)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
 class Observer:
     """Sums up moments from `start` to `stop`.
 
@@ -61,7 +79,7 @@ class Observer:
     def start(self) -> None:
         """Hook the model."""
         self._handles[""] = self._model.register_forward_pre_hook(
-            not_compiled(self._begin_forward), prepend=True, with_kwargs=True
+            OwnHook(self._begin_forward), prepend=True, with_kwargs=True
         )
         inner: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
@@ -75,10 +93,10 @@ class Observer:
         for module, held in inner.items():
             inside, name = ProductsInside(held, self.add, self._counts), held[0].parameter
             self._handles[f"{name} in"] = module.register_forward_pre_hook(
-                not_compiled(inside.enter), with_kwargs=True
+                OwnHook(inside.enter), with_kwargs=True
             )
             self._handles[f"{name} out"] = module.register_forward_hook(
-                not_compiled(inside.leave), always_call=True
+                OwnHook(inside.leave), always_call=True
             )
 
     def stop(self) -> None:
@@ -107,7 +125,7 @@ class Observer:
         self._mask = mask if is_plain else None
         self._entered.clear()
 
-    def _hook(self, site: Site) -> Callable[..., None]:
+    def _hook(self, site: Site) -> OwnHook:
         @torch.no_grad()
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
@@ -120,7 +138,7 @@ class Observer:
             counts = self._counts(x) if site.unfold is tokens else None
             self.add(site, site.unfold(site.module, x), counts)
 
-        return not_compiled(see)
+        return OwnHook(see)
 
     def _follows(self, site: Site, x: torch.Tensor) -> bool:
         """Whether another site has got the same tensor first; decided at a site's first call."""

@@ -297,7 +297,7 @@ class SubspaceOperator:
             is_plain = view.dtype == start.dtype == moved.dtype
             if is_plain and view.device == start.device == moved.device:
                 return torch.sub(view, start, out=moved)
-            return moved.copy_(view).sub_(start.to(self._device))
+            return moved.copy_(view).sub_(start.to(self._device, non_blocking=True))
 
         return read
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from spectral_ds.engines.steps import not_compiled
+from spectral_ds.engines.steps import not_compiled, running_steps
 
 
 class OtherOptimizers:
@@ -36,7 +36,6 @@ class OtherOptimizers:
         self._steps, self._tell = steps, tell
         self._steps_before: dict[int, int] = {}  # by id of an optimizer that is stepping
         self._told: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._is_inside = False
         # Not to keep a plugin alive from a hook that lives as long as the process.
         this = weakref.ref(self)
 
@@ -56,15 +55,14 @@ class OtherOptimizers:
             weakref.finalize(self, handle.remove)
 
     def _before(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._own():
-            self._is_inside = True
-        elif not self._is_inside and optimizer not in self._told:
+        own = self._own()
+        if optimizer is own or optimizer in self._told:
+            return
+        if all(each is not own for each in running_steps()):
             self._steps_before[id(optimizer)] = self._steps()
 
     def _after(self, optimizer: torch.optim.Optimizer) -> None:
-        if optimizer is self._own():
-            self._is_inside = False
-        elif self._steps_before.pop(id(optimizer), None) == self._steps():
+        if self._steps_before.pop(id(optimizer), None) == self._steps():
             own = {id(parameter) for parameter in self._parameters()}
             if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
                 self._told.add(optimizer)

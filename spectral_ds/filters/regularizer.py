@@ -39,12 +39,7 @@ class Reference:
         self._fragments = fragments
         self.fragments: list[torch.Tensor | None] | None = None
         if weights is not None:
-            self.fragments = [
-                None
-                if weight is None
-                else weight.detach().to(device or weight.device, torch.float32, copy=True)
-                for weight in weights
-            ]
+            self.fragments = [None if w is None else _kept(w, device) for w in weights]
 
     def move_to(self, weights: Signal) -> None:
         """Take other weights for θ_ref, unless it is zero."""
@@ -86,6 +81,13 @@ class Reference:
                 square = squared_norm_of(moved)
                 total = total.to(square.device) + square
         return total
+
+
+def _kept(weight: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A copy to keep on a device; on the host it is pinned, so that what reads it need not wait."""
+    kept = weight.detach().to(device or weight.device, torch.float32, copy=True)
+    is_apart = weight.device.type == "cuda" and kept.device.type == "cpu"
+    return kept.pin_memory() if is_apart else kept
 
 
 class Penalty(Protocol):

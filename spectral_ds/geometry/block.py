@@ -141,7 +141,7 @@ class LocalBlock:
             torch._foreach_copy_(places, values)
             if minus is not None:
                 _, values = self._paired(views, minus)
-                torch._foreach_sub_(places, [value.to(places[0].device) for value in values])
+                torch._foreach_sub_(places, _on(places[0].device, values))
         if len(places) < len(self.placements):
             for view, place in zip(views, self.placements, strict=True):
                 if fragments[place.rectangle.fragment] is None:
@@ -203,3 +203,8 @@ def _neighbours_of(owned: intervals.Intervals, edges: Edges, width: int) -> inte
     edge = intervals.members(np.stack((first, last), axis=1))
     shift = (edges.target[edge] - edges.source[edge]) * width
     return intervals.merge(np.repeat(pieces, last - first, axis=0) + shift[:, None])
+
+
+def _on(device: torch.device, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The values on a device; from pinned memory they come without waiting."""
+    return [value.to(device, non_blocking=True) for value in values]

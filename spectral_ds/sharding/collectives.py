@@ -5,7 +5,7 @@ Works without torch.distributed too (one process), so that nothing above has a s
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,7 +44,9 @@ class Communicator:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self.group)
+        is_cuda = self.device.type == "cuda"  # by NCCL, objects travel by the current device
+        with torch.cuda.device(self.device) if is_cuda else nullcontext():
+            dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
