@@ -102,7 +102,9 @@ def _of_jsonl(path: Path, column: str, labelled: bool) -> Iterator[Row]:
     for number, line in _lines(path):
         try:
             row = json.loads(line)
-            yield str(row[column]), row[LABEL_COLUMN] if labelled else None
+            if (text := row[column]) is None:
+                raise DataError(f"line {number} has no {column!r}: null")
+            yield str(text), row[LABEL_COLUMN] if labelled else None
         except json.JSONDecodeError as error:
             raise DataError(f"line {number} is not JSON ({error})") from error
         except (KeyError, TypeError, IndexError):

@@ -171,6 +171,8 @@ def test_the_file_of_the_environment_goes_over_the_section(tmp_path, monkeypatch
         (["--nodes", 0, "--node-rank", 0], "--nodes 0: must be at least 1"),
         (["--nodes", 2, "--node-rank", 2], "--node-rank 2: must be from 0 to 1"),
         ([*as_node(0), "--timeout", 0], "--timeout 0: must be above 0"),
+        ([*as_node(0), "--timeout", "inf"], "--timeout inf: must be above 0 and finite"),
+        ([*as_node(0), "--same", "python=3"], "--same python=3: must be NAME=VALUE, and not"),
         ([*as_node(0), "--same", "slots"], "--same slots: must be NAME=VALUE"),
         ([*as_node(0), "--master-port", 70000], "--master-port 70000: must be from 1 to 65535"),
     ],

@@ -58,6 +58,7 @@ def test_labels_become_classes(tmp_path, kind):
     ("name", "content", "labelled", "message"),
     [
         ("gone.tsv", None, False, "no such file"),
+        ("null.jsonl", '{"text": "good"}\n{"text": null}', False, "line 2 has no 'text': null"),
         ("empty.tsv", "\n \n", False, "no text"),
         ("one.tsv", "text only\n", True, "line 1 has only 1 column"),
         ("cut.jsonl", '{"text": "a"}\n{"text"\n', False, "line 2 is not JSON"),

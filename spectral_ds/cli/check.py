@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.resources
 import json
+import math
 import os
 import platform
 import socket
@@ -103,8 +104,8 @@ def _refuse_impossible(arguments: argparse.Namespace) -> None:
         raise UserError(f"--node-rank {rank}: must be from 0 to {nodes - 1}, below --nodes")
     if not 1 <= port <= 65535:
         raise UserError(f"--master-port {port}: must be from 1 to 65535")
-    if not arguments.timeout > 0:
-        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0")
+    if not 0 < arguments.timeout < math.inf:
+        raise UserError(f"--timeout {arguments.timeout:g}: must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ def look_here(nodes: int, config: Path | None = None, same: Sequence[str] = ()) 
     values = {"--nodes": str(nodes)}
     for each in same:
         name, sign, value = each.partition("=")
-        if not sign:
-            raise UserError(f"--same {each}: must be NAME=VALUE")
+        if not sign or name == "python" or name in PACKAGES:
+            raise UserError(f"--same {each}: must be NAME=VALUE, and not what is compared anyway")
         values[name] = value
     values["python"] = platform.python_version()
     values |= {name: installed_version(name) or "not installed" for name in PACKAGES}

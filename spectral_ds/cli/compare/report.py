@@ -103,6 +103,9 @@ def _section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         *_table(_cost_row, analysis.standings, comparison),
         "",
+        "*Times compare runs of one call on a machine that does nothing else; of runs that were "
+        "added later, or side by side with others, they tell little.*",
+        "",
         f"![Learning curves](curves-{analysis.task}.png)",
         "",
         *_equal_section(analysis, comparison),
@@ -214,7 +217,8 @@ def _again(comparison: Comparison, command: str) -> list[str]:
         f"{platform.machine()}. All settings are in `comparison.json`, all figures of every run in "
         "`results.csv` and `curves.csv`.",
         "",
-        f"Learning rates {_listed(comparison.learning_rates)}, seeds {_listed(comparison.seeds)}. "
+        f"Learning rates {_listed(comparison.learning_rates)}, and of seeds "
+        f"{_listed(comparison.seeds)} those that were run: the tables say of each method how many. "
         f"Held out of each task: {comparison.validation} examples to choose by, {comparison.test} "
         "to report. What is chosen is chosen by means over seeds on validation data.",
         "",
