@@ -3,9 +3,10 @@
 The only place that sees engine, stack, monitor and checkpoints together.
 """
 
+import functools
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +21,17 @@ from spectral_ds.sharding import Signal
 from spectral_ds.spectrum import squared_norm
 from spectral_ds.stack import Newcomers, Stack
 from spectral_ds.study import Study
+
+
+def _in_float32(work: Callable[["SpectralPlugin"], None]) -> Callable[["SpectralPlugin"], None]:
+    """A part of a step that torch.autocast around it does not round."""
+
+    @functools.wraps(work)
+    def precisely(plugin: "SpectralPlugin") -> None:
+        with torch.autocast(plugin.engine.communicator.device.type, enabled=False):
+            work(plugin)
+
+    return precisely
 
 
 class SpectralPlugin(Study):
@@ -76,6 +88,7 @@ class SpectralPlugin(Study):
             self._persistence.carry()
         self.engine.when_complete(self._catch_up)
 
+    @_in_float32
     def begin_step(self) -> None:
         """What the engine calls when a step has moved no weight yet."""
         self._take_newcomers()
@@ -91,6 +104,7 @@ class SpectralPlugin(Study):
             self.filter_gradients()
         self._is_handled = False
 
+    @_in_float32
     def filter_gradients(self) -> None:
         """One step: the gradients are averaged and not yet clipped.
 
@@ -130,6 +144,7 @@ class SpectralPlugin(Study):
             graph.sample(step, gradients, scale, is_finite)
         return is_finite
 
+    @_in_float32
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
         step = self._step

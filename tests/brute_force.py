@@ -7,7 +7,7 @@ from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian.transpose import Transposition, column_slices
-from spectral_ds.sharding import Communicator, intervals
+from spectral_ds.sharding import Communicator, by_parameter, intervals
 
 
 def needed_by_brute_force(bucket, families, layout):
@@ -18,7 +18,7 @@ def needed_by_brute_force(bucket, families, layout):
     owners = RowOwners.of(bucket, layout)
     needed = np.zeros((layout.world_size, layout.world_size))
     for rank, fragments in enumerate(layout.fragments):
-        block = LocalBlock.of(bucket.width, bucket.rectangles(fragments), edges)
+        block = LocalBlock.of(bucket.width, bucket.rectangles(by_parameter(fragments)), edges)
         pieces = intervals.cut(block.needed, owners.start)
         source = owners.of_address(pieces[:, 0])
         np.add.at(needed[rank], source, pieces[:, 1] - pieces[:, 0])
@@ -30,7 +30,7 @@ def moved_by_brute_force(bucket, layout):
     size = layout.world_size
     elements = RowOwners.of(bucket, layout).elements(size)
     slices = column_slices(elements, bucket.width)
-    rectangles = [bucket.rectangles(own) for own in layout.fragments]
+    rectangles = [bucket.rectangles(by_parameter(own)) for own in layout.fragments]
     moved = np.zeros((size, size))
     for rank in range(size):
         communicator = Communicator.alone(torch.device("cpu"))

@@ -140,6 +140,37 @@ def test_the_regularizer_pulls_by_activity(coupling, strength, response, said):
     assert not [message for message in said() if "overshoot" in message]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_two_bytes_are_pulled_like_others(dtype):
+    """A norm has no inputs: it is pulled as a whole, towards a reference in float32."""
+    found = []
+    for each in (torch.float32, dtype):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)).to(each)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        pull = {**PULL, "strength": 2.0, "coupling": "decoupled", "reference": "pretrained"}
+        section = section_of({"keep": "given"}, filter=IDLE, regularizer=pull)
+        del section["filter"]["tau"]
+        plugin = spectral_ds.attach(model, optimizer, section)
+        plugin.calibrate([(torch.randn(20, 6).to(each),)])
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        found.append([p.detach().float() for p in model.parameters()])
+        plugin.detach()
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.02)
+
+
+def test_a_response_that_lets_updates_grow_is_told(said):
+    for alpha, is_told in ((0.01, False), (0.9, True)):
+        window = {"response": "window", "alpha": alpha, "tau": 1.0}
+        section = section_of({"rank": 8}, filter=window)
+        del section["filter"]["tau"]
+        step_by(section)
+        assert any("never let them grow" in message for message in said()) == is_told
+
+
 # Inputs to keep
 
 

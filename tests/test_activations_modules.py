@@ -220,13 +220,14 @@ def test_a_head_that_is_not_excluded_has_the_graph_of_all_tokens():
         plugin.detach()
 
 
-def test_padding_does_not_count():
+@pytest.mark.parametrize("is_by_name", [True, False])
+def test_padding_does_not_count(is_by_name):
     model = CalledByIds()
     ids = ids_of(model, 4, 6)
     mask = torch.ones_like(ids)
     mask[0, 4:], mask[2, 1:] = 0, 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    plugin, _ = keeping(model, [batch])
+    plugin, _ = keeping(model, [batch if is_by_name else (ids, mask)])
     whole = inputs_of(copy.deepcopy(model).double(), lambda m: m(**batch))
     counted = {name: x[mask.reshape(-1).bool().numpy()] for name, x in whole.items()}
     frozen = "llama.model.layers.1.mlp.down_proj"
@@ -245,6 +246,28 @@ def test_a_model_in_bf16_has_the_same_graph_but_for_rounding():
     for name, _ in plugin.graph.held.graph_of:
         wanted = operator_of(found[name[:-7]], RANK)
         assert np.abs(plugin.graph.operator(name) - wanted).max() <= 2e-2 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_sums_and_steps_are_not_rounded(dtype):
+    """Activations of so different sizes that a sketch in 8 bits is positive no more."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(96, 8)
+    x = torch.randn(200, 96) * torch.logspace(2, -2, 96)
+    section = section_of({"keep": "given", "rank": 4})
+    moved = []
+    for is_cast in (False, True):
+        tried = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(tried.parameters(), lr=1e-6)
+        plugin = spectral_ds.attach(tried, optimizer, section)
+        with torch.autocast("cpu", dtype, enabled=is_cast):
+            plugin.calibrate([(x,)])
+            tried.weight.grad = x[:8].clone()
+            optimizer.step()
+        assert_operators(plugin.graph, {("weight", 0): operator_of(x.double().numpy(), 4)})
+        moved.append((tried.weight - model.weight).detach())
+        plugin.detach()
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-6 * float(moved[0].abs().max()))
 
 
 def wrapped_in(how):

@@ -1,5 +1,7 @@
 """Nodes, roles and edge families: pure functions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from spectral_ds.graph import (
 )
 from spectral_ds.graph.similarity import COSINE_STEPS, gaussian_weight, nearest
 from spectral_ds.sketches import gaussian_projection, sketch_size
+from spectral_ds.stack import facts_of
 
 KINDS = ["row", "column", "element"]
 
@@ -148,6 +151,34 @@ def test_pair_joins_equal_nodes_of_weights_and_biases(kind, names):
         edges_of(Pair(), parameters, [0, first[2], first[2] + 1])
         == (same_nodes(parameters, [(2, 0)])[:2])
     )
+
+
+class Tower(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+
+class OfTwo:
+    """The config of a model that looks and reads."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def get_text_config(self):
+        if self.text is None:
+            raise ValueError("several")
+        return self.text
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_the_head_width_is_that_of_the_part_that_reads_text(tells):
+    seen, read = (SimpleNamespace(num_attention_heads=4, hidden_size=w) for w in (64, 128))
+    model = Tower(OfTwo(read if tells else None))
+    model.vision, model.text = Tower(seen), Tower(read)
+    assert facts_of([model], {}).head_width == (32 if tells else None)
+    model.vision.config = read
+    assert facts_of([model], {}).head_width == 32
 
 
 @pytest.mark.parametrize("kind", ["row", "element"])
@@ -287,6 +318,12 @@ def test_edges_are_repeated_shifted_and_chosen():
     ]
     shifted = edges.shifted(4).from_sources(np.array([5, 6]))
     assert (shifted.source.tolist(), shifted.target.tolist()) == ([5], [6])
+    by_source = Edges(*(each[::-1].copy() for each in vars(repeated).values())).by_source()
+    for ranges in ([(0, 2), (4, 6)], [(3, 3)], []):
+        nodes = np.array([n for first, end in ranges for n in range(first, end)], np.int64)
+        wanted, found = by_source.from_sources(nodes), by_source.from_ranges(ranges)
+        for name, values in vars(wanted).items():
+            np.testing.assert_array_equal(vars(found)[name], values)
 
 
 def test_groups_hold_equal_widths_and_no_edge_leaves_them():

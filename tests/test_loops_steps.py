@@ -49,6 +49,20 @@ def test_a_step_that_calls_its_base_class_is_one_step(section):
     assert_filtered_once(model, plugin, take)
 
 
+def test_a_filter_that_fails_leaves_the_weights_of_the_base_optimizer(monkeypatch):
+    model, optimizer, plugin = attached(SGD, UPDATE)
+    wanted = [g.numpy() for g in torch.autograd.grad(loss_of(model), list(model.parameters()))]
+    monkeypatch.setattr(plugin.stack.filter, "move", lambda *_: False)
+    monkeypatch.setattr(plugin.stack.filter, "apply", lambda *_: 1 / 0)
+    backward(model)
+
+    def take():
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+
+    assert_is(step_of(model, take), wanted)
+
+
 @pytest.mark.parametrize("section", [SECTION, UPDATE], ids=["gradient", "update"])
 def test_after_a_step_that_raised_the_next_is_filtered_once(section):
     SGD([torch.nn.Parameter(torch.ones(1))])

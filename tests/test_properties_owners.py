@@ -8,7 +8,7 @@ from hypothesis import given
 from spectral_ds.geometry.block import LocalBlock
 from spectral_ds.geometry.owners import RowOwners
 from spectral_ds.laplacian.transpose import Transposition, column_slices
-from spectral_ds.sharding import Communicator, ShardLayout, intervals
+from spectral_ds.sharding import Communicator, ShardLayout, by_parameter, intervals
 
 
 @quick
@@ -47,7 +47,7 @@ def test_a_local_block_stores_its_own_and_needs_exactly_its_neighbours(drawn):
         is_own = rank_of == rank
         own_rows = np.flatnonzero(is_own.any(axis=1))
         edges = group.edges.from_sources(own_rows)
-        block = LocalBlock.of(bucket.width, bucket.rectangles(own), edges)
+        block = LocalBlock.of(bucket.width, bucket.rectangles(by_parameter(own)), edges)
         needed = {
             b * bucket.width + column
             for a, b in pairs
@@ -84,7 +84,7 @@ def test_transposed_slices_hold_every_element_once(drawn):
     assert list(slices) == sorted(slices)
     shares = np.cumsum([0, *elements]) / max(elements.sum(), 1)
     assert np.abs(slices - shares * bucket.width).max() <= 0.5
-    rectangles = [bucket.rectangles(own) for own in fragments]
+    rectangles = [bucket.rectangles(by_parameter(own)) for own in fragments]
     plans = []
     for rank in range(world_size):
         communicator = Communicator.alone(CPU)

@@ -7,7 +7,7 @@ import torch
 from spectral_ds.geometry.buckets import Bucket, columns_at_once
 from spectral_ds.geometry.rectangles import addresses, rectangles_of
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.sharding import Fragment
+from spectral_ds.sharding import Fragment, by_parameter
 
 KINDS = ["row", "column", "element"]
 
@@ -121,7 +121,7 @@ def test_slices_of_a_bucket_hold_every_element_once(kind):
     left = 0
     for each, width in zip(slices, widths, strict=True):
         found = np.full((bucket.nodes, width), -1)
-        for part in each.rectangles(fragments):
+        for part in each.rectangles(by_parameter(fragments)):
             rows = slice(part.node, part.node + part.nodes)
             places = found[rows, part.column : part.column + part.columns]
             assert (places == -1).all()

@@ -19,6 +19,7 @@ from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.graph import Depth, ParameterNodes, Ring, Similarity, Storage, parameter_nodes
 from spectral_ds.planning.groups import plan_groups
 from spectral_ds.planning.parts import joined
+from spectral_ds.sharding import by_parameter
 from spectral_ds.stack import facts_of
 
 EDGES = [{"family": "similarity", "neighbours": 2}]
@@ -248,7 +249,7 @@ def test_every_rank_sends_and_receives_what_is_planned(engine, stored):
                     members = [replace(each, kind="parameter") for each in members]
                 for rank, own in enumerate(layout.fragments):
                     held = np.zeros(both.width, bool)
-                    for part in Bucket.of(members).rectangles(own):
+                    for part in Bucket.of(members).rectangles(by_parameter(own)):
                         held[part.column : part.column + part.columns] = True
                     assert columns[rank] == held.sum()
 

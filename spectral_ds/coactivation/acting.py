@@ -242,7 +242,8 @@ class CoactivationPenalty:
             if start is None:
                 weight.mul_(1 / (1 + step))
             else:
-                weight.lerp_(start.to(weight.device), step / (1 + step))
+                moved = weight - start.to(weight.device, non_blocking=True)  # in float32
+                weight.sub_(moved, alpha=step / (1 + step))
 
     def _memory(self, graph: Key, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For Q of a graph at one of the learning rates of a step, and its gains; made once."""

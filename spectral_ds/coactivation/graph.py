@@ -86,6 +86,7 @@ def summed(
     found: dict[str, list[Spectrum | None]] = {}
     own: dict[str, list[Spectrum | None]] = {}
     leading = [site for site in sites if leaders[site.parameter] == site.parameter]
+    of_share: dict[str, Moments] = {}
     for number, site in enumerate(leading):
         moments = observer.moments.get(site.parameter)
         if moments is None:
@@ -94,7 +95,11 @@ def summed(
         moments.sum_over(everyone)
         # Each rank decomposes its share; two machines might round otherwise.
         if number % everyone.world_size == everyone.rank:
-            own[site.parameter] = [most_active(moments, m, rank) for m in range(site.matrices)]
+            of_share[site.parameter] = moments
+    with everyone.all_or_none():
+        for name, moments in of_share.items():
+            matrices = range(len(moments.sums))
+            own[name] = [most_active(moments, m, rank) for m in matrices]
     for part in everyone.gather_objects(own):
         found |= part
     return Coactivation(leaders, {s.parameter: found[s.parameter] for s in leading})

@@ -81,14 +81,16 @@ class Moments:
             weight: (vectors,), 0 or 1: which of them count; None: all.
             matrix: that they enter.
         """
-        x = vectors.detach().to(self.sums.device, torch.float32)
-        counted = x.square().sum(1).isfinite()
-        if weight is not None:
-            counted &= weight.to(x.device, torch.bool)
-        x = torch.where(counted[:, None], x, 0.0)
-        self.count[matrix] += counted.sum()
-        self.sums[matrix] += x.T @ (x if self.omega is None else x @ self.omega)
-        self.squares[matrix] += x.square().sum(dtype=torch.float64)
+        device = self.sums.device
+        with torch.autocast(device.type, enabled=False):  # the model may be called inside one
+            x = vectors.detach().to(device, torch.float32)
+            counted = x.square().sum(1).isfinite()
+            if weight is not None:
+                counted &= weight.to(device, torch.bool)
+            x = torch.where(counted[:, None], x, 0.0)
+            self.count[matrix] += counted.sum()
+            self.sums[matrix] += x.T @ (x if self.omega is None else x @ self.omega)
+            self.squares[matrix] += x.square().sum(dtype=torch.float64)
 
     def sum_over(self, ranks: Communicator) -> None:
         """Add what other ranks have (collective)."""

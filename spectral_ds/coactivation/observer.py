@@ -6,6 +6,8 @@ changed in between: the first of them leads, the others follow. Where the model 
 dimensions, or make one of them, and in stacked experts.
 """
 
+import inspect
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +18,10 @@ from torch import nn
 from spectral_ds.coactivation.inside import ProductsInside
 from spectral_ds.coactivation.moments import Moments, Projections
 from spectral_ds.coactivation.sites import Site, tokens
-from spectral_ds.engines.steps import not_compiled, version_of
+from spectral_ds.engines.steps import is_in_backward, not_compiled, version_of
+
+# What models call it that tells padding: (batch, tokens).
+MASK = "attention_mask"
 
 
 class OwnHook:
@@ -73,6 +78,7 @@ class Observer:
         self._finds_leaders = leaders is None
         self._handles: dict[str, Any] = {}
         self._mask: torch.Tensor | None = None
+        self._place_of_mask = _place_of_mask(model)
         # What has entered in this forward pass and is still alive, its version, and whom first.
         self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
 
@@ -113,6 +119,8 @@ class Observer:
         """Count vectors that enter a matrix of a site; see `Moments.add`."""
         if not self.is_counting or (self.only_training and not site.module.training):
             return
+        if is_in_backward():  # checkpointed activations, which were counted before
+            return
         if site.parameter not in self.moments:
             omega = self._projections.of(site.inputs)
             moments = Moments(site.matrices, site.inputs, omega, self._device)
@@ -120,7 +128,8 @@ class Observer:
         self.moments[site.parameter].add(vectors, weight, matrix)
 
     def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        at = self._place_of_mask
+        mask = args[at] if at < len(args) else kwargs.get(MASK)
         is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
         self._mask = mask if is_plain else None
         self._entered.clear()
@@ -166,3 +175,12 @@ class Observer:
             return None
         vectors = x.numel() // x.shape[-1]
         return mask.reshape(-1).bool().repeat_interleave(vectors // mask.numel())
+
+
+def _place_of_mask(model: nn.Module) -> int:
+    """Where the mask is among the arguments of a model; beyond all that it takes if it is not."""
+    try:
+        taken = [*inspect.signature(model.forward).parameters]
+    except (TypeError, ValueError):  # nothing tells
+        return sys.maxsize
+    return taken.index(MASK) if MASK in taken else sys.maxsize

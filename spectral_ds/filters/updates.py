@@ -26,10 +26,12 @@ class Updates:
 
     @contextmanager
     def of(self, weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """The updates, writable, in place of the weights; these follow when the body ends."""
+        """The updates, writable, in place of the weights; these follow when the body has ended."""
         updates = list(weights)
         if updates:
             torch._foreach_sub_(updates, self.before)
-        yield updates
-        if updates:
-            torch._foreach_add_(updates, self.before)
+        try:
+            yield updates
+        finally:  # also of a step that failed, which may be tried again
+            if updates:
+                torch._foreach_add_(updates, self.before)

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from spectral_ds.geometry.rectangles import Rectangle, rectangles_of
 from spectral_ds.graph import EdgeFamily, ParameterNodes, Ring, Similarity, nodes_touched
-from spectral_ds.sharding import Fragment, ShardLayout
+from spectral_ds.sharding import Fragment, FragmentsByParameter, ShardLayout
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,14 @@ class Bucket:
     def _position(self) -> dict[str, int]:
         return {parameter.name: i for i, parameter in enumerate(self.parameters)}
 
-    def rectangles(self, fragments: Sequence[Fragment]) -> list[Rectangle]:
-        """The parts of a rank's fragments that lie in the bucket."""
-        numbered = enumerate(fragments)
-        return [part for index, fragment in numbered for part in self._parts(index, fragment)]
+    def rectangles(self, held: FragmentsByParameter) -> list[Rectangle]:
+        """The parts of a rank's fragments that lie in the bucket, in the fragments' order."""
+        own = [each for parameter in self.parameters for each in held.get(parameter.name, ())]
+        own.sort(key=lambda numbered: numbered[0])
+        return [part for index, fragment in own for part in self._parts(index, fragment)]
 
     def rectangles_of_ranks(self, layout: ShardLayout) -> list[list[Rectangle]]:
-        """The parts of every rank's fragments that lie in the bucket, by rank.
-
-        It looks at the fragments of the bucket's own parameters alone.
-        """
+        """The parts of every rank's fragments that lie in the bucket, by rank."""
         found: list[list[Rectangle]] = [[] for _ in layout.fragments]
         for parameter in self.parameters:
             for rank, index, fragment in layout.holdings.get(parameter.name, ()):

@@ -1,5 +1,6 @@
 """Weighted edges as three arrays, and the one rule by which directed edges become undirected."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,19 @@ class Edges:
         """The edges whose source is one of these nodes."""
         kept = np.isin(self.source, nodes)
         return Edges(self.source[kept], self.target[kept], self.weight[kept])
+
+    def by_source(self) -> "Edges":
+        """The same edges, sorted by source."""
+        order = np.argsort(self.source, kind="stable")
+        return Edges(self.source[order], self.target[order], self.weight[order])
+
+    def from_ranges(self, ranges: Sequence[tuple[int, int]]) -> "Edges":
+        """The edges whose source is in one of some ranges [first, end); edges sorted by source."""
+        bounds = np.searchsorted(self.source, np.array(ranges, np.int64).reshape(-1, 2))
+        parts = [slice(first, end) for first, end in bounds.tolist()]
+        return Edges.concatenate(
+            [Edges(self.source[p], self.target[p], self.weight[p]) for p in parts]
+        )
 
     def repeated(self, copies: int) -> "Edges":
         """Each node becomes `copies` nodes, each edge as many between equal copies."""

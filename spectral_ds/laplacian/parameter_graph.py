@@ -147,7 +147,7 @@ class ParameterGraph:
             others: as in `build`.
         """
         only_paths = all(isinstance(family, Depth) for family in families)
-        first_node = _first_nodes(parameters)
+        first_node, edges = _first_nodes(parameters), edges.by_source()
         groups = []
         for joined in linked_parameters(parameters, families):
             if only_paths:
@@ -157,7 +157,9 @@ class ParameterGraph:
             owners = RowOwners.of(bucket, layout)
             # The group's number of each of its nodes, by the number in the model; sorted by that.
             model = _in_model(joined, first_node)
-            of_group = edges.from_sources(model)
+            of_group = edges.from_ranges(
+                [(first_node[p.name], first_node[p.name] + p.nodes) for p in joined]
+            )
             all_edges = Edges(
                 np.searchsorted(model, of_group.source),
                 np.searchsorted(model, of_group.target),

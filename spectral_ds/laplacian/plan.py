@@ -182,7 +182,7 @@ def _exchanges(
     counts = np.zeros((len(groups), 2), np.int64)
     for index, group in enumerate(groups):
         width = group.bucket.width
-        rectangles = group.bucket.rectangles(layout.own)
+        rectangles = group.bucket.rectangles(layout.held)
         slices = column_slices(group.owners.elements(layout.world_size), width)
         mine = slices[layout.rank : layout.rank + 2]
         stays = (part.clipped(*mine) for part in rectangles)
@@ -265,7 +265,7 @@ class _Maker:
         is_dense: bool,
     ) -> list[Bucket]:
         """Slices of columns, equal on all ranks; or each rank its own, of paths that stay."""
-        rectangles = whole.rectangles(self.layout.own)
+        rectangles = whole.rectangles(self.layout.held)
         if is_dense and exchange == "local":
             if not rectangles:
                 return []
@@ -289,7 +289,7 @@ class _Maker:
             rectangles = bucket.rectangles_of_ranks(self.layout)
             transposition = Transposition.plan(bucket.nodes, rectangles, slices, self.communicator)
             return LaplacianOperator(bucket, transposition.block, transposition=transposition)
-        own = bucket.rectangles(self.layout.own)
+        own = bucket.rectangles(self.layout.held)
         block = LocalBlock.of(bucket.width, own, edges)
         boundary = None
         if exchange == "boundary":

@@ -35,6 +35,18 @@ class Fragment:
         return self.start + self.length
 
 
+# By parameter, a rank's fragments with their numbers in order.
+FragmentsByParameter = Mapping[str, Sequence[tuple[int, Fragment]]]
+
+
+def by_parameter(fragments: Sequence[Fragment]) -> FragmentsByParameter:
+    """The fragments of one rank, to be found by parameter."""
+    found: dict[str, list[tuple[int, Fragment]]] = defaultdict(list)
+    for index, fragment in enumerate(fragments):
+        found[fragment.parameter].append((index, fragment))
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """The fragments of all ranks.
@@ -61,6 +73,11 @@ class ShardLayout:
     @property
     def own(self) -> tuple[Fragment, ...]:
         return self.fragments[self.rank]
+
+    @cached_property
+    def held(self) -> "FragmentsByParameter":
+        """This rank's fragments by parameter."""
+        return by_parameter(self.own)
 
     @cached_property
     def holdings(self) -> Mapping[str, Sequence[tuple[int, int, Fragment]]]:

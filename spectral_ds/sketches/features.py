@@ -7,12 +7,13 @@ rows that a shard edge cuts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from spectral_ds.geometry.buckets import Bucket
 from spectral_ds.graph import ParameterNodes
-from spectral_ds.sharding import Communicator, Fragment
+from spectral_ds.sharding import Communicator, Fragment, FragmentsByParameter, by_parameter
 from spectral_ds.sketches.projection import gaussian_projection
 
 # Nodes are projected in blocks of at most this many elements (float64: 128 MiB).
@@ -43,6 +44,10 @@ class WeightFeatures:
     seed: int
     communicator: Communicator
 
+    @cached_property
+    def _held(self) -> FragmentsByParameter:
+        return by_parameter(self.fragments)
+
     def __call__(self, parameters: Sequence[ParameterNodes], sketch_width: int) -> torch.Tensor:
         bucket = Bucket.of(parameters)
         device = self.communicator.device
@@ -50,7 +55,7 @@ class WeightFeatures:
         size = bucket.width if projection is None else sketch_width
         projection = None if projection is None else projection.to(device)
         features = torch.zeros(bucket.nodes, size, dtype=torch.float64, device=device)
-        for part in bucket.rectangles(self.fragments):
+        for part in bucket.rectangles(self._held):
             values = part.view(self.weights[part.fragment])
             node = part.node
             for block in values.split(max(1, BLOCK_ELEMENTS // part.columns)):

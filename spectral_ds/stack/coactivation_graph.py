@@ -263,6 +263,8 @@ class CoactivationGraph(ToldGraph):
             self.penalty = CoactivationPenalty(
                 self.held, spectra_here, of_penalty, transfers.penalty, self._ridge
             )
+        if functions:
+            self._warn_of_growth(float(abs(response(np.array([top]))[0])), top)
         if self.keep is not None:
             self._warn_of_unseen(known)
 
@@ -284,6 +286,15 @@ class CoactivationGraph(ToldGraph):
             site = next(site for site in self._sites if site.parameter == key[0])
             found = Spectrum(np.ones(1), np.eye(site.inputs, 1, dtype=np.float32), 1.0)
         return found
+
+    def _warn_of_growth(self, gain: float, frequency: float) -> None:
+        """Some responses stay within 1 on [0, 2] alone, where all of a Laplacian's are."""
+        if gain > 1:
+            self._warn(
+                f"filter.response = {self._whole.filter.response}: updates along the most active "
+                f"direction, of frequency {frequency:.4g}, are multiplied by {gain:.4g}; tikhonov "
+                "and heat never let them grow"
+            )
 
     def _warn_of_unseen(self, known: Collection[str]) -> None:
         unseen = [site.parameter for site in self._sites if site.parameter not in known]

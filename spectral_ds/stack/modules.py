@@ -81,18 +81,32 @@ def modules_of(holders: Iterable[object]) -> Iterator[nn.Module]:
 
 
 def _head_width(modules: Iterable[nn.Module]) -> int | None:
-    """Rows of an attention head, as the model's own config has it."""
+    """Rows of an attention head, as the model's own config has it; None if its parts disagree.
+
+    Of a model of several parts, the one that reads text counts, where it says which that is.
+    """
+    found: set[int] = set()
     for module in modules:
         config: Any = getattr(module, "config", None)
-        heads, width = (
-            getattr(config, key, None) for key in ("num_attention_heads", "hidden_size")
-        )
-        width_of_one = getattr(config, "head_dim", None)
-        if isinstance(heads, int) and heads > 0:  # hierarchical models have a list
-            if isinstance(width_of_one, int) and width_of_one > 0:
-                return width_of_one
-            if isinstance(width, int):
-                return width // heads
+        try:
+            of_text = config.get_text_config()
+        except (AttributeError, ValueError):  # no config of transformers, or several read text
+            of_text = None
+        if of_text is not None and (width := _head_width_in(of_text)) is not None:
+            return width
+        if (width := _head_width_in(config)) is not None:
+            found.add(width)
+    return found.pop() if len(found) == 1 else None
+
+
+def _head_width_in(config: Any) -> int | None:
+    heads, width = (getattr(config, key, None) for key in ("num_attention_heads", "hidden_size"))
+    width_of_one = getattr(config, "head_dim", None)
+    if isinstance(heads, int) and heads > 0:  # hierarchical models have a list
+        if isinstance(width_of_one, int) and width_of_one > 0:
+            return width_of_one
+        if isinstance(width, int):
+            return width // heads
     return None
 
 

@@ -20,7 +20,7 @@ from spectral_ds.cli.inspect.group_spectrum import (
 )
 from spectral_ds.graph import Edges
 from spectral_ds.laplacian import Group, ParameterGraph
-from spectral_ds.sharding import Fragment
+from spectral_ds.sharding import Fragment, by_parameter
 
 Values = npt.NDArray[np.float64]
 
@@ -269,7 +269,7 @@ def _quadratic_forms(
     variation, energy = np.zeros(group.bucket.nodes), np.zeros(group.bucket.nodes)
     for piece in group.bucket.slices(BLOCK_ELEMENTS):
         x = np.zeros((piece.nodes, piece.width))
-        for part in piece.rectangles(fragments):
+        for part in piece.rectangles(by_parameter(fragments)):
             columns = slice(part.column, part.column + part.columns)
             x[part.node : part.node + part.nodes, columns] = part.view(weights[part.fragment])
         variation += np.einsum("ij,ij->i", x, laplacian @ x)
