@@ -263,7 +263,7 @@ def test_the_history_of_a_long_run_is_thinned_evenly(monkeypatch):
     monkeypatch.setattr(dashboard, "MOST_COLUMNS", 16)
     shown = Dashboard(Kept(), "heat", [], [], 1)
     for step in range(1000):
-        energies = np.full(BANDS, np.nan) if step % 7 == 3 else np.full(BANDS, float(step))
+        energies = np.full(BANDS, np.nan) if step % 7 == 3 else np.full(BANDS, float(step + 1))
         shown.record(step, energies)
         assert len(shown._history) <= 16
     steps = np.array([step for step, _ in shown._history])
@@ -273,4 +273,6 @@ def test_the_history_of_a_long_run_is_thinned_evenly(monkeypatch):
     assert gaps.max() < 1000 / 8
     assert gaps[:-1].min() > gaps.max() / 2
     assert not (steps % 7 == 3).any()  # energies that are not finite
-    assert all((energies == step).all() for step, energies in shown._history)
+    assert all((energies == step + 1).all() for step, energies in shown._history)
+    shown.record(1000, np.zeros(BANDS))  # of a graph that is not known yet
+    assert shown._history[-1][0] < 1000

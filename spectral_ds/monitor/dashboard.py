@@ -49,7 +49,8 @@ class Dashboard:
     def record(self, step: int, before: Values) -> None:
         """Keep a monitored step for the heat map over training time.
 
-        Of a long run every second, then every fourth, and so on: a picture shows no more.
+        Of a long run every second, then every fourth, and so on: a picture shows no more. Nothing
+        is kept of one without any energy, as while the graph is not known.
         """
         if not (self.board.is_open and np.isfinite(before).all() and before.any()):
             return
