@@ -241,8 +241,10 @@ class CoactivationPenalty:
             start = None if before is None else before[index]
             if start is None:
                 weight.mul_(1 / (1 + step))
-            else:
-                moved = weight - start.to(weight.device, non_blocking=True)  # in float32
+            elif weight.dtype == start.dtype:
+                weight.lerp_(start.to(weight.device, non_blocking=True), step / (1 + step))
+            else:  # in float32, so that a weight at its reference stays there
+                moved = weight - start.to(weight.device, non_blocking=True)
                 weight.sub_(moved, alpha=step / (1 + step))
 
     def _memory(self, graph: Key, number: int) -> tuple[torch.Tensor, torch.Tensor]:
