@@ -28,7 +28,6 @@ from expected import relative_error
 from plain_step import one_step
 
 import spectral_ds
-from spectral_ds.config import SpectralConfigError
 
 NOTHING = np.zeros((0, 9), np.int64)
 
@@ -314,94 +313,6 @@ def test_statistics_of_one_run_serve_another(tmp_path):
         plugin.save(again)
         plugin.load(again)
     plugin.detach()
-
-
-# Refusals
-
-
-def refused(section, model=None):
-    model = CalledByIds() if model is None else model
-    with pytest.raises(SpectralConfigError) as caught:
-        spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=1.0), section)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    return str(caught.value)
-
-
-def test_a_model_without_a_vocabulary_is_refused():
-    message = refused(section_of(), torch.nn.Linear(3, 3))
-    assert message == (
-        'spectral_ds.graph.edges[0].keep = "random": random draws token ids, and Linear has no '
-        "config.vocab_size"
-    )
-
-
-def test_a_model_that_does_not_generate_is_refused():
-    message = refused(section_of({"keep": "generated"}))
-    assert 'edges[0].keep = "generated": generated is text that the model writes, and ' in message
-    assert "CalledByIds cannot generate; use random or a file of texts" in message
-
-
-def test_a_model_without_a_begin_token_is_refused():
-    model = transformers.LlamaForCausalLM(tiny.llama_config())
-    model.config.bos_token_id = model.generation_config.bos_token_id = None
-    message = refused(section_of({"keep": "generated"}), model)
-    assert "generated begins with bos_token_id, which LlamaForCausalLM lacks" in message
-
-
-def test_files_that_cannot_be_used_are_refused(tmp_path):
-    def file(name, content):
-        (tmp_path / name).write_text(content)
-        return str(tmp_path / name)
-
-    other = {
-        "missing.txt": "no such file or folder",
-        file("empty.txt", "\n"): "holds no text",
-        file("text.txt", "a b"): "name its folder in `tokenizer`",
-        "missing.safetensors": "cannot be read",
-        file("text.safetensors", "no tensors at all"): "cannot be read",
-    }
-    for source, reason in other.items():
-        message = refused(section_of({"keep": source}))
-        assert message.startswith(f'spectral_ds.graph.edges[0].keep = "{source}": '), message
-        assert reason in message
-        message = refused(section_of({"learn": source}))
-        assert message.startswith(f'spectral_ds.graph.edges[0].learn = "{source}": '), message
-    edge = {"keep": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "nowhere")}
-    assert "no tokenizer in" in refused(section_of(edge))
-
-
-def test_weights_in_place_of_statistics_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    message = refused(section_of({"keep": str(tmp_path / "model.safetensors")}))
-    assert "holds no statistics of activations" in message
-
-
-class Wider(CalledByIds):
-    """Another shape of one matrix, and another name of another."""
-
-    def __init__(self):
-        super().__init__()
-        mlp = self.llama.model.layers[2].mlp
-        mlp.gate_proj, mlp.up_proj = torch.nn.Linear(24, 31), torch.nn.Linear(24, 31)
-        mlp.down_proj = torch.nn.Linear(31, 24, bias=False)
-
-
-def test_statistics_of_another_model_are_refused_and_the_parameter_is_named(tmp_path):
-    file = tmp_path / "stats.safetensors"
-    plugin, _ = keeping(CalledByIds(), [random_ids(20)])
-    plugin.save_activations(file)
-    plugin.detach()
-    section = section_of({"keep": str(file), "rank": activations.RANK})
-    message = refused(section, Wider())
-    assert "layers.2.mlp.down_proj.weight" in message
-    assert "31" in message
-    message = refused(section, transformers.LlamaForCausalLM(tiny.llama_config()))
-    assert "parameter 'model.layers.0.self_attn.q_proj.weight'" in message
-    section = section_of({"keep": str(file), "rank": activations.RANK + 1})
-    message = refused(section)
-    assert f"its statistics are of rank {activations.RANK}, below {activations.RANK + 1}" in message
 
 
 def test_filtering_gradients_under_adam_is_warned_of(said):
