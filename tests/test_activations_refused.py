@@ -45,6 +45,26 @@ def test_a_model_without_a_begin_token_is_refused():
     assert "generated begins with bos_token_id, which LlamaForCausalLM lacks" in message
 
 
+def test_a_begin_token_outside_the_vocabulary_is_refused():
+    model = transformers.LlamaForCausalLM(tiny.llama_config())
+    size = model.config.vocab_size
+    model.generation_config.bos_token_id = size
+    message = refused(section_of({"keep": "generated"}), model)
+    assert f"begins with bos_token_id {size}, and the vocabulary of Llama" in message
+    assert "set generation_config.bos_token_id" in message
+
+
+@pytest.mark.parametrize("raised", [IndexError, AttributeError, AssertionError])
+def test_whatever_a_model_raises_of_inputs_names_the_key(raised):
+    class Unusual(CalledByIds):
+        def forward(self, *inputs, **named):
+            raise raised("pixels are missing")
+
+    message = refused(section_of(), Unusual())
+    assert 'graph.edges[0].keep = "random": Unusual cannot be called with it' in message
+    assert f"({raised.__name__}: pixels are missing)" in message
+
+
 def test_files_that_cannot_be_used_are_refused(tmp_path):
     def file(name, content):
         (tmp_path / name).write_text(content)

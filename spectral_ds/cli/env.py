@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         run,
         summary="versions, kernels, engines and devices; what is missing and how to get it",
         description="Says what is installed and what works here: each multiply kernel is tried.\n"
-        "Exit status 0, or 1 if nothing can run.",
+        "Exit status 0, or 1 if no kernel works: then nothing can run.",
         examples=EXAMPLES,
     )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
@@ -49,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         _show(found)
-    works = [any(part["works"] for part in found[key].values()) for key in ("kernels", "engines")]
-    return 0 if all(works) else 1
+    return 0 if any(kernel["works"] for kernel in found["kernels"].values()) else 1
 
 
 def environment() -> dict[str, Any]:

@@ -50,7 +50,7 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
     """Text that the model writes, sampled at temperature 1 from its begin token.
 
     Raises:
-        InputsError: the model cannot generate, or has no begin token.
+        InputsError: the model cannot generate, or has no begin token in its vocabulary.
     """
     can: Any = getattr(model, "can_generate", None)
     if can is None or not can():
@@ -70,6 +70,12 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
     )
     if begin is None:
         raise InputsError(f"generated begins with bos_token_id, which {type(model).__name__} lacks")
+    vocabulary = _number(model, "vocab_size")
+    if vocabulary is not None and not 0 <= begin < vocabulary:
+        raise InputsError(
+            f"generated begins with bos_token_id {begin}, and the vocabulary of "
+            f"{type(model).__name__} has {vocabulary} tokens: set generation_config.bos_token_id"
+        )
     length = _at_most(model, length)
     at_once = WRITTEN_AT_ONCE
 
