@@ -228,12 +228,12 @@ def pulled(moved, operator, step, ridge):
 
 
 def cut_rows(facts):
-    """How many rows of matrices with inputs a shard edge cuts, by all ranks' facts of a step."""
+    """How many rows of matrices with a graph a shard edge cuts, by all ranks' facts of a step."""
     count = 0
     for found in facts:
+        known = {name for name, _ in found["operators"]}
         for name, start, _ in found["owned"]:
-            shape = found["weights"][name].shape
-            count += len(shape) == 2 and start % shape[1] > 0
+            count += name in known and start % found["weights"][name].shape[1] > 0
     return count
 
 

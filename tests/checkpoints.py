@@ -98,10 +98,10 @@ def check_same_run(results, uninterrupted):
     _, weights, metrics = uninterrupted[0]
     for _, got, got_metrics in results:
         for parameter, value in weights.items():
-            np.testing.assert_allclose(got[parameter], value, atol=1e-4)
+            np.testing.assert_allclose(got[parameter], value, atol=1e-4, equal_nan=False)
         assert got_metrics["edges"] == metrics["edges"]
     mean = [np.mean([r[0] for r in runs], axis=0) for runs in (results, uninterrupted)]
-    np.testing.assert_allclose(mean[0], mean[1], atol=1e-4)
+    np.testing.assert_allclose(mean[0], mean[1], atol=1e-4, equal_nan=False)
 
 
 def resumed(name, folder, step=SAVED_AFTER):

@@ -25,7 +25,7 @@ def test_the_preset_of_language_models_filters_once_it_knows_what_is_learned():
         [p for n, p in model.named_parameters() if "embed" in n or "norm" in n] for model in models
     ]
     same, shares = [], []
-    for _ in range(3):  # of 128 x 64 tokens
+    for _ in range(2):  # of 128 x 64 tokens
         ids = torch.randint(3, 53, (128, 64))
         before = copy.deepcopy(without_inputs)
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -39,8 +39,8 @@ def test_the_preset_of_language_models_filters_once_it_knows_what_is_learned():
         ]
         shares.append(float(moved[1] @ moved[0] / moved[0].square().sum()))
     plugin.detach()
-    assert same == [True, False, False]
-    assert shares[:2] == pytest.approx([1, 0.3], rel=1e-4)  # what has no inputs moves less
+    assert same == [True, False]
+    assert shares == pytest.approx([1, 0.3], rel=1e-4)  # what has no inputs moves less
 
 
 def trained(name):
@@ -57,10 +57,16 @@ def trained(name):
     return weights
 
 
+@pytest.fixture(scope="module")
+def one_process(ranks):
+    return ranks(1).run(trained, "plain")[0]
+
+
 @pytest.mark.parametrize(("name", "world_size"), [("zero2", 2), ("zero3", 3), ("fsdp2", 2)])
-def test_every_engine_trains_by_the_preset_alike(ranks, name, world_size):
+def test_every_engine_trains_by_the_preset_alike(ranks, one_process, name, world_size):
     """Embeddings, which other graphs leave out, are in it."""
-    expected = ranks(1).run(trained, "plain")[0]
     for weights in ranks(world_size).run(trained, name):
-        for parameter, value in expected.items():
-            np.testing.assert_allclose(weights[parameter], value, atol=1e-4, err_msg=parameter)
+        for parameter, value in one_process.items():
+            np.testing.assert_allclose(
+                weights[parameter], value, atol=1e-4, err_msg=parameter, equal_nan=False
+            )

@@ -83,6 +83,7 @@ def test_files_that_cannot_be_used_are_refused(tmp_path):
         assert reason in message
         message = refused(section_of({"learn": source}))
         assert message.startswith(f'spectral_ds.graph.edges[0].learn = "{source}": '), message
+        assert reason in message
     edge = {"keep": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "nowhere")}
     assert "no tokenizer in" in refused(section_of(edge))
 

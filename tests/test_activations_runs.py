@@ -211,6 +211,44 @@ def test_experts_are_learned_from_while_they_are_trained():
     plugin.detach()
 
 
+class Two(torch.nn.Module):
+    """Two layers, of other inputs each, of which one may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(6, 4, bias=False)
+        self.second = torch.nn.Linear(6, 4, bias=False)
+
+    def forward(self, x, both=True):
+        found = self.first(x).square().sum()
+        return found + self.second(x.roll(1, -1)).square().sum() if both else found
+
+
+def test_what_nothing_entered_while_it_was_learned_counts_as_learned_like_anything():
+    model, generator = Two(), torch.Generator().manual_seed(1)
+    kept, x = (torch.randn(30, 6, generator=generator) for _ in range(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    plugin = spectral_ds.attach(
+        model, optimizer, section_of({**LEARNS, "keep": "given", "length": 1})
+    )
+    plugin.calibrate([kept])
+    model(x, both=False).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert plugin.graph.learn is not None
+    before = model.second.weight.detach().clone()
+    model(x).backward()
+    optimizer.step()
+    moved = (before - model.second.weight.detach()).double().numpy() / RATE
+    gradient = model.second.weight.grad.double().numpy()
+    damping = np.eye(6) + 1.5 * operator_of(kept.roll(1, -1).double().numpy(), 8)
+    expected = 0.2 * gradient + 0.8 * gradient @ np.linalg.inv(damping)
+    largest = np.abs(gradient).max()
+    np.testing.assert_allclose(moved, expected, atol=1e-5 * largest, equal_nan=False)
+    plugin.detach()
+
+
 def test_at_a_rebuild_what_was_learned_is_used_until_it_is_known_anew():
     section = section_of(LEARNS, filter={"tau": 0.5})
     section["graph"]["refresh_interval"] = 2

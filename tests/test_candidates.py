@@ -68,10 +68,22 @@ def test_summary_and_figures_are_written(judged):
         assert len(np.unique(pixels[::5, ::5].reshape(-1, pixels.shape[-1]), axis=0)) > 20
 
 
-def test_a_log_file_gets_lines_and_no_bars(folder, capsys, monkeypatch):
+def test_a_log_file_gets_lines_and_tables_name_roles_candidates_and_the_section(
+    folder, capsys, monkeypatch
+):
     monkeypatch.setattr(sys.modules["spectral_ds.console.progress"], "SECONDS_BETWEEN_LINES", 0.0)
-    words = ["--data", folder / "reviews.tsv", "--steps", 4, "--batch-size", 1]
-    inspect(folder, {}, *words, "--sequence-length", 8)
+    status, out = run(
+        "inspect", folder / "model", "--data", folder / "reviews.tsv",
+        "--steps", 4, "--batch-size", 1, "--sequence-length", 8,
+    )  # fmt: skip
+    assert status == 0
+    for words in (
+        "model.layers.*.self_attn.q_proj.weight",
+        "ring",
+        "Recommendation",
+        "spectral_ds:",
+    ):
+        assert words in out
     written = capsys.readouterr().err
     assert "\r" not in written
     for what in (
@@ -101,11 +113,13 @@ def test_every_section_means_its_graph_and_response(name, response):
         assert config.filter.tau == 2
 
 
-def test_a_graph_of_its_own_is_a_candidate_too(folder):
-    section = {"graph": {"edges": [{"family": "ring"}, {"family": "depth"}]}}
-    words = ["--data", folder / "reviews.tsv", "--steps", 4, "--batch-size", 1]
-    found = inspect(folder, section, *words, "--sequence-length", 8)["candidates"]
-    assert {each["name"] for each in found} == {*USUAL, "configured"}
+def test_a_graph_of_its_own_is_a_candidate_too():
+    config = spectral_ds.load_config(
+        {"graph": {"edges": [{"family": "ring"}, {"family": "depth"}]}}
+    )
+    found = {each.name: each.graph for each in candidates.candidates(config.stack)}
+    assert found.keys() == {*USUAL, "configured"}
+    assert found["configured"] == config.graph
 
 
 def test_graphs_that_follow_gradients_are_inspected_with_data(folder):
@@ -194,18 +208,3 @@ def test_alignment_is_the_cosine_with_the_true_gradient():
         cosine = (filtered * true).sum() / np.linalg.norm(filtered) / np.linalg.norm(true)
         assert found[name] == pytest.approx(cosine, abs=0.01)
     assert max(found, key=found.get) == "wiener"
-
-
-def test_the_tables_name_roles_candidates_and_the_section(folder):
-    status, out = run(
-        "inspect", folder / "model", "--data", folder / "reviews.tsv",
-        "--steps", 4, "--batch-size", 1, "--sequence-length", 8,
-    )  # fmt: skip
-    assert status == 0
-    for words in (
-        "model.layers.*.self_attn.q_proj.weight",
-        "ring",
-        "Recommendation",
-        "spectral_ds:",
-    ):
-        assert words in out

@@ -56,28 +56,25 @@ def as_node(rank, nodes=2):
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize(
-    ("present", "problem"),
-    [
-        ([0, 2], "node 1 did not come within 2 s"),
-        ([1, 2], "node 0 did not come within 2 s (no answer from --master-addr 127.0.0.1 "),
-    ],
-)
-def test_a_node_that_never_comes_is_named_on_all_others(present, problem):
-    ends = checked(*(as_node(rank, nodes=3) for rank in present))
-    for end in ends:
+def test_a_first_node_that_never_comes_is_named_on_all_others():
+    for end in checked(as_node(1, nodes=3), as_node(2, nodes=3)):
         assert end.code == 1
         [_, line] = end.stderr.splitlines()
-        assert line.strip().startswith(problem)
+        assert line.strip().startswith(
+            "node 0 did not come within 2 s (no answer from --master-addr 127.0.0.1 "
+        )
 
 
 @pytest.mark.usefixtures("processes")
-def test_two_nodes_of_one_rank_do_not_pass():
-    ends = checked(as_node(0, nodes=3), as_node(1, nodes=3), as_node(1, nodes=3))
-    words = "".join(end.stderr for end in ends)
-    assert all(end.code != 0 for end in ends)
-    assert "--node-rank 1: another node has come as this one" in words
-    assert "node 2 did not come" in words
+def test_two_nodes_of_one_rank_do_not_pass_and_one_that_never_comes_is_named():
+    first, *others = checked(as_node(0, nodes=3), as_node(1, nodes=3), as_node(1, nodes=3))
+    accepted, refused = sorted(others, key=lambda end: end.code)
+    for end in (first, accepted):
+        assert end.code == 1
+        [_, line] = end.stderr.splitlines()
+        assert line.strip() == "node 2 did not come within 2 s"
+    assert refused.code == 2
+    assert "--node-rank 1: another node has come as this one" in refused.stderr
 
 
 @pytest.mark.usefixtures("processes")
@@ -89,7 +86,7 @@ def test_nodes_that_agree_say_what_on(tmp_path):
         [*as_node(1), "--config", tmp_path / "same.json", "--json"],
     )
     assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
-    for name in check.PACKAGES:
+    for name in ("spectral-ds", "torch", "deepspeed", "transformers", "torch-sparse"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

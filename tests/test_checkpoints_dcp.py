@@ -2,6 +2,8 @@
 brings of another model or graph is refused on all ranks."""
 
 import functools
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,38 +108,45 @@ COMBINATORIAL = changed(STATEFUL, graph={**STATEFUL["graph"], "laplacian": "comb
 OTHER_WEIGHT = changed(
     TWO, graphs=[TWO["graphs"][0], {**TWO["graphs"][1], "edges": [{"family": "ring", "weight": 2}]}]
 )
+# By name: whether two graphs were saved, what loads, into which model, and what is said.
 REFUSALS = {
-    "laplacian": (STATEFUL, COMBINATORIAL, tiny.TinyLlama, "graph 0 of 1 differs"),
-    "seed": (STATEFUL, changed(STATEFUL, seed=5), tiny.TinyLlama, "graph 0 of 1 differs"),
-    "second graph": (TWO, OTHER_WEIGHT, tiny.TinyLlama, "graph 1 of 2 differs"),
+    "laplacian": (False, COMBINATORIAL, tiny.TinyLlama, "graph 0 of 1 differs"),
+    "seed": (False, changed(STATEFUL, seed=5), tiny.TinyLlama, "graph 0 of 1 differs"),
+    "second graph": (True, OTHER_WEIGHT, tiny.TinyLlama, "graph 1 of 2 differs"),
     "fewer graphs": (
-        TWO,
+        True,
         changed(TWO, graphs=TWO["graphs"][:1]),
         tiny.TinyLlama,
         "2 graphs there and 1 here",
     ),
-    "shapes": (STATEFUL, STATEFUL, OtherVocabulary, "parameters have other shapes"),
-    "names": (TWO, TWO, OtherHead, "parameters have other names"),
+    "shapes": (False, STATEFUL, OtherVocabulary, "parameters have other shapes"),
+    "names": (True, TWO, OtherHead, "parameters have other names"),
 }
 
 
-def refused(cases, folder):
+def save_two(folder):
+    training = Training(CELLS["fsdp2"], TWO, rates=RATES)
+    training.step(0)
+    dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
+    training.close()
+
+
+def refused(cases, one, two):
     """For each case: the error, and whether the plugin's state is as it was before."""
     found = {}
-    for number, (name, (section, other, model, _)) in enumerate(cases.items()):
-        place = folder / str(number)
-        training = Training(CELLS["fsdp2"], section, rates=RATES)
-        training.step(0)
-        dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=place / "dcp")
-        training.close()
-        training = Training(CELLS["fsdp2"], other, rates=RATES, model=model)
+    for name, (has_two, section, model, _) in cases.items():
+        training = Training(CELLS["fsdp2"], section, rates=RATES, model=model)
+        place = two if has_two else one
         found[name] = attempt(training, lambda training, place=place: load(training, place))
         training.close()
     return found
 
 
-def test_what_is_of_another_model_or_graph_is_refused_on_every_rank(ranks, tmp_path):
-    for found in ranks(2).run(refused, REFUSALS, tmp_path):
+def test_what_is_of_another_model_or_graph_is_refused_on_every_rank(ranks, saved, tmp_path):
+    one, _ = saved("fsdp2", 2)
+    ranks(2).run(save_two, tmp_path)
+    for found in ranks(2).run(refused, REFUSALS, one, tmp_path):
+        assert found.keys() == REFUSALS.keys()
         for name, (error, is_same) in found.items():
             assert error.startswith("CheckpointError"), (name, error)
             assert REFUSALS[name][3] in error, name
@@ -145,17 +154,17 @@ def test_what_is_of_another_model_or_graph_is_refused_on_every_rank(ranks, tmp_p
 
 
 def lacking(keys):
-    """Load a state_dict from which rank 1 has lost a key: as `attempt`."""
-    found = {}
+    """Load a state_dict from which rank 1 has lost a key: as `attempt`, by key."""
+    training = Training(CELLS["ddp"], STATEFUL, rates=RATES)
+    training.step(0)
+    whole, found = training.plugin.state_dict(), {}
+    training.step(1)
     for key in keys:
-        training = Training(CELLS["ddp"], STATEFUL, rates=RATES)
-        training.step(0)
-        state = training.plugin.state_dict()
+        state = dict(whole)
         if torch.distributed.get_rank() == 1:
             del state[key]
-        training.step(1)
         found[key] = attempt(training, lambda each, state=state: each.plugin.load_state_dict(state))
-        training.close()
+    training.close()
     return found
 
 
@@ -213,18 +222,17 @@ def test_unless_strict_a_new_graph_is_made_and_the_rest_is_gone_on_with(ranks, t
 
 def altered(keys):
     """Change one element of a part of the state: as `attempt`, by key."""
-    found = {}
-    for key in keys:
-        training = start("fsdp2")
-        training.step(0)
-        state = training.plugin.state_dict()
+    training, found = start("fsdp2"), {}
+    training.step(0)
+    states = [training.plugin.state_dict() for _ in keys]
+    training.step(1)
+    for key, state in zip(keys, states, strict=True):
         tensor = state[key]
         part = getattr(tensor, "to_local", lambda tensor=tensor: tensor)()
         if torch.distributed.get_rank() == 1 or part is tensor:
             part.view(-1)[-1] += 1
-        training.step(1)
         found[key] = attempt(training, lambda each, state=state: each.plugin.load_state_dict(state))
-        training.close()
+    training.close()
     return found
 
 
@@ -250,35 +258,28 @@ def test_checksums_do_not_depend_on_cuts_but_on_bits_and_places(dtype):
         assert checksum(change(whole), 0) != expected
 
 
-def damage_files(folder, how):
-    """A DCP checkpoint of which rank 0 has cut or removed a file; the error of loading it."""
-    training = start("fsdp2")
-    training.step(0)
-    dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        path = sorted((folder / "dcp").glob("*.distcp"))[0]
-        if how == "cut":
-            path.write_bytes(path.read_bytes()[:100])
-        else:
-            path.unlink()
-    torch.distributed.barrier()
-    found = attempt(training, lambda training: load(training, folder))
+def load_damaged(folders):
+    """Of each folder: as `attempt`."""
+    training, found = start("fsdp2"), []
+    for folder in folders:
+        found.append(attempt(training, lambda training, folder=folder: load(training, folder)))
     training.close()
     return found
 
 
-@pytest.mark.parametrize("how", ["cut", "missing"])
-def test_damaged_files_are_an_error_of_dcp_and_change_nothing(ranks, tmp_path, how):
-    for error, is_same in ranks(2).run(damage_files, tmp_path, how):
-        assert error
-        assert is_same
+def test_damaged_files_are_an_error_of_dcp_and_change_nothing(ranks, saved, tmp_path):
+    folders = [tmp_path / "cut", tmp_path / "missing"]
+    harms = lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink
+    for folder, harm in zip(folders, harms, strict=True):
+        shutil.copytree(saved("fsdp2", 2)[0], folder)
+        harm(sorted((folder / "dcp").glob("*.distcp"))[0])
+    for found in ranks(2).run(load_damaged, folders):
+        for folder, (error, is_same) in zip(folders, found, strict=True):
+            assert error.startswith("CheckpointException"), (folder, error)
+            assert is_same, folder
 
 
 def other_shapes(folder):
-    training = Training(CELLS["fsdp2"], STATEFUL, rates=RATES)
-    dcp.save({"plugin": training.plugin.state_dict()}, checkpoint_id=folder / "dcp")
-    training.close()
     similarity, depth = STATEFUL["graph"]["edges"]
     edges = [{**similarity, "neighbours": 3}, depth]
     section = changed(STATEFUL, graph={**STATEFUL["graph"], "edges": edges})
@@ -288,8 +289,8 @@ def other_shapes(folder):
     return found
 
 
-def test_dcp_itself_refuses_tensors_of_other_shapes_and_names_them(ranks, tmp_path):
-    for error, is_same in ranks(2).run(other_shapes, tmp_path):
+def test_dcp_itself_refuses_tensors_of_other_shapes_and_names_them(ranks, saved):
+    for error, is_same in ranks(2).run(other_shapes, saved("fsdp2", 2)[0]):
         assert "Size mismatch" in error
         assert "plugin.edges.0" in error
         assert is_same

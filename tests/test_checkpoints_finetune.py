@@ -19,22 +19,19 @@ def folder(processes, tmp_path_factory):
     path = tmp_path_factory.mktemp("finetune")
     corpus.write(path)
     config = json.loads((LAUNCH.parent / "configs" / "zero2_spectral.json").read_text())
+    config["zero_optimization"]["stage"] = 3
     (path / "first.json").write_text(json.dumps(config))
-    three = {**config, "zero_optimization": {**config["zero_optimization"], "stage": 3}}
-    (path / "three.json").write_text(json.dumps(three))
     config["spectral_ds"]["seed"] = 5
     (path / "other.json").write_text(json.dumps(config))
-    for name, world_size in (("first", 2), ("three", 1)):
-        done = finetune(path, world_size, f"{name}.json", "--save-interval", 1)
-        assert done.code == 0, done.stderr
+    done = finetune(path, 2, "first.json", "--save-interval", 1)
+    assert done.code == 0, done.stderr
     return path
 
 
 def finetune(folder, world_size, config, *arguments):
     words = ["--model", folder / "model", "--data", folder / "reviews.tsv", "--steps", 1]
     words += ["--deepspeed_config", folder / config, "--sequence-length", 16]
-    output = folder / config.replace(".json", "").replace("other", "first")
-    words += ["--evaluation-batches", 0, "--output", output, *arguments]
+    words += ["--evaluation-batches", 0, "--output", folder / "output", *arguments]
     return forked(world_size, LAUNCH / "finetune.py", *words, runner=False)
 
 
@@ -42,8 +39,7 @@ def finetune(folder, world_size, config, *arguments):
     ("world_size", "config", "message"),
     [
         (2, "other.json", "another graph configuration"),
-        (1, "first.json", "world size 2, and this run has 1"),
-        (2, "three.json", "world size 1, and this run has 2"),
+        (1, "first.json", "was saved at world size 2, and this run has 1"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_line(folder, world_size, config, message):

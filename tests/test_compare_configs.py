@@ -32,7 +32,8 @@ def test_every_comparison_loads_and_asks_for_runs(path, quick, monkeypatch):
     assert runs
     assert {run.method for run in runs} <= set(comparison.methods)
     assert comparison.baseline in {run.method for run in runs}
-    assert comparison.tasks.keys() == load(path, [], False)[0].tasks.keys()
+    if quick:
+        assert comparison.tasks.keys() == load(path, [], False)[0].tasks.keys()
     assert "${oc.env:" in written["model"]  # no path of this machine goes into results
 
 

@@ -98,11 +98,13 @@ def test_every_parameter_belongs_to_one_optimizer(name):
     model = torch.nn.ModuleDict(
         {
             "embeddings": torch.nn.Embedding(4, 3),
-            "layers": torch.nn.ModuleList([torch.nn.Linear(3, 3)]),
+            "layers": torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 5)]),
         }
     )
     if name == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     found = optimizers_of(name, dict(model.named_parameters()), RATE, {})
-    held = [p for each in found for group in each.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    held = [[id(p) for group in each.param_groups for p in group["params"]] for each in found]
+    assert sorted(p for each in held for p in each) == sorted(map(id, model.parameters()))
+    if name in ("muon", "half_whitened"):
+        assert held[0] == [id(layer.weight) for layer in model["layers"]]

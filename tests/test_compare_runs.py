@@ -40,11 +40,16 @@ def test_a_run_that_fails_is_named_and_others_go_on(folder, capsys):
     assert len(cells(rows_of(out), "adamw")) == 3
 
 
-def test_a_run_that_is_killed_is_named_and_leaves_no_process(folder, monkeypatch, processes):
+def test_a_run_that_is_killed_is_named_and_leaves_no_process(
+    folder, capsys, monkeypatch, processes
+):
     config = write_config(folder, name="killed", methods={"adamw": None})
     out, before = folder / "killed", set(multiprocessing.active_children())
     monkeypatch.setattr(pool, "_child", _killed)
     assert compare(config, out, "--workers", "2") == 1
+    said = capsys.readouterr().out
+    for seed in (0, 1):
+        assert f"words-adamw-0.01-{seed} failed: ended with status -9" in said
     assert set(multiprocessing.active_children()) <= before
     assert rows_of(out) == []
 
@@ -57,7 +62,9 @@ def test_a_run_whose_parent_was_killed_ends(tmp_path, processes):
     context = multiprocessing.get_context("fork")
     parent = context.Process(target=_with_child, args=(context, tmp_path / "pid"))
     parent.start()
+    until = time.monotonic() + 20
     while not (tmp_path / "pid").exists():
+        assert time.monotonic() < until
         time.sleep(0.05)
     child = psutil.Process(int((tmp_path / "pid").read_text()))
     parent.kill()

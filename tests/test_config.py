@@ -153,7 +153,7 @@ def test_a_graph_of_activations_loads(edge: dict[str, Any], response: str) -> No
         ("filter.interval", 2),
         ("filter.rescale", "norm"),
         ("filter.apply_to", "update"),
-        ("filter.temporal", {"decay": 0}),
+        ("filter.temporal.decay", 0),
         ("statistics.interval", 1),
         ("regularizer.strength", 0),
         ("regularizer.ridge", 0),
@@ -172,7 +172,10 @@ def test_a_graph_of_activations_loads(edge: dict[str, Any], response: str) -> No
     ],
 )
 def test_values_at_the_ends_of_their_range_load(key: str, value: object) -> None:
-    assert load_config(section_with(key, value)) is not None
+    found: Any = dataclasses.asdict(load_config(section_with(key, value)), dict_factory=with_lists)
+    for part in key.replace("[0]", ".0").split("."):
+        found = found[int(part) if part.isdecimal() else part]
+    assert found == value
 
 
 def test_integer_is_fine_for_a_number_and_becomes_one() -> None:

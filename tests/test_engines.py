@@ -86,7 +86,7 @@ def test_a_step_of_every_cell_equals_the_oracle_clipped_by_the_norm_of_the_filte
     expected = expected_of(both, plain, limit)
     for result in results:
         for found, wanted in zip(result[-len(both) :], expected, strict=True):
-            assert relative_error(found["gradients"], wanted) <= TOLERANCE[cell.precision]
+            assert relative_error(found["gradients"], wanted, 1) <= TOLERANCE[cell.precision]
     if is_alike:  # so are the graphs, and the same to the bit on all ranks
         for result in results if name in CELLS else ():
             for key, operator in one_process_operators(ranks).items():
@@ -163,4 +163,4 @@ def test_the_norm_of_the_replicated_bf16_optimizer_is_that_of_the_filtered_gradi
     assert norm_of(plain["gradients"]) > 1.05 * norm
     expected = {n: g / 3 for n, g in expected.items()}
     [result] = ranks(2).run(one_step, name, [SECTION], 1, float(norm) / 3)[0]
-    assert relative_error(result["gradients"], expected) <= 2e-2
+    assert relative_error(result["gradients"], expected, 1) <= 2e-2

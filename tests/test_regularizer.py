@@ -214,35 +214,9 @@ def autograd_step():
 def test_joint_gradient_is_autograd_of_the_joint_loss(ranks):
     got, exact, metrics, joint, term = ranks(1).run(autograd_step)[0]
     used = {n: g for n, g in exact.items() if not n.startswith("spare")}
-    assert relative_error(got, used) <= 1e-4  # weights before minus after, at small rates
+    assert relative_error(got, used, 1) <= 1e-4  # weights before minus after, at small rates
     np.testing.assert_allclose(metrics["regularizer"], term, rtol=1e-4)
     np.testing.assert_allclose(metrics["joint_loss"], joint, rtol=1e-4)
-
-
-def two_decoupled_steps(name, reference, device):
-    """The weights after them, and where the reference lies and how precise it is."""
-    settings = section(
-        coupling="decoupled", response="laplacian", reference=reference, reference_device=device
-    )
-    training = Training(name, settings, rates=(0.5, 0.25))
-    for index in range(2):
-        training.step(index)
-    held = training.plugin.stack.regularizer.reference.fragments or []
-    kinds = {(part.device.type, part.dtype) for part in held if part is not None}
-    weights = training.snapshot()
-    training.close()
-    return weights, kinds
-
-
-def test_reference_is_the_weights_at_attach(ranks):
-    """A second step is pulled towards the weights before the first."""
-    exact, _ = ranks(1).run(two_decoupled_steps, "plain", "pretrained", "same")[0]
-    for name, size, device in (("zero2", 2, "same"), ("zero3", 3, "cpu"), ("fsdp2", 2, "cpu")):
-        got, kinds = ranks(size).run(two_decoupled_steps, name, "pretrained", device)[0]
-        assert kinds == {("cpu", torch.float32)}
-        assert relative_error(got, exact) <= 1e-5
-    to_zero, _ = ranks(1).run(two_decoupled_steps, "plain", "zero", "same")[0]
-    assert relative_error(to_zero, exact) > 1e-4
 
 
 def test_strength_that_overshoots_warns(ranks, caplog):

@@ -84,7 +84,8 @@ def check_filtered(steps, name, world_size, what, factors):
         expected |= {n: g for n, g in scaled.items() if is_unused(n)}
     for result in results:
         got = {n: factors[n] * g for n, g in result[what]["gradients"].items()}
-        assert relative_error(got, expected) <= tolerance(name)
+        is_exact = CELLS[name].precision == "fp32"
+        assert relative_error(got, expected, 1e-2 if is_exact else 1) <= tolerance(name)
 
 
 @pytest.mark.parametrize(("name", "world_size"), CASES)
