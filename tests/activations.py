@@ -231,9 +231,9 @@ def cut_rows(facts):
     """How many rows of matrices with a graph a shard edge cuts, by all ranks' facts of a step."""
     count = 0
     for found in facts:
-        known = {name for name, _ in found["operators"]}
         for name, start, _ in found["owned"]:
-            count += name in known and start % found["weights"][name].shape[1] > 0
+            is_known = name in found["operators"]
+            count += is_known and start % found["weights"][name].shape[1] > 0
     return count
 
 
