@@ -1,5 +1,7 @@
 """Made-up values for figures, and what a reader sees of a figure."""
 
+from itertools import pairwise
+
 import numpy as np
 from matplotlib.container import BarContainer
 from matplotlib.text import Text
@@ -37,17 +39,52 @@ def heat_map(values, blocks, roles):
     )
 
 
+def axes_of(figure):
+    return [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+
+
+def tick_labels(axis):
+    """Labels of ticks by whether they are in view."""
+    scaled = axis.get_transform().transform
+    low, high = np.sort(scaled(axis.get_view_interval()))
+    slack = 1e-9 * (high - low)
+    found = {True: [], False: []}
+    for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+        in_view = low - slack <= scaled(tick.get_loc()) <= high + slack
+        found[bool(in_view)] += [tick.label1, tick.label2]
+    return found
+
+
+def is_seen(text):
+    return text.get_visible() and text.get_text().strip()
+
+
+def texts_of(figure):
+    """All text that a reader sees, as matplotlib has it."""
+    outside = {label for axis in axes_of(figure) for label in tick_labels(axis)[False]}
+    return [text for text in figure.findobj(Text) if is_seen(text) and text not in outside]
+
+
 def drawn_texts(figure):
     """All text that a reader sees."""
-    outside = set()
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        slack = 1e-9 * (high - low)
-        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
-            if not low - slack <= tick.get_loc() <= high + slack:
-                outside |= {tick.label1, tick.label2}
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-    return [text.get_text() for text in texts if text not in outside]
+    return [text.get_text() for text in texts_of(figure)]
+
+
+def assert_whole(figure):
+    """All text of a figure that has been drawn is inside, no label of a tick on the next one."""
+    renderer = figure.canvas.get_renderer()
+    (left, bottom), (right, top) = figure.bbox.padded(1).get_points()
+    for text in texts_of(figure):
+        box = text.get_window_extent(renderer)
+        assert left <= box.x0 <= box.x1 <= right, (text.get_text(), box)
+        assert bottom <= box.y0 <= box.y1 <= top, (text.get_text(), box)
+    for axis in axes_of(figure):
+        labels = [label for label in tick_labels(axis)[True] if is_seen(label)]
+        boxes = [(label.get_window_extent(renderer), label.get_text()) for label in labels]
+        is_x = axis.axis_name == "x"
+        ends = sorted((*(box.intervalx if is_x else box.intervaly), words) for box, words in boxes)
+        for (_, end, one), (start, _, other) in pairwise(ends):
+            assert end <= start + 1, (one, other)
 
 
 def bars(axes):

@@ -134,6 +134,9 @@ def test_the_regularizer_pulls_by_activity(coupling, strength, response, said):
             after = (weight - RATE * gradient).reshape(rows.shape)
             after = after @ np.linalg.inv(np.eye(len(operator)) + RATE * strength * operator)
             expected[name] = (weight - after.reshape(weight.shape)) / RATE
+            if strength > 1:  # nearly nothing is left
+                left = np.abs(weight - RATE * moved[name]).max()
+                assert left <= 1e-5 * np.abs(weight - RATE * gradient).max()
     assert relative_error(moved, expected) <= 1e-5
     np.testing.assert_allclose(plugin.metrics()["regularizer"], energy, rtol=1e-5)
     assert not [message for message in said() if "overshoot" in message]

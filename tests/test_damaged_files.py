@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from activations import RATE, CalledByIds, section_of
+from activations import RATE, CalledByIds, random_ids, section_of
 from any_model import quick
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,14 +35,16 @@ DAMAGES = st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True)
 
 
 def attached(section):
+    """The plugin, and the model and the optimizer that it is attached to."""
     model = CalledByIds()
-    return spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=RATE), section)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    return spectral_ds.attach(model, optimizer, section), model, optimizer
 
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
     path = tmp_path_factory.mktemp("statistics") / "keep.safetensors"
-    plugin = attached(section_of({"rank": 2}))
+    plugin, *_ = attached(section_of({"rank": 2}))
     plugin.save_activations(path)
     plugin.detach()
     return path
@@ -67,9 +69,20 @@ def test_damaged_statistics_are_refused_before_anything_is_attached(statistics, 
 def state(tmp_path_factory):
     """A plugin, and the folder of its state two steps before."""
     folder = tmp_path_factory.mktemp("state")
-    section = section_of({"rank": 2}, regularizer={"response": "identity", "strength": 0.1})
-    plugin = attached(section)
+    temporal = {"temporal": {"decay": 0.5, "amplify": 1.0}}
+    pull = {"response": "identity", "strength": 0.1}
+    section = section_of({"rank": 2}, filter=temporal, regularizer=pull)
+    plugin, model, optimizer = attached(section)
     plugin.save(folder / "whole")
+    saved = numbers_of(plugin)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(random_ids(4, seed=step)).backward()
+        optimizer.step()
+    now = numbers_of(plugin)
+    moved = [name for name in now if not torch.equal(now[name], saved[name])]
+    assert "numbers.step" in moved
+    assert any(name.startswith("temporal.") for name in moved)
     yield plugin, folder
     plugin.detach()
 
@@ -83,22 +96,18 @@ def test_a_damaged_state_is_refused_and_the_plugin_stays_as_it_is(state, kind, p
     files = sorted((folder / "damaged").iterdir())
     path = files[number % len(files)]
     path.write_bytes(damaged(path.read_bytes(), kind, place))
-    before = {name: torch.as_tensor(value).clone() for name, value in flat(plugin.state_dict())}
+    before = numbers_of(plugin)
     with pytest.raises(CheckpointError) as refused:
         plugin.load(folder / "damaged")
     assert path.name in str(refused.value)
-    after = dict(flat(plugin.state_dict()))
+    after = numbers_of(plugin)
     assert after.keys() == before.keys()
-    assert all(torch.equal(torch.as_tensor(after[name]), before[name]) for name in before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def flat(values, path=""):
-    """The numbers and tensors of nested dictionaries."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}{name}/")
-        elif isinstance(value, torch.Tensor | int | float):
-            yield f"{path}{name}", value
+def numbers_of(plugin):
+    """Its state, as it is now, by name."""
+    return {name: value.clone() for name, value in plugin.state_dict().items()}
 
 
 TABLE = "text\tlabel\n" + "".join(f"words of number {n}\t{n % 2}\n" for n in range(20))
@@ -107,13 +116,20 @@ TABLE = "text\tlabel\n" + "".join(f"words of number {n}\t{n % 2}\n" for n in ran
 @many
 @given(*DAMAGES, st.sampled_from([".tsv", ".jsonl", ".txt"]))
 def test_damaged_texts_are_read_or_refused(tmp_path, kind, place, suffix):
-    """A letter that is another one is a text too; what is no text is said to be none."""
+    """A letter that is another one is a text too, and so are the lines before a cut."""
     path = tmp_path / f"texts{suffix}"
     lines = [f'{{"text": "words {n}", "label": {n % 2}}}' for n in range(20)]
     whole = "\n".join(lines) if suffix == ".jsonl" else TABLE
-    path.write_bytes(damaged(whole.encode(), kind, place))
+    content = damaged(whole.encode(), kind, place)
+    path.write_bytes(content)
     try:
-        corpus = load_corpus(path, labelled=suffix != ".txt")
+        texts = load_corpus(path, labelled=suffix != ".txt").texts
     except DataError:  # to which the callers add the name
-        return
-    assert corpus.texts
+        texts = []
+    else:
+        assert texts
+    if kind == "emptied":
+        assert texts == []
+    if kind == "cut" and suffix == ".txt":
+        lines = whole.splitlines()[: content.count(b"\n")]
+        assert texts[: len(lines)] == lines

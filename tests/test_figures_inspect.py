@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from figure_parts import EXPERTS, ROLES, bars, drawn_texts, powers, shares
+from figure_parts import EXPERTS, ROLES, assert_whole, bars, drawn_texts, powers, shares
 from matplotlib.text import Text
 
 from spectral_ds.cli.inspect import plots
@@ -36,9 +36,11 @@ def properties(seed=0):
     )
 
 
-def graph_report(name, family):
-    roles = {role: properties(seed) for seed, role in enumerate(ROLES)}
-    return GraphReport(name, "row", "normalized", properties(), {family: properties()}, roles)
+def graph_report(name, family, first):
+    """Of properties from this seed on."""
+    whole = properties(first)
+    roles = {role: properties(seed) for seed, role in enumerate(ROLES, first + 1)}
+    return GraphReport(name, "row", "normalized", whole, {family: whole}, roles)
 
 
 def candidate_result(name, seed):
@@ -72,7 +74,7 @@ def test_the_gradient_along_active_directions_is_drawn_beside_chance():
 
 
 FAMILIES = "edges[0]: similarity of weights, 8 neighbours within the parameter", "edges[0]: ring"
-GRAPHS = [graph_report(f"graphs[{i}]", family) for i, family in enumerate(FAMILIES)]
+GRAPHS = [graph_report(f"graphs[{i}]", family, 20 * i) for i, family in enumerate(FAMILIES)]
 CANDIDATES = [candidate_result(f"gradient similarity, rows {i}", i) for i in range(9)]
 PLOTS = {
     "density": lambda: plots.role_densities(GRAPHS),
@@ -84,10 +86,61 @@ PLOTS = {
 }
 
 
+def panels_of(name):
+    return [axes for axes in PLOTS[name]().axes if axes.get_label() != "<colorbar>"]
+
+
+def test_every_role_of_every_graph_is_drawn_as_it_was_found():
+    for graph, *panels in zip(
+        GRAPHS, *map(panels_of, ("density", "eigenvalues", "roughness")), strict=True
+    ):
+        parts = [graph.whole, *graph.roles.values()]
+        for axes in panels:
+            assert [text.get_text() for text in axes.get_yticklabels()] == ["all", *ROLES]
+            assert axes.get_ylim() == (len(parts) - 0.5, -0.5)  # the first on top
+        density, eigenvalues, roughness = panels
+        [picture] = density.images
+        np.testing.assert_array_equal(picture.get_array(), [part.density for part in parts])
+        assert tuple(picture.get_extent()) == (0, 2, len(parts) - 0.5, -0.5)
+        marks = [(list(line.get_xdata()), set(line.get_ydata())) for line in eigenvalues.lines]
+        assert marks[::2] == [
+            (part.lowest_eigenvalues or [], {line} if part.lowest_eigenvalues else set())
+            for line, part in enumerate(parts)
+        ]
+        assert marks[1::2] == [([part.lambda_max], {line}) for line, part in enumerate(parts)]
+        widths = [bar.get_width() for bar in roughness.patches]
+        assert widths == [part.roughness.ratio for part in parts]
+        heights = [bar.get_y() + bar.get_height() / 2 for bar in roughness.patches]
+        np.testing.assert_allclose(heights, range(len(parts)), atol=1e-12)
+
+
+def test_the_degrees_of_every_graph_are_drawn_as_they_were_found():
+    for axes, graph in zip(panels_of("degrees"), GRAPHS, strict=True):
+        [stairs] = axes.patches
+        counts, edges, _ = stairs.get_data()
+        assert list(counts) == graph.whole.degree_histogram
+        np.testing.assert_allclose(edges, np.linspace(0, graph.whole.degree.max, len(counts) + 1))
+        [mean] = axes.lines
+        assert set(mean.get_xdata()) == {graph.whole.degree.mean}
+
+
+def test_the_signal_to_noise_ratio_of_each_band_is_drawn_over_that_of_all():
+    [axes] = panels_of("snr")
+    *lines, even = axes.lines
+    assert set(even.get_ydata()) == {1}
+    for line, found in zip(lines, CANDIDATES, strict=True):
+        signal, noise = np.array(found.signal), np.array(found.noise)
+        ratio = signal / noise / (signal.sum() / noise.sum())
+        np.testing.assert_allclose(line.get_ydata(), ratio)
+        np.testing.assert_allclose(line.get_xdata(), (np.arange(8) + 0.5) / 8)
+        assert line.get_label() == f"{found.name} (1.50)"
+
+
 @pytest.mark.parametrize("name", PLOTS)
 def test_a_plot_of_inspect_can_be_read(name):
     figure = PLOTS[name]()
     figure.savefig(io.BytesIO())
+    assert_whole(figure)
     words = drawn_texts(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert figure.get_suptitle() in words or all(title in words for title in titles)

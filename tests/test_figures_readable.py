@@ -6,7 +6,17 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
-from figure_parts import EXPERTS, ROLES, drawn_texts, heat_map, powers, shares, table
+from figure_parts import (
+    EXPERTS,
+    ROLES,
+    assert_whole,
+    axes_of,
+    drawn_texts,
+    heat_map,
+    powers,
+    shares,
+    table,
+)
 from matplotlib import pyplot
 from PIL import Image
 
@@ -112,11 +122,12 @@ def test_a_figure_can_be_read(case):
     assert len(file.getvalue()) < (200_000 if is_full else 80_000)
     assert pyplot.get_fignums() == []
 
+    assert_whole(figure)
     words = drawn_texts(figure)
     assert figure.axes[0].get_title(loc="left") in words
     assert figure.axes[1 if "signal" in case else 0].get_xlabel() in words
     assert all(axes.get_ylabel() in words for axes in figure.axes)
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    for axis in axes_of(figure):
         if axis.get_label_text() not in ("block", "role"):
             assert len(axis.get_ticklocs()) <= 10
 

@@ -46,9 +46,13 @@ def start(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("words", [(), ("--device", "cpu")])
-def test_a_part_that_fails_does_not_stop_the_others_and_others_files_stay(start, words):
-    out, process = start(*words)
+@pytest.mark.parametrize(
+    ("words", "devices", "device"), [((), 1, "cuda"), (("--device", "cpu"), 0, "cpu")]
+)
+def test_a_part_that_fails_does_not_stop_the_others_and_others_files_stay(
+    start, words, devices, device
+):
+    out, process = start(*words, devices=devices)
     page, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (1, "")
     parts = {part["part"]: part for part in json.loads((out / "report.json").read_text())}
@@ -56,7 +60,10 @@ def test_a_part_that_fails_does_not_stop_the_others_and_others_files_stay(start,
     assert failed == ["step-zero2"]
     assert parts["step-zero2"]["end"] == ["out of memory"]
     assert parts["environment"]["environment"] == {"played": True}
-    assert {"cells", "filter-smollm2", "step-plain", "step-zero3", "step-fsdp2"} <= parts.keys()
+    steps = {f"step-{engine}" for engine in ("plain", "zero2", "zero3", "fsdp2")}
+    assert {"cells", "filter-smollm2", "scaling", *steps} <= parts.keys()
+    for name in ("filter-smollm2", "scaling", *steps):
+        assert f" --device {device} " in parts[name]["command"]
     assert (out / "report.md").read_text() in page
     assert (out / "mine.json").read_text() == "{}"
 

@@ -112,8 +112,3 @@ def test_a_model_in_the_hubs_cache_is_inspected_by_name_and_json_is_all_that_is_
     assert summary["model"] == "someone/tiny"
     assert summary["graphs"][0]["whole"]["edges"] > 0
     assert summary["candidates"]
-
-
-@pytest.mark.usefixtures("processes")
-def test_env_prints_json_alone():
-    assert json.loads(output_of(["env", "--json"]))["versions"]["torch"]

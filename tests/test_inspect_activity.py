@@ -34,10 +34,10 @@ class Dense:
 
     def __init__(self, folder):
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         size = {"batches": STEPS, "batch_size": SIZE, "sequence_length": LENGTH, "seed": 0}
         texts = read_texts(folder / "reviews.tsv")
-        self.text = batches.token_batches(texts, tokenizer, **size)
+        self.text = batches.token_batches(texts, self.tokenizer, **size)
         generator = torch.Generator().manual_seed(0)
         half = STEPS // 2 * SIZE
         vocabulary = self.model.config.vocab_size
@@ -56,7 +56,7 @@ class Dense:
 
                 handles.append(module.register_forward_pre_hook(see))
         with torch.no_grad():
-            self.model(tokens.reshape(-1, LENGTH))
+            self.model(tokens.reshape(-1, tokens.shape[-1]))
         for handle in handles:
             handle.remove()
         found = {}
@@ -133,11 +133,11 @@ def written(tmp_path, text):
     return ["--config", str(path)]
 
 
-ACTIVATIONS = "{node: column, edges: [{family: activations, samples: 8, length: 16, %s}]}"
+ACTIVATIONS = "{node: column, edges: [{family: activations, length: 16, %s}]}"
 
 
 def test_a_graph_of_activations_is_looked_at_without_data(folder, capsys, tmp_path):
-    config = written(tmp_path, f"graph: {ACTIVATIONS % 'keep: random, rank: 16'}")
+    config = written(tmp_path, f"graph: {ACTIVATIONS % 'keep: random, samples: 8, rank: 16'}")
     summary = inspected(capsys, folder, *config, "--out", str(tmp_path / "out"))
     assert summary["graphs"] == []
     assert summary["candidates"] is summary["activity_words"] is None
@@ -157,16 +157,22 @@ def test_a_graph_of_activations_is_looked_at_without_data(folder, capsys, tmp_pa
 
 
 def test_what_is_kept_and_learned_may_be_files(folder, capsys, tmp_path):
-    text = folder / "reviews.tsv"
-    edge = f"keep: '{text}', learn: '{text}'"
+    files = {"keep": folder / "other.txt", "learn": folder / "reviews.tsv"}
+    edge = ", ".join(f"{what}: '{file}'" for what, file in files.items())
     section = f"graphs: [{ACTIVATIONS % edge}, {{edges: [{{family: depth}}]}}]"
     section += "\nfilter: {response: tikhonov, apply_to: update}"
-    words = ["--data", str(text), *SIZES]
-    summary = inspected(capsys, folder, *written(tmp_path, section), *words)
+    words = ["--data", str(files["learn"]), *SIZES]
+    summary, dense = inspected(capsys, folder, *written(tmp_path, section), *words), Dense(folder)
     names = [each["name"] for each in summary["activity"]]
-    of_files = [f"graphs[0], {what} {text}" for what in ("keep", "learn")]
+    of_files = [f"graphs[0], {what} {file}" for what, file in files.items()]
     assert names == ["random tokens", "the data", *of_files]
-    assert summary["activity"][2]["gradient"] == summary["activity"][3]["gradient"]
+    keep, learn = (each["gradient"] for each in summary["activity"][2:])
+    assert keep != learn
+    for found, file in zip((keep, learn), files.values(), strict=True):
+        ids = torch.tensor(dense.tokenizer(read_texts(file))["input_ids"])  # of equal length
+        energies = dense.energies(dense.eigenpairs(ids))
+        # Of 8 directions; few words do not make 32.
+        assert found[0] == pytest.approx(shares(energies.values())[0], rel=1e-4)
     assert [graph["name"] for graph in summary["graphs"]] == ["graphs[1]"]
 
 
@@ -179,6 +185,7 @@ def test_statistics_of_lower_rank_are_looked_at_as_they_are(folder, capsys, tmp_
     config = written(tmp_path, f"graph: {ACTIVATIONS % f'rank: 8, keep: {keep}'}")
     [report] = inspected(capsys, folder, *config)["activity"]
     assert report["name"] == f"graph, keep {keep}"
+    assert all(len(role["eigenvalues"]) == 8 for role in report["roles"])
 
 
 def test_inputs_that_are_given_in_training_are_not_there_before(folder, capsys, tmp_path):

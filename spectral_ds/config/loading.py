@@ -147,8 +147,8 @@ def _contradictions_of_activations(
         yield f"{key}.edges[0].family = activations: not with response {response}"
     if edges[0].learn != "none" and responses[0] not in BOUNDED:
         yield (
-            f'{key}.edges[0].learn = "{edges[0].learn}": needs {SECTION}.filter.response to be one '
-            f"of {', '.join(BOUNDED)}, not {responses[0]}"
+            f"{key}.edges[0].learn = {show(edges[0].learn)}: needs {SECTION}.filter.response to be "
+            f"one of {', '.join(BOUNDED)}, not {responses[0]}"
         )
 
 

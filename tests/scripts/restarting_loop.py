@@ -2,7 +2,8 @@
 
 In:  a folder; ddp or zero2; FAULT = raise, kill or nothing: what the last rank does in the filter
      of its fourth step, before torchrun has restarted anything.
-Out: the weights after six steps in `weights.pt` of the folder, by rank 0.
+Out: the weights after six steps in `weights.pt` of the folder, by rank 0, which says on stderr
+     with which step it begins.
 """
 
 import os
@@ -118,9 +119,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
     training = ENGINES[engine](model, folder)
-    first = training.resume()
+    first, restart = training.resume(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if dist.get_rank() == 0:
+        print(f"restart {restart} resumes at {first}", file=sys.stderr, flush=True)
     is_last = dist.get_rank() == dist.get_world_size() - 1
-    if is_last and os.environ.get("FAULT") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if is_last and os.environ.get("FAULT") and restart == "0":
         come_to_fault(training.plugin)
     for step in range(first, STEPS):
         generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
