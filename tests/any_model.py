@@ -121,18 +121,14 @@ def shaped(tensors, signal):
 
 
 @st.composite
-def models(draw, normalized=None, least=1, families=(DEPTH, RING, SIMILARITY)):
+def models(draw):
     """Up to six parameters of at most three shapes, in up to five blocks and three roles.
 
-    Args:
-        least: length of a dimension; if it is more than 1, there are no vectors.
-        families: allowed ones. Similarity leaves elements alone: one number has no direction.
+    Similarity leaves elements alone: one number has no direction.
     """
-    kinds = ["row", "column"] if set(families) == {SIMILARITY} else ["row", "column", "element"]
-    kind = draw(st.sampled_from(kinds))
-    if kind == "element":
-        families = [family for family in families if family is not SIMILARITY]
-    dimensions = st.lists(st.integers(least, 6), min_size=2 if least > 1 else 0, max_size=3)
+    kind = draw(st.sampled_from(["row", "column", "element"]))
+    families = [DEPTH, RING] if kind == "element" else [DEPTH, RING, SIMILARITY]
+    dimensions = st.lists(st.integers(1, 6), max_size=3)
     shapes = draw(st.lists(dimensions.map(tuple), min_size=1, max_size=3))
     place = st.tuples(st.integers(0, 4), st.sampled_from("abc"))
     places = draw(st.lists(place, min_size=1, max_size=6, unique=True))
@@ -145,7 +141,7 @@ def models(draw, normalized=None, least=1, families=(DEPTH, RING, SIMILARITY)):
         parameters,
         {p.name: generator.standard_normal(p.shape) for p in parameters},
         draw(st.lists(st.one_of(families), min_size=1, max_size=3)),
-        draw(st.booleans()) if normalized is None else normalized,
+        draw(st.booleans()),
     )
 
 

@@ -49,4 +49,5 @@ def test_short_work_writes_nothing_into_a_log_file(monkeypatch):
 
 @pytest.mark.parametrize("file", [io.StringIO, Terminal])
 def test_other_ranks_write_nothing(monkeypatch, file):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 2.0)
     assert written(monkeypatch, file(), is_shown=False) == ""

@@ -171,13 +171,6 @@ def test_histograms_count_all_nodes_and_edges(events):
         assert 0 <= values.min <= values.sum / values.num <= values.max
 
 
-def test_a_tag_is_of_one_kind(events):
-    """TensorBoard shows only the first kind that it finds under a tag."""
-    scalars, images, histograms = (ours(events, k) for k in ("scalars", "images", "histograms"))
-    assert not scalars & images
-    assert not histograms & (scalars | images)
-
-
 def test_the_layout_holds_every_chart_and_only_scalars_that_exist(events):
     category = layout(events)
     assert category.title == "spectral_ds"

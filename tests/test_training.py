@@ -79,8 +79,10 @@ def test_sharded_training_equals_that_on_one_process(
 ):
     weights, graphs, powers = on_one_process(method)
     unfiltered, *_ = on_one_process(None)
-    moved = max(np.abs(weights[n] - unfiltered[n]).max() for n in weights)
+    moved = np.max([np.abs(weights[n] - unfiltered[n]).max() for n in weights])
     assert moved > 5e-3
+    for each in (*weights.values(), powers, *(laplacian for _, laplacian in graphs)):
+        assert np.isfinite(each).all()
     # The second sample on a graph tells signal from noise.
     assert not graphs or powers[-1].all()
     for other_weights, other_graphs, other_powers in ranks(world_size).run(trained, name, method):

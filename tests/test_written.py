@@ -146,6 +146,7 @@ def said_at_attach(folder):
         logger = logging.getLogger("spectral_ds")
         logger.addHandler(heard)
         training = start()
+        training.step()
         logger.removeHandler(heard)
         training.close()
         found[name] = sum("is written nowhere" in line for line in heard.said)
