@@ -60,7 +60,9 @@ def step_of(model, optimizer):
 
 
 def assert_is(step, wanted):
-    largest = max(np.abs(value).max() for value in wanted.values())
+    assert wanted.keys() <= step.keys()
+    largest = np.max([np.abs(value).max() for value in wanted.values()])
+    assert np.isfinite(largest)
     for name, value in step.items():
         expected = wanted.get(name, np.zeros_like(value))
         np.testing.assert_allclose(value, expected, atol=1e-5 * largest, rtol=0, err_msg=name)

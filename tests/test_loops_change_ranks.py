@@ -95,7 +95,7 @@ def steps_with_an_unfrozen_layer(engine):
     optimizer = sgd(module.parameters())
     with messages(logging.INFO) as found:
         plugin = spectral_ds.attach(model, optimizer, SECTION)
-        before = [train_step(model, module, optimizer, rank)]
+        before = train_step(model, module, optimizer, rank)
         weights = whole(module)
         module.layers[2].requires_grad_(True)
         step = train_step(model, module, optimizer, rank)
@@ -108,7 +108,10 @@ def steps_with_an_unfrozen_layer(engine):
 def test_an_unfrozen_layer_joins_on_all_ranks(ranks, engine):
     results = ranks(4).run(steps_with_an_unfrozen_layer, engine)
     model = Blocks()
-    for rank, (_, weights, step, nodes, said) in enumerate(results):
+    start = mean_gradients(range(4), Blocks())
+    start = filtered(model, {n: g for n, g in start.items() if "layers.2" not in n})
+    for rank, (before, weights, step, nodes, said) in enumerate(results):
+        assert_is(before, start)
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         model.zero_grad()
         (sum(loss_of(model, part) for part in INPUTS.chunk(4)) / 4).backward()

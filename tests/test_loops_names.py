@@ -11,11 +11,8 @@ from torch import nn
 
 from spectral_ds.config import SpectralConfigError, load_config
 from spectral_ds.graph import Depth, parameter_nodes
-from spectral_ds.monitor import ParameterNorms
-from spectral_ds.sharding import Communicator, Fragment
 from spectral_ds.stack import choose_graphs, facts_of
 
-ALONE = Communicator.alone(torch.device("cpu"))
 FILTER = {"response": "heat", "tau": 2.0, "strength": 0.8, "tolerance": 1e-7}
 
 
@@ -123,8 +120,6 @@ def test_the_number_that_varies_among_equal_shapes_counts_blocks(model):
     for name, place in expected.items():
         found = nodes[name].role, nodes[name].block
         assert found == (place or (name, None)), name
-    norms = ParameterNorms(shapes, [Fragment(n, 0, 0) for n in shapes], ALONE)
-    assert set(norms.roles) == {each.role for each in nodes.values()}
     backwards = dict(reversed(list(shapes.items())))
     assert parameter_nodes(backwards) == nodes
 

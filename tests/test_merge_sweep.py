@@ -11,8 +11,10 @@ from merged import (
     LENGTH,
     LOOK,
     WORDS,
+    merge,
     write_models,
 )
+from safetensors.numpy import load_file
 from transformers import (
     BertForSequenceClassification,
     LlamaForCausalLM,
@@ -23,7 +25,20 @@ from spectral_ds.cli.merge.sweep import INTERPOLATION, Setting, recommended, wit
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("merge"))
+    return write_models(tmp_path_factory.mktemp("merge"), ("llama", "bert"))
+
+
+@pytest.fixture(scope="module")
+def swept(folder, tmp_path_factory):
+    """A sweep that is judged on texts to keep and to learn: its folder, and what it printed."""
+    own, out = folder / "llama", tmp_path_factory.mktemp("swept")
+    task, general = folder / "labelled.tsv", folder / "general.txt"
+    status, said = run(
+        "merge", own / "base", own / "tuned", "--out", out, "--keep", general, "--learn", task,
+        *LOOK, "--sweep", "--task", task, "--general", general,
+    )  # fmt: skip
+    assert status == 0
+    return out, said
 
 
 def rows_of(path):
@@ -46,19 +61,14 @@ def language_loss(model, path, length):
     return total / count
 
 
-def test_a_sweep_shows_the_tuned_model_and_the_base_at_its_ends(folder, tmp_path):
-    own = folder / "llama"
+def test_a_sweep_shows_the_tuned_model_and_the_base_at_its_ends(folder, swept):
+    own, (out, said) = folder / "llama", swept
     task, general = folder / "labelled.tsv", folder / "general.txt"
-    status, out = run(
-        "merge", own / "base", own / "tuned", "--out", tmp_path, "--keep", general, *LOOK,
-        "--sweep", "--task", task, "--general", general,
-    )  # fmt: skip
-    assert status == 0
-    assert "α = 1" in out
-    assert "Recommendation:" in out
-    assert (tmp_path / "frontier.png").stat().st_size > 0
-    assert not list(tmp_path.glob("*.safetensors"))
-    rows = rows_of(tmp_path)
+    assert "α = 1" in said
+    assert "Recommendation:" in said
+    assert (out / "frontier.png").stat().st_size > 0
+    assert not list(out.glob("*.safetensors"))
+    rows = rows_of(out)
     ends = {row["alpha"]: row for row in rows if row["method"] == INTERPOLATION}
     models = [LlamaForCausalLM.from_pretrained(own / name).eval() for name in ("base", "tuned")]
     for alpha, model in zip(("0.0", "1.0"), models, strict=True):
@@ -72,6 +82,22 @@ def test_a_sweep_shows_the_tuned_model_and_the_base_at_its_ends(folder, tmp_path
     assert {(row["mu"], row["rest"]) for row in rows if row["mu"]} == {
         (mu, rest) for mu in ("0.3", "1.0", "3.0") for rest in ("0.6", "1.0")
     }
+
+
+def test_texts_that_settings_are_judged_on_are_in_no_statistics(folder, swept, tmp_path):
+    own, (out, _) = folder / "llama", swept
+    halves = {"--keep": folder / "general.txt", "--learn": folder / "labelled.tsv"}
+    words = []
+    for option, path in halves.items():
+        half = tmp_path / f"half{path.suffix}"
+        half.write_text("".join(path.read_text().splitlines(keepends=True)[::2]))
+        words += [option, half]
+    merge(own, own / "tuned", *words, *LOOK, "--out", tmp_path / "of halves")
+    for name in ("keep", "learn-1"):
+        file = f"statistics/{name}.safetensors"
+        found, expected = (load_file(path / file) for path in (out, tmp_path / "of halves"))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[each], expected[each]) for each in expected)
 
 
 def test_a_setting_of_the_sweep_is_the_model_that_merge_writes(folder, tmp_path):

@@ -1,5 +1,7 @@
 """Moments, band energies and metrics, against dense spectra."""
 
+import functools
+
 import numpy as np
 import oracle
 import pytest
@@ -52,19 +54,25 @@ def plain_step():
     return facts
 
 
+@pytest.fixture(scope="module")
+def plain(ranks):
+    """What a step without the plugin is made of, by the number of ranks."""
+    return functools.cache(lambda world_size: ranks(world_size).run(plain_step)[0])
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("kind", ["normalized", "combinatorial"])
-def test_metrics_are_those_of_the_dense_spectrum(ranks, world_size, kind):
+def test_metrics_are_those_of_the_dense_spectrum(ranks, plain, world_size, kind):
     edges = [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]
     section = {
         "graph": {"edges": edges, "laplacian": kind},
         "filter": {"response": "heat", "tau": 0.5, "tolerance": 1e-7, "strength": 0.9},
         "monitor": {"bands": BANDS, "interval": 1},
     }
-    plain = ranks(world_size).run(plain_step)[0]
-    names = [n for n in plain["weights"] if n in plain["gradients"] and tiny.is_filtered(n)]
-    weights = {n: plain["weights"][n] for n in names}
-    gradients = {n: plain["gradients"][n] for n in names}
+    facts = plain(world_size)
+    names = [n for n in facts["weights"] if n in facts["gradients"] and tiny.is_filtered(n)]
+    weights = {n: facts["weights"][n] for n in names}
+    gradients = {n: facts["gradients"][n] for n in names}
     adjacency = oracle.adjacency_of(weights, edges)
     laplacian = oracle.laplacian_of(adjacency, kind)
     lambda_max = 2.0 if kind == "normalized" else 2 * np.diag(laplacian).max()
@@ -122,19 +130,19 @@ def sketched_run(section):
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_wide_signals_are_measured_by_their_projections(ranks, world_size):
+def test_wide_signals_are_measured_by_their_projections(ranks, plain, world_size):
     edges = [{"family": "similarity", "neighbours": 3}, {"family": "depth"}]
     section = {
         "graph": {"edges": edges},
         "filter": {"response": "window", "strength": 1.0},
         "monitor": {"bands": BANDS, "interval": 1},
     }
-    plain = ranks(world_size).run(plain_step)[0]
-    names = [n for n in plain["weights"] if n in plain["gradients"] and tiny.is_filtered(n)]
+    facts = plain(world_size)
+    names = [n for n in facts["weights"] if n in facts["gradients"] and tiny.is_filtered(n)]
     laplacian = oracle.laplacian_of(
-        oracle.adjacency_of({n: plain["weights"][n] for n in names}, edges)
+        oracle.adjacency_of({n: facts["weights"][n] for n in names}, edges)
     )
-    columns = {n: oracle.as_nodes(plain["gradients"][n]) for n in names}
+    columns = {n: oracle.as_nodes(facts["gradients"][n]) for n in names}
     assert {c.shape[1] > 20 for c in columns.values()} == {True, False}
     sketches = {n: projected(c) if c.shape[1] > 20 else c for n, c in columns.items()}
     expected = dense_energies(laplacian, 2.0, sketches)

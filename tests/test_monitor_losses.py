@@ -114,7 +114,7 @@ def noise_scales(batches):
 
 
 def test_the_noise_scale_is_that_of_the_gradients_of_single_examples(ranks):
-    [(weight, estimate)] = ranks(1).run(noise_scales, 1001)
+    [(weight, estimate)] = ranks(1).run(noise_scales, 401)
     inputs, targets = (each.double().numpy() for each in examples())
     residual = inputs @ weight.astype(np.float64).T - targets
     gradients = (residual[:, :, None] * inputs[:, None, :]).reshape(EXAMPLES, -1)

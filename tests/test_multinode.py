@@ -155,8 +155,10 @@ def test_a_node_that_ignores_to_be_ended_is_killed(network, stand_ins, tmp_path)
     words = ["--nodes", 1, "--slots", 1, "--no_ssh", "--node_rank", 0]
     words += ["--master_addr", ADDRESSES[0], launch / "finetune.py"]
     node = started(*network.inside(0, "bash", launch / "multinode.sh", *words), PATH=stand_ins.path)
+    deadline = time.monotonic() + 30
     while not (tmp_path / "trains").exists():
         assert node.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     node.terminate()
     [end] = ended(node, timeout=SECONDS_TO_END)

@@ -1,5 +1,6 @@
 """What a plan predicts from shapes is what ranks then send, and hold."""
 
+import functools
 from dataclasses import replace
 
 import cells
@@ -124,6 +125,7 @@ def kernel_bytes(operators):
     return found
 
 
+@functools.cache
 def tiny_model():
     """The tiny model's shapes, and its optimizer's parameter groups."""
     model = tiny.TinyLlama()
@@ -137,18 +139,14 @@ def tiny_model():
     ), groups
 
 
-def planned(
-    section,
-    engine,
-    world_size,
-    way=USUAL[0],
-    elements=USUAL[1],
-    dtype=USUAL[2],
-    monitored=False,
-):
-    model, groups = tiny_model()
-    config = load_config({**section, "monitor": {"enabled": monitored}})
-    operator = replace(config.operator, exchange=way, exchange_dtype=dtype)
+@functools.cache
+def planned(label, engine, world_size, way):
+    """The plan of a section, or of the one that is monitored, by one of `PLANS`."""
+    (model, groups), (exchange, elements, dtype) = tiny_model(), way
+    is_monitored = label == "monitored"
+    section = MONITORED if is_monitored else SECTIONS[label]
+    config = load_config({**section, "monitor": {"enabled": is_monitored}})
+    operator = replace(config.operator, exchange=exchange, exchange_dtype=dtype)
     config = replace(config, operator=operator)
     cluster = planning.Cluster(world_size, 2)
     return planning.plan_configuration(
@@ -181,7 +179,7 @@ def test_shards_are_the_engines_own(cell):
 def test_bytes_of_known_edges_are_exact(cell, label):
     engine, world_size, by_rank = cell
     for way in PLANS:
-        plan = planned(SECTIONS[label], engine, world_size, *way)
+        plan = planned(label, engine, world_size, way)
         [graph] = plan.graphs
         expected, least, most = graph.edges
         assert (graph.all_nodes, expected, graph.lambda_max) == by_rank[0][label]["graph"]
@@ -198,18 +196,18 @@ def test_bytes_of_known_edges_are_exact(cell, label):
         assert facts["transpositions"] == slices["transpose"]
         # A slice of which no rank needs anything has no exchange.
         assert facts["exchanges"] <= slices["boundary"]
-    assert planned(SECTIONS[label], engine, world_size).bytes_sent == by_rank[0][label]["step"]
+    assert planned(label, engine, world_size, USUAL).bytes_sent == by_rank[0][label]["step"]
 
 
 @pytest.mark.parametrize("label", SECTIONS)
 def test_each_rank_holds_what_is_planned(cell, label):
     engine, world_size, by_rank = cell
     for way in PLANS:
-        [graph] = planned(SECTIONS[label], engine, world_size, *way).graphs
+        [graph] = planned(label, engine, world_size, way).graphs
         held = [facts[label][way]["scratch"] for facts in by_rank]
         # Slices of columns are taken to be alike on each rank.
         assert graph.memory["scratch"].max() == pytest.approx(max(held), rel=0.1)
-    [graph] = planned(SECTIONS[label], engine, world_size).graphs
+    [graph] = planned(label, engine, world_size, USUAL).graphs
     for kind in ("scratch", "kernels"):
         assert graph.memory[kind].tolist() == [facts[label][kind] for facts in by_rank]
     edges = np.array([facts[label]["edges"] for facts in by_rank])
@@ -220,7 +218,7 @@ def test_each_rank_holds_what_is_planned(cell, label):
 
 def test_statistics_take_about_what_is_planned(cell):
     engine, world_size, by_rank = cell
-    [graph] = planned(MONITORED, engine, world_size, monitored=True).graphs
+    [graph] = planned("monitored", engine, world_size, USUAL).graphs
     held = [facts["statistics"] for facts in by_rank]
     np.testing.assert_allclose(graph.memory["statistics"], held, rtol=0.3)
 

@@ -1,5 +1,7 @@
 """What a plan predicts of graphs of activations is what ranks then send, and hold."""
 
+import functools
+
 import cells
 import numpy as np
 import pytest
@@ -84,12 +86,20 @@ def device_bytes(graph):
     return sum(t.numel() * t.element_size() for t in held)
 
 
-def planned(label, engine, world_size):
+@functools.cache
+def tiny_model():
+    """What a plan knows of the tiny model, and its optimizer's parameter groups."""
     model = tiny.TinyLlama()
     name_of = {id(p): n for n, p in model.named_parameters()}
     groups = [[name_of[id(p)] for p in g["params"]] for g in tiny.parameter_groups(model)]
+    return planning.Model.of("tiny", model), groups
+
+
+@functools.cache
+def planned(label, engine, world_size):
+    model, groups = tiny_model()
     return planning.plan_configuration(
-        planning.Model.of("tiny", model),
+        model,
         load_config(SECTIONS[label]),
         engine,
         planning.Cluster(world_size, 2),
