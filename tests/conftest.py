@@ -44,6 +44,9 @@ FIRST = (
     "test_activations_ranks",
     "test_checkpoints_killed",
     "test_checkpoints_finetune",
+    "test_faults",
+    "test_long_runs",
+    "test_merge_refresh",
 )
 FAST = "--fast"
 

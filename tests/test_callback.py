@@ -142,7 +142,7 @@ def test_a_step_is_filtered_before_it_is_clipped(
         assert norm == pytest.approx(expected_norm, rel=1e-5)
         factor = max(1.0, (norm + 1e-6) / LIMIT)
         got = {name: (before[name] - after[name]) / RATE * factor for name in names}
-        assert relative_error(got, expected) <= 1e-5
+        assert relative_error(got, expected, 0.1) <= 1e-5  # weights are rounded
         for name in before.keys() - set(names):  # frozen
             np.testing.assert_array_equal(before[name], after[name])
 

@@ -4,14 +4,14 @@ import time
 
 import pytest
 import torch
-from launching import SCRIPTS, launched
+from launching import SCRIPTS, forked, launched
 
 SCRIPT = SCRIPTS / "restarting_loop.py"
 # Far below the half hour that a process group waits for ranks that are silent.
 SECONDS_TO_END = 60
 
 
-def trained(folder, engine, fault="", restarts=0):
+def trained(folder, engine, fault, restarts=0):
     """The script on two ranks: how it ended, and after how many seconds."""
     folder.mkdir(exist_ok=True)
     started = time.monotonic()
@@ -32,8 +32,8 @@ def weights(folder):
 @pytest.fixture(scope="module", params=["ddp", "zero2"])
 def uninterrupted(request, processes, tmp_path_factory):
     """The name of an engine, and the weights that it ends with."""
-    folder = tmp_path_factory.mktemp("runs") / request.param
-    ended, _ = trained(folder, request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    ended = forked(2, SCRIPT, folder, request.param, runner=False, TORCHELASTIC_RESTART_COUNT="0")
     assert ended.code == 0, ended.stderr
     return request.param, weights(folder)
 
