@@ -5,10 +5,13 @@ its own: ranks that hand each other small messages gain nothing from a second on
 tests that start a process are left out.
 """
 
+import logging
 import multiprocessing.process
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -97,6 +100,29 @@ def ranks(processes: None) -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[..., list[str]]:
+    """`said(level)`: what the package logged so far, a string a message; by itself, warnings."""
+    caplog.set_level(logging.INFO, "spectral_ds")
+    return lambda level=logging.WARNING: [
+        record.getMessage() for record in caplog.records if record.levelno >= level
+    ]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """`script(text)` writes a script, with a module beside it that it can import."""
+    (tmp_path / "helper.py").write_text("")
+
+    def write(text: str) -> str:
+        path = tmp_path / "train.py"
+        path.write_text(text)
+        return str(path)
+
+    yield write
+    sys.modules.pop("helper", None)
 
 
 @pytest.fixture

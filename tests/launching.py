@@ -96,3 +96,11 @@ def _child(words: list[str], runner: bool, environment: dict[str, str], log: str
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))  # as the interpreter does
         _left.append(runpy.run_path(words[0], run_name="__main__"))
+
+
+def assert_nothing_is_attached(stderr, words):
+    """It is said once, with the reason."""
+    assert stderr.count("NOTHING IS ATTACHED") == 1
+    [reason] = stderr.partition("NOTHING IS ATTACHED")[2].split("\n")[1:2]
+    for word in words:
+        assert word in reason

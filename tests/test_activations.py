@@ -1,7 +1,6 @@
 """Filters, regularizers and inputs of co-activation graphs in one process, against dense numpy."""
 
 import copy
-import logging
 
 import activations
 import numpy as np
@@ -30,15 +29,6 @@ from plain_step import one_step
 import spectral_ds
 
 NOTHING = np.zeros((0, 9), np.int64)
-
-
-@pytest.fixture
-def said(caplog):
-    """What the package warned of so far, one string a message."""
-    caplog.set_level(logging.INFO, "spectral_ds")
-    return lambda level=logging.WARNING: [
-        r.getMessage() for r in caplog.records if r.levelno >= level
-    ]
 
 
 def step_by(section, model=None):

@@ -32,15 +32,6 @@ def gradients_of(model):
     return {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture
-def said(caplog):
-    """What the package logged so far, one string a message."""
-    caplog.set_level(logging.INFO, "spectral_ds")
-    return lambda level=logging.WARNING: [
-        record.getMessage() for record in caplog.records if record.levelno >= level
-    ]
-
-
 # Parameters that come to be trained
 
 
