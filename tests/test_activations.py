@@ -27,6 +27,7 @@ from expected import relative_error
 from plain_step import one_step
 
 import spectral_ds
+from spectral_ds.coactivation import operator
 
 NOTHING = np.zeros((0, 9), np.int64)
 
@@ -132,22 +133,41 @@ def test_the_regularizer_pulls_by_activity(coupling, strength, response, said):
     assert not [message for message in said() if "overshoot" in message]
 
 
+class NormAside(torch.nn.Module):
+    """A small matrix, and a norm of more elements, which has no inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(6, 2), torch.nn.LayerNorm(30)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_two_bytes_are_pulled_like_others(dtype):
-    """A norm has no inputs: it is pulled as a whole, towards a reference in float32."""
+@pytest.mark.parametrize("coupling", ["joint", "decoupled"])
+def test_weights_of_two_bytes_are_pulled_like_others(dtype, coupling, monkeypatch):
+    """A norm has no inputs: it is pulled part by part, towards a reference in float32."""
+    monkeypatch.setattr(operator, "FEWEST", 1)
     found = []
     for each in (torch.float32, dtype):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)).to(each)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        pull = {**PULL, "strength": 2.0, "coupling": "decoupled", "reference": "pretrained"}
+        model = NormAside().to(each)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        pull = {**PULL, "strength": 2.0, "coupling": coupling, "reference": "pretrained"}
         section = section_of({"keep": "given"}, filter=IDLE, regularizer=pull)
         del section["filter"]["tau"]
         plugin = spectral_ds.attach(model, optimizer, section)
         plugin.calibrate([(torch.randn(20, 6).to(each),)])
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
+        for step in (1.0, 0.5):
+            for parameter in model.parameters():
+                parameter.grad = torch.linspace(step, 1, parameter.numel(), dtype=each).view_as(
+                    parameter
+                )
+            optimizer.step()
+        parts = list(plugin.stack.graphs[0].held.operator.moved(torch.zeros(30), None))
+        assert [len(moved) for _, moved in parts] == [12, 12, 6]
+        assert len({moved.data_ptr() for _, moved in parts}) == 1, "memory is used again"
         found.append([p.detach().float() for p in model.parameters()])
         plugin.detach()
     for wanted, got in zip(*found, strict=True):

@@ -203,11 +203,14 @@ class CoactivationPenalty:
         """Target ← target + factor · Δ (r(R) + ρI), a factor a fragment (collective)."""
         before, held = reference.fragments, self._held
         held.operator.add(weights, before, target, held.factors_of(self._factors), factors)
+        scale_of_others = self._of_others + self._ridge
         for index in held.others:
-            moved, onto = _difference(weights, before, index), target[index]
-            if moved is not None and onto is not None:
-                scale = factors[index] * (self._of_others + self._ridge)
-                onto.add_(moved.to(onto.device), alpha=scale)
+            weight, onto = weights[index], target[index]
+            if weight is None or onto is None:
+                continue
+            start, scale = _reference_at(before, index), factors[index] * scale_of_others
+            for some, moved in held.operator.moved(weight, start):
+                onto[some].add_(moved.to(onto.device), alpha=scale)
 
     def pull(self, reference: Reference, weights: Signal, steps: Sequence[float]) -> None:
         """Δ ← Δ (I + step · (r(R) + ρI))⁻¹ in place: stable at any step (collective).
@@ -238,14 +241,14 @@ class CoactivationPenalty:
             if (weight := weights[index]) is None:
                 continue
             step = steps[index] * (self._of_others + self._ridge)
-            start = None if before is None else before[index]
+            start = _reference_at(before, index)
             if start is None:
                 weight.mul_(1 / (1 + step))
             elif weight.dtype == start.dtype:
                 weight.lerp_(start.to(weight.device, non_blocking=True), step / (1 + step))
             else:  # in float32, so that a weight at its reference stays there
-                moved = weight - start.to(weight.device, non_blocking=True)
-                weight.sub_(moved, alpha=step / (1 + step))
+                for some, moved in held.operator.moved(weight, start):
+                    weight[some].sub_(moved.to(weight.device), alpha=step / (1 + step))
 
     def _memory(self, graph: Key, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For Q of a graph at one of the learning rates of a step, and its gains; made once."""
@@ -264,9 +267,10 @@ class CoactivationPenalty:
             total += (acting.values.double() - acting.rest) @ energy.directions
             total += (acting.rest + self._ridge) * energy.total
         for index in held.others:
-            if (moved := _difference(weights, before, index)) is not None:
-                square = moved.to(held.device, torch.float32).square().sum(dtype=torch.float64)
-                total += (self._of_others + self._ridge) * square
+            if (weight := weights[index]) is not None:
+                for _, moved in held.operator.moved(weight, _reference_at(before, index)):
+                    square = moved.square().sum(dtype=torch.float64)
+                    total += (self._of_others + self._ridge) * square
         return total
 
     def _at(self, frequency: float) -> float:
@@ -287,11 +291,8 @@ def _thin(vectors: torch.Tensor, values: torch.Tensor, rest: float) -> torch.Ten
     return ((values - rest) * vectors).T.contiguous()
 
 
-def _difference(weights: Signal, reference: Signal | None, index: int) -> torch.Tensor | None:
-    weight, before = weights[index], None if reference is None else reference[index]
-    if weight is None or before is None:
-        return weight
-    return weight - before.to(weight.device)
+def _reference_at(reference: Signal | None, index: int) -> torch.Tensor | None:
+    return None if reference is None else reference[index]
 
 
 def responses_within(transfer: Transfer, lambda_max: float) -> Response:

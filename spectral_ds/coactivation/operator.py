@@ -103,6 +103,9 @@ Read = Callable[[Piece, slice], torch.Tensor]
 # Takes G of them.
 Write = Callable[[Piece, slice, torch.Tensor], None]
 
+# Of a fragment without rows, as many elements are taken together where the rows are short.
+FEWEST = 2**16
+
 
 class SubspaceOperator:
     """Evaluates functions on what one rank holds. Made on all ranks, without communication.
@@ -195,6 +198,24 @@ class SubspaceOperator:
                 view.copy_(start).add_(result.to(view.device))
 
         self._run(signal, factors_of, self._difference(signal, reference), write)
+
+    def moved(
+        self, fragment: torch.Tensor, reference: torch.Tensor | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """X − X_ref of a fragment that no matrix has part in, some elements after others.
+
+        Args:
+            fragment: flat, any floating dtype, on any device.
+            reference: as long; None: 0.
+
+        Yields:
+            which elements, and their difference, float32, on the device, until the next ones.
+        """
+        at_once = max(self._largest, min(self._at_most, FEWEST))
+        for first in range(0, len(fragment), at_once):
+            some = slice(first, first + at_once)
+            start = None if reference is None else reference[some]
+            yield some, self._moved(fragment[some], start)
 
     def measure(
         self, signal: Signal, reference: Signal | None, factors_of: FactorsOf
@@ -289,22 +310,24 @@ class SubspaceOperator:
 
     def _difference(self, signal: Signal, reference: Signal | None) -> Read:
         def read(piece: Piece, rows: slice) -> torch.Tensor:
-            view = self._view(piece, rows, signal)
-            moved = self._stage(view.shape)
-            if reference is None:
-                return moved.copy_(view)
-            start = self._view(piece, rows, reference)
-            is_plain = view.dtype == start.dtype == moved.dtype
-            if is_plain and view.device == start.device == moved.device:
-                return torch.sub(view, start, out=moved)
-            return moved.copy_(view).sub_(start.to(self._device, non_blocking=True))
+            start = None if reference is None else self._view(piece, rows, reference)
+            return self._moved(self._view(piece, rows, signal), start)
 
         return read
 
+    def _moved(self, view: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+        moved = self._stage(view.shape)
+        if start is None:
+            return moved.copy_(view)
+        is_plain = view.dtype == start.dtype == moved.dtype
+        if is_plain and view.device == start.device == moved.device:
+            return torch.sub(view, start, out=moved)
+        return moved.copy_(view).sub_(start.to(self._device, non_blocking=True))
+
     def _stage(self, shape: torch.Size) -> torch.Tensor:
         """Memory of this shape, used again for the next rows."""
-        if len(self._staging) == 0:
-            self._staging = torch.empty(self._largest, device=self._device)
+        if len(self._staging) < shape.numel():
+            self._staging = torch.empty(max(self._largest, shape.numel()), device=self._device)
         return self._staging[: shape.numel()].view(shape)
 
 
