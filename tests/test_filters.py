@@ -14,6 +14,7 @@ from spectral_ds.filters import (
     TemporalFilter,
     Updates,
 )
+from spectral_ds.laplacian import KernelUnavailableError, kernels, require_kernel
 from spectral_ds.sharding import Fragment
 
 
@@ -47,19 +48,33 @@ def test_kernels_multiply_alike(kernel):
         np.testing.assert_allclose(out.numpy(), expected, atol=1e-5)
 
 
-def test_a_missing_torch_sparse_is_an_error_or_a_warning(monkeypatch, caplog):
-    from spectral_ds.laplacian import KernelUnavailableError, kernels, require_kernel
+class BuiltWithoutCUDA(kernels.TorchSparseKernel):
+    """As torch-sparse is where CUDA's compiler was not at hand: it multiplies on the host alone."""
 
-    monkeypatch.setitem(__import__("sys").modules, "torch_sparse", None)
+    def multiply(self, x, out, alpha, beta):
+        raise RuntimeError("Not compiled with CUDA support\nException raised from spmm")
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_torch_sparse_that_does_not_work_here_is_an_error_or_a_warning(
+    monkeypatch, caplog, is_there
+):
+    if is_there:
+        monkeypatch.setitem(kernels.KERNELS, "torch_sparse", BuiltWithoutCUDA)
+    else:
+        monkeypatch.setitem(__import__("sys").modules, "torch_sparse", None)
     kernels._torch_sparse.cache_clear()
     kernels._warn_once.cache_clear()
+    cpu = torch.device("cpu")
+    words = r"operator\.kernel.*on cpu \(.*\); .*no-build-isolation"
     try:
-        with pytest.raises(KernelUnavailableError, match=r"operator\.kernel.*no-build-isolation"):
-            require_kernel("torch_sparse")
-        require_kernel("torch_csr")
+        with pytest.raises(KernelUnavailableError, match=words) as refused:
+            require_kernel("torch_sparse", cpu)
+        assert ("CUDA support)" in str(refused.value)) == is_there
+        require_kernel("torch_csr", cpu)
         assert not caplog.records
-        require_kernel("best")
-        require_kernel("best")
+        require_kernel("best", cpu)
+        require_kernel("best", cpu)
         assert len(caplog.records) == 1
         assert "torch's own" in caplog.text
         chosen = small_graph(kernel="best")[1].operators[0].kernel.name

@@ -22,7 +22,8 @@ from spectral_ds.sharding import Communicator
 KernelName = Literal["best", "torch_sparse", "torch_csr", "embedding_bag"]
 
 INSTALL_TORCH_SPARSE = (
-    "install it after torch: pip install --no-build-isolation torch-scatter torch-sparse"
+    "install it after torch, and for CUDA where its compiler is: "
+    "pip install --no-build-isolation torch-scatter torch-sparse"
 )
 
 
@@ -139,30 +140,55 @@ def _torch_sparse() -> Any:
     return torch_sparse
 
 
-def require_kernel(name: KernelName, says: bool = True) -> None:
+def multiply_tiny(name: str, device: torch.device) -> None:
+    """Multiply a tiny matrix on a device, whose product is known.
+
+    Raises:
+        RuntimeError: the product is wrong; or whatever an installation raises that is broken, or
+            was built without this kind of device.
+    """
+    matrix = csr_array(np.array([[2.0, -1.0, 0.0], [-1.0, 0.0, 3.0]]))
+    x = torch.arange(6.0).view(3, 2)
+    wanted = 2 * torch.from_numpy(matrix.toarray()).float() @ x + 1
+    out = torch.ones(2, 2, device=device)
+    KERNELS[name](matrix, device, torch.float32).multiply(x.to(device), out, 2.0, 1.0)
+    if not torch.allclose(out.cpu(), wanted):
+        raise RuntimeError(f"gives a wrong product on {device.type}")
+
+
+def require_kernel(name: KernelName, device: torch.device, says: bool = True) -> None:
     """Check that a configured kernel can be used; `best` only warns, once.
 
     Args:
+        device: where it will multiply.
         says: whether this rank is the one that warns.
 
     Raises:
-        KernelUnavailableError: `torch_sparse` is asked for and does not import.
+        KernelUnavailableError: the kernel does not multiply there.
     """
-    if name in ("torch_csr", "embedding_bag"):
+    reason = _why_not("torch_sparse" if name == "best" else name, device)
+    if not reason:
         return
+    if name != "best":
+        install = f"{INSTALL_TORCH_SPARSE}, or " if name == "torch_sparse" else ""
+        raise KernelUnavailableError(
+            f"operator.kernel is {name!r}, which does not work on {device.type} ({reason}); "
+            f"{install}set operator.kernel to 'best' or 'torch_csr'"
+        )
+    if says:
+        _warn_once(
+            f"torch_sparse does not work on {device.type} ({reason}): using torch's own kernels; "
+            f"to have both, {INSTALL_TORCH_SPARSE}"
+        )
+
+
+def _why_not(name: str, device: torch.device) -> str:
+    """Why a kernel does not work on a device; empty if it does."""
     try:
-        _torch_sparse()
-    except (ImportError, OSError) as error:
-        if name == "torch_sparse":
-            raise KernelUnavailableError(
-                f"operator.kernel is 'torch_sparse', but torch_sparse does not import ({error}); "
-                f"{INSTALL_TORCH_SPARSE}, or set operator.kernel to 'best' or 'torch_csr'"
-            ) from error
-        if says:
-            _warn_once(
-                f"torch_sparse does not import ({error}): using torch's own kernels; "
-                f"to have both, {INSTALL_TORCH_SPARSE}"
-            )
+        multiply_tiny(name, device)
+    except (ImportError, OSError, RuntimeError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
 
 
 @cache
@@ -173,8 +199,8 @@ def _warn_once(message: str) -> None:
 def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Communicator) -> str:
     """The name of the kernel to use (collective for `best`).
 
-    `best` times the sparse kernels on the ranks' real blocks and takes the faster in sum, on all
-    ranks alike: replicas of a gradient must not differ in the last bit.
+    `best` times the sparse kernels that work on the ranks' real blocks, and takes the fastest in
+    sum, on all ranks alike: replicas of a gradient must not differ in the last bit.
 
     Args:
         block: A, float64, indices sorted.
@@ -189,21 +215,13 @@ def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Comm
         candidates.append("embedding_bag")
     seconds = torch.zeros(len(candidates), dtype=torch.float64, device=device)
     for index, candidate in enumerate(candidates):
-        if candidate == "torch_sparse" and not _imports_torch_sparse():
+        if _why_not(candidate, device):
             seconds[index] = math.inf
         elif block.shape[0] > 0 and width > 0:
             x = torch.zeros(block.shape[1], width, device=device)
             out = torch.zeros(block.shape[0], width, device=device)
             seconds[index] = _seconds(KERNELS[candidate](block, device, dtype), x, out)
     return candidates[int(everyone.sum_(seconds).argmin())]
-
-
-def _imports_torch_sparse() -> bool:
-    try:
-        _torch_sparse()
-    except (ImportError, OSError):
-        return False
-    return True
 
 
 def _seconds(kernel: Kernel, x: torch.Tensor, out: torch.Tensor, repeats: int = 3) -> float:

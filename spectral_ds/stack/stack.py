@@ -279,7 +279,8 @@ def agree_on_graphs(engine: Engine, config: SpectralConfig) -> list[GraphChoice]
                 raise ValueError(_difference(rank, dict(shapes), dict(models[0])))
         choices = choose_graphs(engine.shapes, config, facts)
         try:
-            require_kernel(config.operator.kernel, engine.everyone.rank == 0)
+            everyone = engine.everyone
+            require_kernel(config.operator.kernel, everyone.device, everyone.rank == 0)
         except KernelUnavailableError as error:
             raise SpectralConfigError(f"spectral_ds.{error}") from error
     return choices
