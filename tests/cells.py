@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from ranks import DEVICE
+from ranks import device
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import spectral_ds
@@ -146,6 +146,8 @@ class Training:
             context = deepspeed.zero.Init(config_dict_or_path=config) if cell.zero_init else None
             with context or nullcontext():
                 module = model()
+            if not cell.zero_init:
+                module.to(device())
             self.engine, *_ = self._initialize(
                 model=module,
                 optimizer=optimizer,
@@ -159,7 +161,7 @@ class Training:
         cell = self.cell
         module = wrapped = model()
         if not cell.offload:
-            module.to(DEVICE)
+            module.to(device())
         if cell.engine in ("fsdp2", "hsdp"):
             shard(module, cell)
         elif cell.engine == "ddp":
@@ -240,9 +242,11 @@ def shard(module: torch.nn.Module, cell: Cell) -> None:
 
     world_size = dist.get_world_size()
     if cell.engine == "hsdp":
-        mesh = init_device_mesh(DEVICE, (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            device(), (2, world_size // 2), mesh_dim_names=("replicate", "shard")
+        )
     else:
-        mesh = init_device_mesh(DEVICE, (world_size,))
+        mesh = init_device_mesh(device(), (world_size,))
     options: dict[str, Any] = {"mesh": mesh}
     if cell.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)

@@ -34,6 +34,7 @@ FIRST = (
     "test_multinode",
     "test_launch",
     "test_engines",
+    "test_device",
     "test_run",
     "test_oracle",
     "test_checkpoints_deepspeed",
@@ -88,13 +89,23 @@ def _no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="session")
 def ranks(processes: None) -> Iterator[Callable[[int], RankPool]]:
     """`ranks(n)`: the pool of n ranks."""
+    yield from _pools()
+
+
+@pytest.fixture(scope="session")
+def devices(processes: None) -> Iterator[Callable[[int], RankPool]]:
+    """`devices(n)`: the pool of n ranks that train on a device, each on its own."""
+    yield from _pools(SPECTRAL_DS_DEVICE=DEVICE if DEVICE != "cpu" else "apart")
+
+
+def _pools(**environment: str) -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
         if DEVICE != "cpu" and world_size > most_ranks():
             pytest.skip(f"needs {world_size} devices")
         if world_size not in pools or not pools[world_size].is_alive:
-            pools[world_size] = RankPool(world_size)
+            pools[world_size] = RankPool(world_size, **environment)
         return pools[world_size]
 
     yield pool

@@ -2,7 +2,7 @@
 
 In: a function of a test module and its arguments. Out: what it returned on each rank. A rank that
 raises reports its error; a rank that hangs ends the pool. Ranks are of gloo on the CPU; where
-SPECTRAL_DS_DEVICE is `cuda`, of NCCL, each on a device of its own.
+SPECTRAL_DS_DEVICE is `cuda`, of NCCL, each on a device of its own; where it is `apart`, see there.
 """
 
 import multiprocessing as mp
@@ -19,8 +19,10 @@ from typing import Any
 
 TIMEOUT_SECONDS = 120
 
-# What the ranks train on.
+# What all ranks train on that are not asked to train elsewhere.
 DEVICE = os.environ.get("SPECTRAL_DS_DEVICE", "cpu")
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "apart": "cpu:gloo,apart:apart"}
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -49,6 +51,11 @@ mp.set_forkserver_preload(
         "spectral_ds.run",
     ]
 )
+
+
+def device() -> str:
+    """What this rank trains on."""
+    return os.environ.get("SPECTRAL_DS_DEVICE", DEVICE)
 
 
 def most_ranks() -> int:
@@ -154,10 +161,14 @@ def _serve(
     torch.set_num_threads(1)
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if DEVICE == "cuda":
+    if device() == "cuda":
         torch.cuda.set_device(rank)
+    if device() == "apart":
+        import apart
+
+        apart.use()
     torch.distributed.init_process_group(
-        "gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl",
+        BACKENDS[device()],
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from ranks import DEVICE
+from ranks import device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GLOBAL_BATCH = 24
@@ -126,7 +126,7 @@ def batches(accumulation: int, step: int = 0) -> list[torch.Tensor]:
     """This rank's micro-batches of one step; together over ranks always the same sequences."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(0, 53, (GLOBAL_BATCH, 9), generator=generator)
-    own = tokens[dist.get_rank() :: dist.get_world_size()].to(DEVICE)
+    own = tokens[dist.get_rank() :: dist.get_world_size()].to(device())
     return list(own.chunk(accumulation))
 
 
