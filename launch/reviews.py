@@ -5,7 +5,7 @@ In:  the name of a corpus; pip's configured package index, where the corpora lie
 Out: a TSV in the cache folder, one text a line: id, mean rating in [-4, 4], text. Its path is
      printed. A corpus that is already there is not fetched again.
 
-    python launch/reviews.py [--corpus movies|amazon|editorials] [--cache DIR]
+    python launch/reviews.py [--corpus movies|amazon|editorials|tweets] [--cache DIR]
 """
 
 from __future__ import annotations

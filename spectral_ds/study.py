@@ -45,8 +45,8 @@ class Study:
         """Family activations: keep what the model knows of these inputs (collective).
 
         Args:
-            batches: each the keyword arguments of the model, or its one argument; equal on all
-                ranks, which share them out.
+            batches: each the keyword arguments of the model, a tuple of arguments, or its one
+                argument; equal on all ranks, which share them out.
 
         Raises:
             ValueError: no graph is of family activations, or there is no batch.
@@ -88,6 +88,9 @@ class Study:
 
         Tensors of fixed shapes: whole on every rank, or DTensors laid out like their parameters.
         Collective; DeepSpeed's checkpoints carry the state by themselves.
+
+        Raises:
+            UnsupportedEngineError: the engine is DeepSpeed's.
         """
         return self._persistence.tensors()
 
@@ -95,7 +98,9 @@ class Study:
         """Go on from a `state_dict` that `torch.distributed.checkpoint.load` has filled.
 
         Raises:
-            CheckpointError: a part that the configuration needs is missing; on all ranks.
+            CheckpointError: a part that the configuration needs is missing or altered, or it is of
+                another model or graph; on all ranks. See `load` for `checkpoint.strict: false`.
+            UnsupportedEngineError: the engine is DeepSpeed's.
         """
         self._persistence.use_tensors(state_dict)
 
@@ -131,6 +136,8 @@ class Study:
     def eigenpairs(self, k: int, graph: int = 0) -> list[Eigenpairs]:
         """The k lowest eigenpairs of every group of joined parameters (collective).
 
+        On a graph of family activations: the k most active directions of each layer, on rank 0.
+
         Args:
             graph: which of several stacked graphs.
 
@@ -157,7 +164,8 @@ class Study:
         """Signal, noise and their ratio per band of frequency, from the samples so far.
 
         Raises:
-            RuntimeError: nothing is sampled: the monitor is off and nothing else needs it.
+            RuntimeError: nothing is sampled: the monitor is off and nothing else needs it, or the
+                graph is of family activations.
             ValueError: there is no such graph.
         """
         return self.stack.graph(graph).signal_to_noise()

@@ -160,7 +160,7 @@ def _missing(versions: dict[str, Any], kernels: dict[str, Any]) -> Iterator[dict
     if not kernels["torch_sparse"]["works"]:
         yield {
             "what": "torch-sparse",
-            "why": f"one of two multiply kernels; {kernels['torch_sparse']['detail']}",
+            "why": f"one of three multiply kernels; {kernels['torch_sparse']['detail']}",
             "command": f"{sys.executable} -m pip install --no-build-isolation torch-scatter "
             "torch-sparse",
         }

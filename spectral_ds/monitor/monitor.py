@@ -47,7 +47,7 @@ class Monitor:
             `gradient_norm/before` and `/after` of the filtered parameters (`update_norm` if
             updates are filtered); `band_energy_before/b` and `band_energy_after/b`, shares of
             energy in equal bands of frequency, lowest first, or, on a graph of activations, in
-            bands of directions, `others` and the numbers of others such as `003-004`, and
+            bands of directions, `others` and the numbers of others such as `03-04`, and
             `active_energy/...`, `most_active_energy/...`: shares along the known and the 32 most
             active directions, `before`, `after` and `by_chance`; once two gradients were sampled,
             `signal_to_noise/b`, `/total` and `/kept_over_total`, of (1 − s) + s·h(λ) at the
