@@ -38,12 +38,8 @@ class CoactivationMeasurement(Measurement[ActiveEnergies]):
 
     charts: ClassVar[Charts] = {
         "energy along active directions": ("active_energy/", "most_active_energy/"),
-        "energy by activity (lowest number: the most active direction), before": (
-            "band_energy_before/",
-        ),
-        "energy by activity (lowest number: the most active direction), after": (
-            "band_energy_after/",
-        ),
+        "energy by activity (lowest number: most active), before": ("band_energy_before/",),
+        "energy by activity (lowest number: most active), after": ("band_energy_after/",),
     }
 
     def __init__(
