@@ -102,7 +102,7 @@ def _pools(**environment: str) -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 
     def pool(world_size: int) -> RankPool:
-        if DEVICE != "cpu" and world_size > most_ranks():
+        if world_size > most_ranks():
             pytest.skip(f"needs {world_size} devices")
         if world_size not in pools or not pools[world_size].is_alive:
             pools[world_size] = RankPool(world_size, **environment)

@@ -27,7 +27,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "apart": "cpu:gloo,apar
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "DS_ACCELERATOR": DEVICE,
+    "DS_ACCELERATOR": "cuda" if DEVICE == "cuda" else "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -35,7 +35,7 @@ ENVIRONMENT = {
 os.environ.update(ENVIRONMENT)
 
 # A process that is forked cannot use a device that its parent has looked for.
-_context: Any = mp.get_context("forkserver" if DEVICE == "cpu" else "spawn")
+_context: Any = mp.get_context("spawn" if DEVICE == "cuda" else "forkserver")
 # What each rank, and each script that `launching` forks, would import again for itself: in seconds.
 mp.set_forkserver_preload(
     [
@@ -62,7 +62,7 @@ def most_ranks() -> int:
     """How many ranks a pool can have here."""
     import torch
 
-    return 4 if DEVICE == "cpu" else torch.cuda.device_count()
+    return torch.cuda.device_count() if DEVICE == "cuda" else 4
 
 
 @dataclass(frozen=True)

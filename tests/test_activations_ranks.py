@@ -61,7 +61,7 @@ def step_from_here():
     """Its facts without the plugin."""
     training = Training("plain", None, ThereAndBack, model=CalledByIds)
     [facts] = steps_from_here(training, [None], 1)
-    return facts, [tiny.batches(1, index)[0].numpy() for index in (0, 1)]
+    return facts, [tiny.batches(1, index)[0].cpu().numpy() for index in (0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,7 @@ def busy_steps(name, section, folder):
     ("zero3-offload", "similar gradients"),
     ("fsdp2-offload", "co-activation"),
     ("fsdp2", "stack"),
+    ("ddp", "similar gradients"),
 ])  # fmt: skip
 def test_training_there_is_training_here(ranks, devices, name, label, tmp_path):
     world_size = 1 if name == "plain" else 2

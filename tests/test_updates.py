@@ -31,7 +31,8 @@ ALL_CELLS = {
 
 def edited(old, new, name, start):
     """What a run here makes of an update of elements `start` and on of a flat parameter."""
-    place = torch.arange(start, start + len(new)) + zlib.crc32(name.encode()) % 1009
+    place = torch.arange(start, start + len(new), device=old.device)
+    place += zlib.crc32(name.encode()) % 1009
     return old + 0.5 * (new - old) + (place * 37 % 101 - 50) * 2.0**-13
 
 
@@ -70,7 +71,7 @@ class Editor:
         """`weights()` of all ranks, by parameter."""
         engine = self.engine
         found = {n: torch.full((np.prod(s),), torch.nan) for n, s in engine.shapes.items()}
-        own = list(zip(engine.fragments, [w.clone() for w in engine.weights()], strict=True))
+        own = list(zip(engine.fragments, [w.clone().cpu() for w in engine.weights()], strict=True))
         for fragments in engine.communicator.gather_objects(own):
             for fragment, weight in fragments:
                 found[fragment.parameter][fragment.start : fragment.end] = weight
@@ -143,7 +144,7 @@ def the_same_without_an_engine(before, optimizer, model):
             for group in stepper.param_groups:
                 group["lr"] *= 0.5
         old = {n: p.detach().clone() for n, p in named.items() if p.requires_grad}
-        module(tiny.batches(1, index)[0]).backward()
+        module(tiny.batches(1, index)[0].cpu()).backward()
         stepper.step()
         stepper.zero_grad()
         if index < 2:

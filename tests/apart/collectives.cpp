@@ -14,8 +14,9 @@ using Tensors = std::vector<at::Tensor>;
 using Result = c10::intrusive_ptr<c10d::Work>;
 
 struct Done final : c10d::Work {
-  Done() : future(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::ofTensors())) {
-    future->markCompleted(c10::List<at::Tensor>());
+  explicit Done(const Tensors& results)
+      : future(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::ofTensors())) {
+    future->markCompleted(c10::List<at::Tensor>(results));
     finish();
   }
   bool wait(std::chrono::milliseconds) override { return true; }
@@ -23,9 +24,9 @@ struct Done final : c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> future;
 };
 
-Result done(const Result& work) {
+Result done(const Result& work, const Tensors& results = {}) {
   work->wait();
-  return c10::make_intrusive<Done>();
+  return c10::make_intrusive<Done>(results);
 }
 
 at::Tensor host(const at::Tensor& tensor) {
@@ -54,15 +55,15 @@ class Backend final : public c10d::Backend {
 
   Result broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override {
     auto own = host(tensors);
-    return done(gloo_->broadcast(own, options));
+    return done(gloo_->broadcast(own, options), tensors);
   }
   Result allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     auto own = host(tensors);
-    return reduced(own, options, [&](auto& o) { return gloo_->allreduce(own, o); });
+    return reduced(tensors, own, options, [&](auto& o) { return gloo_->allreduce(own, o); });
   }
   Result reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
     auto own = host(tensors);
-    return reduced(own, options, [&](auto& o) { return gloo_->reduce(own, o); });
+    return reduced(tensors, own, options, [&](auto& o) { return gloo_->reduce(own, o); });
   }
   Result allgather(
       std::vector<Tensors>& out, Tensors& in, const c10d::AllgatherOptions& options) override {
@@ -73,12 +74,12 @@ class Backend final : public c10d::Backend {
   Result _allgather_base(
       at::Tensor& out, at::Tensor& in, const c10d::AllgatherOptions& options) override {
     auto to = host(out), from = host(in);
-    return done(gloo_->_allgather_base(to, from, options));
+    return done(gloo_->_allgather_base(to, from, options), {out});
   }
   Result allgather_into_tensor_coalesced(
       Tensors& out, Tensors& in, const c10d::AllgatherOptions& options) override {
     auto to = host(out), from = host(in);
-    return done(gloo_->allgather_into_tensor_coalesced(to, from, options));
+    return done(gloo_->allgather_into_tensor_coalesced(to, from, options), out);
   }
   Result reduce_scatter(
       Tensors& out,
@@ -86,12 +87,12 @@ class Backend final : public c10d::Backend {
       const c10d::ReduceScatterOptions& options) override {
     auto to = host(out);
     auto from = host(in);
-    return reduced(to, options, [&](auto& o) { return gloo_->reduce_scatter(to, from, o); });
+    return reduced(out, to, options, [&](auto& o) { return gloo_->reduce_scatter(to, from, o); });
   }
   Result _reduce_scatter_base(
       at::Tensor& out, at::Tensor& in, const c10d::ReduceScatterOptions& options) override {
     auto to = host(out), from = host(in);
-    return reduced({to}, options, [&](auto& o) {
+    return reduced({out}, {to}, options, [&](auto& o) {
       return gloo_->_reduce_scatter_base(to, from, o);
     });
   }
@@ -102,7 +103,7 @@ class Backend final : public c10d::Backend {
       std::vector<int64_t>& sent,
       const c10d::AllToAllOptions& options) override {
     auto to = host(out), from = host(in);
-    return done(gloo_->alltoall_base(to, from, received, sent, options));
+    return done(gloo_->alltoall_base(to, from, received, sent, options), {out});
   }
   Result barrier(const c10d::BarrierOptions& options) override {
     return done(gloo_->barrier(options));
@@ -111,13 +112,13 @@ class Backend final : public c10d::Backend {
  private:
   // NCCL knows means, which gloo does not.
   template <class Options, class Run>
-  Result reduced(const Tensors& results, Options options, Run run) {
+  Result reduced(const Tensors& results, const Tensors& same, Options options, Run run) {
     const bool is_mean = options.reduceOp == ReduceOp::AVG;
     if (is_mean) options.reduceOp = ReduceOp::SUM;
     run(options)->wait();
     if (is_mean)
-      for (auto result : results) result.div_(getSize());
-    return c10::make_intrusive<Done>();
+      for (auto result : same) result.div_(getSize());
+    return c10::make_intrusive<Done>(results);
   }
 
   c10::intrusive_ptr<c10d::Backend> gloo_;
