@@ -1,8 +1,8 @@
 """What only shows on a device: nothing is joined with what is on the host; silent steps wait for
 nothing and allocate nothing; exchanges there.
 
-On CUDA where SPECTRAL_DS_DEVICE is `cuda`, and so does every test of ranks then. Elsewhere on the
-device of `apart`.
+On CUDA where SPECTRAL_DS_DEVICE is `cuda`; all that `cells` trains is there too then. Elsewhere on
+the device of `apart`.
 """
 
 import functools
