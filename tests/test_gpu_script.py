@@ -24,6 +24,11 @@ echo '{"played": true}'
 """
 
 
+def hear():
+    """Ctrl-C, which what a shell starts in the background ignores, and so does all below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts the script; its folder has files of others."""
@@ -41,7 +46,9 @@ def start(tmp_path):
         environment = {**os.environ, **given, "DEVICES": str(devices), "SLOW": slow}
         command = ["bash", ROOT / "launch" / "gpu.sh", "--out", out, *words]
         pipe = subprocess.PIPE
-        return out, subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+        return out, subprocess.Popen(
+            command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear
+        )
 
     return run
 
