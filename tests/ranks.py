@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 120
 # What all ranks train on that are not asked to train elsewhere.
 DEVICE = os.environ.get("SPECTRAL_DS_DEVICE", "cpu")
 
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "apart": "cpu:gloo,apart:apart"}
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -167,6 +167,7 @@ def _serve(
         import apart
 
         apart.use()
+        BACKENDS[apart.NAME] = apart.BACKEND
     torch.distributed.init_process_group(
         BACKENDS[device()],
         init_method=f"file://{store}",
