@@ -40,10 +40,10 @@ tokenizer: "", weight: 1.0}]
 high: 0.5, gains: [], bands: 8, power: 0.5, order: best, tolerance: 1.0e-3, strength: 0.5, \
 rescale: none, apply_to: gradient, rest: 1.0, warmup_steps: 0, decay_steps: 0, interval: 1, \
 temporal: null}
-  statistics: {interval: 10, decay: 0.99}
+  statistics: {interval: 20, decay: 0.99}
   regularizer: {strength: 0.0, response: laplacian, ridge: 0.0, coupling: joint, \
 reference: pretrained, reference_device: same}
-  monitor: {enabled: true, interval: 10, bands: 8, figures_interval: 100, folder: ""}
+  monitor: {enabled: true, interval: 20, bands: 8, figures_interval: 100, folder: ""}
   operator: {kernel: best, exchange: best, exchange_dtype: float32}
   checkpoint: {enabled: true, strict: true}
   seed: 0

@@ -18,12 +18,15 @@ from ranks import device
 import spectral_ds
 
 SILENT = {"monitor": {"enabled": False}, "statistics": {"interval": 1000}}
+PULL = {"strength": 0.1, "ridge": 0.3}
 SECTIONS = {
-    "depth": {**METHODS["depth-window"], **SILENT},
+    "depth": {**METHODS["depth-window"], "regularizer": PULL, **SILENT},
     "similarity": {**METHODS["similarity-heat"], **SILENT},
-    "co-activation": activations.section_of({"rank": 8}, regularizer={
-        "strength": 0.1, "ridge": 0.3, "coupling": "decoupled"}),
-}  # fmt: skip
+    "co-activation": activations.section_of(
+        {"rank": 8}, regularizer={**PULL, "coupling": "decoupled"}
+    ),
+    "co-activation, joint": activations.section_of({"rank": 8}, regularizer=PULL),
+}
 CALLS = ("begin_step", "before_step", "after_update")
 # torch's product of a CSR matrix asks for memory of its own.
 ALLOCATES = ("similarity",)

@@ -187,7 +187,7 @@ class FilterConfig:
 class StatisticsConfig:
     """Running means of gradients, for similarity of gradients, adaptive responses and `snr`."""
 
-    interval: int = integer(10, at_least=1)  # optimizer steps between samples
+    interval: int = integer(20, at_least=1)  # optimizer steps between samples
     decay: float = rule(0.99, "a number > 0 and < 1", lambda value: 0 < value < 1)  # a sample
 
 
@@ -208,7 +208,7 @@ class MonitorConfig:
     """What goes to TensorBoard, and how often."""
 
     enabled: bool = True
-    interval: int = integer(10, at_least=1)  # optimizer steps between records
+    interval: int = integer(20, at_least=1)  # optimizer steps between records
     # equal bands of frequency; the order of the band filters grows with their number
     bands: int = rule(8, "an integer from 2 to 64", lambda value: 2 <= value <= 64)
     figures_interval: int = integer(100, at_least=1)  # optimizer steps between figures
