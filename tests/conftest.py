@@ -35,6 +35,7 @@ FIRST = (
     "test_launch",
     "test_engines",
     "test_device",
+    "test_tensorboard",
     "test_run",
     "test_oracle",
     "test_checkpoints_deepspeed",
