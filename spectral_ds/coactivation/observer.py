@@ -28,9 +28,8 @@ class OwnHook:
     """A hook of one model's modules: in copies of the model, also pickled ones, it does nothing."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self._function = not_compiled(function)
 
-    @not_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
