@@ -343,7 +343,7 @@ def figures_of_plugin(plugin: Any) -> dict[str, float | None]:
 def main() -> None:
     """Fine-tunes."""
     arguments = parse_arguments()
-    # On a CPU it would be compiled for a minute; training does not use it.
+    # Collectives of inference alone, which would be compiled for a minute on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

@@ -14,7 +14,8 @@ from spectral_ds.filters.responses import Response, Values
 from spectral_ds.laplacian import LaplacianOperator
 
 MAX_ORDER = 512
-# The error is the largest of this many equally spaced frequencies; every so many tell most of it.
+# The error is the largest of this many equally spaced frequencies. Those of coarse steps rule out
+# most orders.
 ERROR_GRID, COARSE = 10_001, 100
 
 
