@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.polynomial import chebyshev
+from scipy.fft import dct
 
 from spectral_ds.filters.responses import Response, Values
 from spectral_ds.laplacian import LaplacianOperator
@@ -58,34 +59,31 @@ class ChebyshevSeries:
         wanted = response(frequency(grid, lambda_max))
 
         def interpolated(degree: int) -> Values:
-            return np.asarray(
-                chebyshev.chebinterpolate(
-                    lambda x: response(frequency(x, lambda_max)),  # type: ignore[type-var]
-                    degree,
-                )
-            )
-
-        def error(coefficients: Values, every: int = 1) -> float:
-            found = chebyshev.chebval(grid[::every], coefficients)
-            return float(np.abs(found - wanted[::every]).max())
+            points = chebyshev.chebpts1(degree + 1)[::-1]
+            coefficients = np.asarray(dct(response(frequency(points, lambda_max)))) / len(points)
+            coefficients[0] /= 2
+            return coefficients
 
         def series(coefficients: Values) -> "ChebyshevSeries":
-            return cls(tuple(coefficients.tolist()), lambda_max, error(coefficients))
+            found = chebyshev.chebval(grid, coefficients)
+            return cls(tuple(coefficients.tolist()), lambda_max, float(abs(found - wanted).max()))
 
         if isinstance(order, int):
             return series(interpolated(order))
         if response.degree is not None and response.degree <= MAX_ORDER:
             return series(interpolated(response.degree))
+        basis = chebyshev.chebvander(grid[::COARSE], MAX_ORDER)
         for degree in range(MAX_ORDER + 1):
             coefficients = interpolated(degree)
-            if error(coefficients, COARSE) > tolerance:
+            error = float(abs(basis[:, : degree + 1] @ coefficients - wanted[::COARSE]).max())
+            if error > tolerance:
                 continue
             candidate = series(coefficients)
             if candidate.error <= tolerance:
                 return candidate
         raise ToleranceError(
             f"filter.tolerance {tolerance:g} is not reached by any Chebyshev order up to "
-            f"{MAX_ORDER} on [0, {lambda_max:g}] (error there {error(coefficients):.2g}); "
+            f"{MAX_ORDER} on [0, {lambda_max:g}] (error there {error:.2g}); "
             f"lower filter.tau or raise filter.tolerance"
         )
 
