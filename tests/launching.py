@@ -20,6 +20,9 @@ import ranks
 _left: list[object] = []
 SCRIPTS = Path(__file__).parent / "scripts"
 TIMEOUT_SECONDS = 180
+# For programs with an interpreter of their own: DeepSpeed's import of Muon compiles it, for which
+# torch imports all of its compiler.
+NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def launched(*words: object, **environment: str) -> Ended:
         text=True,
         timeout=TIMEOUT_SECONDS,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", **environment},
+        env=os.environ | NOT_COMPILED | {"PATH": f"{binaries}:{os.environ['PATH']}"} | environment,
     )
     return Ended(done.returncode, done.stderr)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from launching import NOT_COMPILED
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name},
     "PATH": f"{BINARIES}:{os.environ['PATH']}:/usr/sbin:/sbin",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    **NOT_COMPILED,
 }
 
 

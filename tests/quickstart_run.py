@@ -1,7 +1,10 @@
 """The quickstart on a tiny model: in, a folder of `corpus`; out, its `runs` and what it printed."""
 
+import os
 import subprocess
 from pathlib import Path
+
+from launching import NOT_COMPILED
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "quickstart.sh"
 STEPS, HELD_OUT = 6, 64
@@ -21,6 +24,7 @@ def run_quickstart(folder: Path) -> str:
         text=True,
         timeout=TIMEOUT_SECONDS,
         stdin=subprocess.DEVNULL,
+        env=os.environ | NOT_COMPILED,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -159,6 +159,7 @@ def _serve(
 
     faulthandler.enable()
     torch.set_num_threads(1)
+    torch.set_printoptions(threshold=0, edgeitems=1)  # ZeRO-3 writes each weight into a string
     logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device() == "cuda":
