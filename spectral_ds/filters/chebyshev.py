@@ -59,6 +59,7 @@ class ChebyshevSeries:
         wanted = response(frequency(grid, lambda_max))
 
         def interpolated(degree: int) -> Values:
+            # T_j at the points are cosines.
             points = chebyshev.chebpts1(degree + 1)[::-1]
             coefficients = np.asarray(dct(response(frequency(points, lambda_max)))) / len(points)
             coefficients[0] /= 2
