@@ -31,6 +31,7 @@ METHODS = {
         "by": "merge",
         "options": {"keep": "statistics.shuffled", "learn": "training", **LOOK, "rest": 0.5},
         "dial": {"options.mu": [0, 1]},
+        "interpolated": [0.5],
     },
 }  # fmt: skip
 

@@ -54,8 +54,8 @@ def test_every_method_has_rows_of_every_seed_setting_and_interpolation(classifie
     rows = rows_of(classified)
     trained, settings = 3, {"retain": 2, "merge": 2}  # α of 1, 0 and 0.5
     for name, method in METHODS.items():
-        each = settings.get(name, 1) * (1 if method and "after" in method else trained)
-        assert len(cells(rows, name)) == 2 * each
+        after = 1 + len(method.get("interpolated", ())) if method and "after" in method else 0
+        assert len(cells(rows, name)) == 2 * settings.get(name, 1) * (after or trained)
     for row in rows + rows_of(classified, "curves"):
         numbers = {n: float(c) for n, c in row.items() if n not in ("task", "method", "setting")}
         assert np.isfinite(list(numbers.values())).all(), row
@@ -77,7 +77,8 @@ def test_nothing_is_forgotten_where_nothing_of_the_change_is_left(classified):
 def test_a_merge_that_keeps_nothing_is_the_run_itself_but_for_what_has_no_inputs(classified):
     rows = rows_of(classified)
     whole = {row["seed"]: row for row in rows if row["method"] == "adamw" and row["alpha"] == "1"}
-    merged = [row for row in rows if row["method"] == "merge"]
+    merged = [row for row in rows if row["method"] == "merge" and row["alpha"] == "1"]
+    assert len(merged) == 4
     for row in merged:
         share = float(row["perturbation"]) / float(whole[row["seed"]]["perturbation"])
         assert 0.5 < share < 1
@@ -85,8 +86,10 @@ def test_a_merge_that_keeps_nothing_is_the_run_itself_but_for_what_has_no_inputs
             assert share > 0.9
 
 
-def test_interpolation_moves_the_weights_by_its_share(classified):
-    rows = [row for row in rows_of(classified) if row["method"] == "retain"]
+@pytest.mark.parametrize("method", ["retain", "merge"])
+def test_interpolation_moves_the_weights_by_its_share(classified, method):
+    rows = [row for row in rows_of(classified) if row["method"] == method]
+    assert any(0 < float(row["alpha"]) < 1 for row in rows)
     by_key = {(r["seed"], r["setting"], r["alpha"]): float(r["perturbation"]) for r in rows}
     for (seed, setting, alpha), value in by_key.items():
         assert value == pytest.approx(float(alpha) * by_key[seed, setting, "1"], rel=1e-4)

@@ -3,6 +3,7 @@ all of them, what cannot is named. On four ranks."""
 
 import logging
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -228,6 +229,27 @@ def test_an_unfrozen_layer_joins_in_stage_0_and_is_named_in_others(ranks, stage)
         if rank == 0:
             assert "layers.2.weight, layers.2.bias" in said[0]
             assert ("not filtered" in said[0]) == (stage > 0)
+
+
+def left_under_deepspeed():
+    """What a step subtracts after a layer that is trained on has left the optimizer."""
+    model = LossOf()
+    optimizer = sgd(model.parameters())
+    config = tiny.deepspeed_config(0, spectral_ds=SECTION)
+    engine, *_ = spectral_ds.initialize(model=model, optimizer=optimizer, config=config)
+    optimizer.param_groups[0]["params"] = list(model.layers[:2].parameters())
+    before = whole(model)
+    engine.backward(engine(INPUTS.chunk(4)[dist.get_rank()]))
+    engine.step()
+    engine.destroy()
+    return {name: before[name] - value for name, value in whole(model).items()}
+
+
+def test_what_has_left_the_optimizer_counts_as_zeros_in_stage_0(ranks):
+    gradients = mean_gradients(range(4), Blocks())
+    zeros = {n: np.zeros_like(g) for n, g in gradients.items() if "layers.2" in n}
+    for step in ranks(4).run(left_under_deepspeed):
+        assert_is(step, filtered(Blocks(), gradients | zeros) | zeros)
 
 
 def reference_models(stage, precision):

@@ -104,7 +104,11 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
         return Admission(joined, left_out, undo)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [plain_gradient(placed.parameter) for placed in self._placed]
+        trained = {id(parameter) for group in self._groups() for parameter in group}
+        gradients = [
+            plain_gradient(placed.parameter) if id(placed.parameter) in trained else None
+            for placed in self._placed
+        ]
         return [None if gradient is None else flat_view(gradient) for gradient in gradients]
 
     def sparse_gradients(self) -> frozenset[str]:

@@ -207,7 +207,11 @@ class TorchEngine(Engine):
         return [rates.get(id(group), 0.0) for group in found]
 
     def gradients(self) -> list[torch.Tensor | None]:
-        gradients = [plain_gradient(parameter) for parameter in self._parameters.values()]
+        trained = set(map(id, parameters_of(self.optimizer)))  # less those that have left it
+        gradients = [
+            plain_gradient(parameter) if id(parameter) in trained else None
+            for parameter in self._parameters.values()
+        ]
         return [None if gradient is None else self._local(gradient) for gradient in gradients]
 
     def sparse_gradients(self) -> frozenset[str]:

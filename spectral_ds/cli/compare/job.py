@@ -38,18 +38,19 @@ class Job:
     Attributes:
         run: the training.
         alphas: of interpolations; 1 is the run itself.
-        after: settings of methods that start from it, by name.
+        after: settings of methods that start from it, by name, and their interpolations.
         keeps_model: whether its model is to be kept for such methods.
     """
 
     run: Run
     alphas: tuple[float, ...]
-    after: Mapping[str, Sequence[Setting]]
+    after: Mapping[str, Sequence[tuple[Setting, tuple[float, ...]]]]
     keeps_model: bool
 
     @property
     def rows(self) -> int:
-        return len(self.alphas) + sum(map(len, self.after.values()))
+        after = (alphas for settings in self.after.values() for _, alphas in settings)
+        return len(self.alphas) + sum(map(len, after))
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,12 @@ class _Work:
         if model is None:
             model = self._train()
         after = _weights(model)
-        for alpha in job.alphas:
-            interpolate(model, self._before, after, lambda _, alpha=alpha: alpha)
-            self._report(job.run.key | {"alpha": alpha}, model)
+        self._report(job.run.key, job.alphas, model, after)
         for name, settings in job.after.items():
-            for setting in settings:
-                made = self._made(name, setting, model, after)
-                key = job.run.key | {"method": name, "setting": setting.name, "alpha": 1.0}
-                self._report(key, made)
+            for setting, alphas in settings:
+                made = self._made(setting, model, after)
+                key = job.run.key | {"method": name, "setting": setting.name}
+                self._report(key, alphas, made, _weights(made))
 
     # The model of the run
 
@@ -144,7 +143,7 @@ class _Work:
     # What is made of it
 
     def _made(
-        self, name: str, setting: Setting, model: nn.Module, after: Mapping[str, Tensor]
+        self, setting: Setting, model: nn.Module, after: Mapping[str, Tensor]
     ) -> nn.Module:
         """What a method has made of the change; maybe in the memory of `model`."""
         method = setting.method
@@ -158,15 +157,22 @@ class _Work:
         merge = Merge(self._place.prepared, self._folder / "model", self._folder / "training.jsonl")
         return merge.model(method.options, self._task.num_classes).to(self._trainer.device)
 
-    def _report(self, key: Row, model: nn.Module) -> None:
+    def _report(
+        self, key: Row, alphas: Sequence[float], model: nn.Module, after: Mapping[str, Tensor]
+    ) -> None:
+        """Measure W₀ + α ΔW of each α, in the memory of `model`."""
+        for alpha in alphas:
+            interpolate(model, self._before, after, lambda _, alpha=alpha: alpha)
+            row = key | {"alpha": alpha} | self._cost | {"perturbation": self._perturbation(model)}
+            self._tell(RESULTS, [row | self._measures.all(model)])
+
+    def _perturbation(self, model: nn.Module) -> float:
         squares = [
             (parameter.detach() - self._before[name]).double().square().sum()
             for name, parameter in model.named_parameters()
             if name not in self._heads
         ]
-        perturbation = float(torch.stack(squares).sum().sqrt())
-        measured = self._measures.all(model)
-        self._tell(RESULTS, [key | self._cost | {"perturbation": perturbation} | measured])
+        return float(torch.stack(squares).sum().sqrt())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Seeds are the outermost loop, so that whole comparisons of fewer seeds come firs
 """
 
 from spectral_ds.cli.compare.job import Job
-from spectral_ds.cli.compare.results import Table
+from spectral_ds.cli.compare.results import Row, Table
 from spectral_ds.cli.compare.run import Run
 from spectral_ds.cli.compare.settings import Comparison, chosen, settings_of
 
@@ -20,15 +20,15 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
     }
     found = []
     for run in runs_of(comparison):
-        alphas = tuple(
-            alpha
-            for alpha in (1.0, *_shares_of(comparison, run.method))
-            if run.key | {"alpha": alpha} not in known
-        )
+        alphas = _unknown(comparison, run.key, known)
         after = {}
         for name, settings in followers[run.method].items():
-            key = run.key | {"method": name, "alpha": 1.0}
-            left = [each for each in settings if key | {"setting": each.name} not in known]
+            left = []
+            for setting in settings:
+                key = run.key | {"method": name, "setting": setting.name}
+                unknown = _unknown(comparison, key, known)
+                if unknown:
+                    left.append((setting, unknown))
             if left:
                 after[name] = left
         if alphas or after:
@@ -36,9 +36,13 @@ def jobs_of(comparison: Comparison, known: Table) -> list[Job]:
     return found
 
 
-def _shares_of(comparison: Comparison, method: str) -> tuple[float, ...]:
-    own = comparison.methods[method].interpolated
-    return comparison.interpolated if own is None else own
+def _unknown(comparison: Comparison, key: Row, known: Table) -> tuple[float, ...]:
+    """Shares of the change that have no row yet; 1 is the whole of it."""
+    method = comparison.methods[key["method"]]
+    shares = method.interpolated
+    if shares is None:
+        shares = () if method.after else comparison.interpolated
+    return tuple(alpha for alpha in (1.0, *shares) if key | {"alpha": alpha} not in known)
 
 
 def runs_of(comparison: Comparison) -> list[Run]:

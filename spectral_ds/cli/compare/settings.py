@@ -241,7 +241,7 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
             yield f"{key}.after = {method.after}: must be a method that trains and has no dial"
         elif method.by == "early_stopping" and before.adapter != "none":
             yield f"{key}.by = early_stopping: not after adapter {before.adapter}"
-        trains = [n for n in ("section", "optimizer", "adapter", "interpolated", "rate")
+        trains = [n for n in ("section", "optimizer", "adapter", "rate")
                   if getattr(method, n) != getattr(MethodConfig, n)]  # fmt: skip
         if trains:
             yield f"{key}.{trains[0]}: belongs to methods that train"
