@@ -1,4 +1,4 @@
-"""Spectral, graph-based filtering of sharded gradients for DeepSpeed ZeRO."""
+"""Spectral, graph-based filtering of sharded gradients for DeepSpeed ZeRO and PyTorch FSDP2."""
 
 from typing import TYPE_CHECKING, Any
 

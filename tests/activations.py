@@ -228,7 +228,7 @@ def pulled(moved, operator, step, ridge):
 
 
 def cut_rows(facts):
-    """How many rows of matrices with a graph a shard edge cuts, by all ranks' facts of a step."""
+    """Rows of matrices with a graph that shard boundaries cut, by all ranks' facts of a step."""
     count = 0
     for found in facts:
         for name, start, _ in found["owned"]:

@@ -10,8 +10,8 @@ from expected import METHODS, expected_update, relative_error
 from ranks import most_ranks
 
 SECTION = {**METHODS["depth-and-similarity-polynomial"], "monitor": {"enabled": False}}
-# Acts on updates, on rows that shard edges cut; 24 inputs are known exactly, 37 by a sketch. Steps
-# of the regularizer that would overshoot if they were not stable.
+# Acts on updates, on rows that shard boundaries cut; 24 inputs are known exactly, 37 by a sketch.
+# Steps of the regularizer that would overshoot if they were not stable.
 ACTIVATIONS = activations.section_of(
     {"rank": 8}, regularizer={"strength": 0.1, "ridge": 0.3, "coupling": "decoupled"}
 )

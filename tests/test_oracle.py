@@ -67,7 +67,7 @@ TOOLBOX = {
         "filter": {"response": "tikhonov", "tau": 0.3, "tolerance": 1e-7, "strength": 0.9},
     },
 }
-# Which way rows meet in each: rows are cut by shard edges everywhere but on one rank.
+# Which way rows meet in each: rows are cut by shard boundaries everywhere but on one rank.
 CELLS = {
     ("plain", 1, "best"): [*METHODS, *TOOLBOX],
     ("zero1", 3, "best"): METHODS,

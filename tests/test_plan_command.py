@@ -99,7 +99,7 @@ def test_graphs_of_activations_are_planned_from_shapes(tmp_path, capsys):
     assert device["directions"]["worst"] == 2 * 4 * 8 * inputs
     # Keys and values have 192 rows of 576, of which 64 ranks have 3 each: no row is cut.
     assert found["bytes_per_step"] == 0
-    assert "no shard edge cuts a row" in found["advice"]
+    assert "no shard boundary cuts a row" in found["advice"]
     flat = plan_by_command(capsys, *words, "--engine", "zero2")
     assert 0 < flat["bytes_per_step"] < 64 * 4 * 8 * 4
     assert (

@@ -20,7 +20,7 @@ EXCLUDED = ("embed", "lm_head", "classifier", "pooler")
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
-    """Three blocks whose shapes are odd, so that shard edges cut rows."""
+    """Three blocks whose shapes are odd, so that shard boundaries cut rows."""
     shape = {"hidden_size": 24, "intermediate_size": 37, "num_attention_heads": 4}
     return LlamaConfig(**{"vocab_size": 53, "num_hidden_layers": 3, **shape, **changes})
 

@@ -119,12 +119,12 @@ def attach(
 
     Args:
         model_or_engine: a DeepSpeed engine, or a torch module: plain, in DistributedDataParallel,
-            or sharded by `fully_shard` (FSDP2, HSDP); the latter may be compiled. Several models
+            or sharded by `fully_shard` (FSDP2, HSDP); each may be compiled. Several models
             with one optimizer: in a `torch.nn.ModuleDict` or `ModuleList`.
         optimizer: the optimizer that trains the module, or a wrapper around it; not for DeepSpeed.
         config: see `load_config`; by default the section of the engine's own config.
         writer: a `torch.utils.tensorboard.SummaryWriter` for the metrics and figures, on rank 0;
-            by default the engine's own monitor, or `monitor.folder`.
+            by default `monitor.folder`, else the engine's own monitor.
 
     Returns:
         The plugin, or None with `enabled: false`.

@@ -1,7 +1,7 @@
 """SubspaceOperator: Y = X·G on shards, X the (outputs × inputs) matrices of parameters.
 
 G = c I + P M Pᵀ is thin: a row takes (X P) M Pᵀ, 4·k operations an element. A row that one rank
-holds whole needs nothing of others. Of a row that a shard edge cuts, the parts of X P add up, k
+holds whole needs nothing of others. Of a row that a shard boundary cuts, the parts of X P add up, k
 numbers each: they come to one of its ranks in one all-to-all, and return in another.
 """
 

@@ -38,8 +38,8 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> SpectralC
             (comments allowed), and must hold the section.
 
     Raises:
-        SpectralConfigError: the file cannot be read, or at least one key or value is wrong; all
-            problems are in the message, one a line.
+        SpectralConfigError: the file cannot be read, or at least one key or value is wrong; all of
+            them are in the message, one a line; contradictions, where each is right by itself.
 
     >>> load_config({"filter": {"response": "tikhonov", "tau": 2}}).filter.tau
     2.0

@@ -1,7 +1,8 @@
 """Where sharded gradients live: one file per engine. Knows fragments, no graph.
 
 A new engine is a subclass of `Engine` (base.py) in a file of its own, and a line in `engine_for`.
-It sets `communicator`, `everyone`, `shapes`, `fragments` and `holders`; returns flat views of this
+It sets `module`, `optimizer`, `communicator`, `everyone`, `shapes`, `named`, `fragments` and
+`holders`; returns flat views of this
 rank's gradients and weights, and learning rates, in the order of the fragments; tells its `step`
 and `config_section`; and calls the hooks of `install` at each optimizer step, until `remove`.
 Everything else has a default. Nothing above this folder changes. README.md has more.

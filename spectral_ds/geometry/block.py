@@ -1,8 +1,8 @@
 """The rows of one bucket that this rank stores: own rows, then boundary rows.
 
 A stored row is one node; its columns are those of which this rank owns anything. Every column of a
-signal is filtered independently, so a row that a shard edge cuts is stored with some of its columns
-owned and the others received or unused.
+signal is filtered independently, so a row that a shard boundary cuts is stored with some of its
+columns owned and the others received or unused.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Rectangles: parts of fragments in the coordinates of a graph, (node, column of its signal).
 
-In: a run of a flattened parameter. Out: at most three rectangles, whatever a node is; a shard edge
-may cut the run's first and last matrix row. (Of stacked matrices whose columns are nodes, so many
-for each.)
+In: a run of a flattened parameter. Out: at most three rectangles, whatever a node is; a shard
+boundary may cut the run's first and last matrix row. (Of stacked matrices whose columns are nodes,
+so many for each.)
 """
 
 from collections.abc import Iterable

@@ -34,7 +34,7 @@ class PlannedCoactivation:
         groups: those with inputs; parameters of one group share theirs.
         edge: the settings.
         columns: numbers of a cut row that travel.
-        cut: rows that shard edges cut.
+        cut: rows that shard boundaries cut.
         nodes: inputs of the layers that a rank has a part of; (world size,).
         memory: bytes by what for; by rank.
         calibration: bytes on each rank's device while activations are looked at.
@@ -84,7 +84,7 @@ class PlannedCoactivation:
 
     @property
     def evaluations(self) -> int:
-        """How often rows that shard edges cut are added up at a step."""
+        """How often rows that shard boundaries cut are added up at a step."""
         return sum(c is not None and c.flow.total > 0 for c in (self.filter, self.penalty))
 
     @property

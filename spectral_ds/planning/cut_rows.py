@@ -1,4 +1,4 @@
-"""Rows of matrices that shard edges cut: who holds parts of them, and what ranks send for them.
+"""Rows of matrices that shard boundaries cut: who holds parts of them, and what is sent for them.
 
 The rules are those of `coactivation.operator` and `coactivation.cut_rows`, worked out for all ranks
 at once. Parameters of equal shape that are cut alike are worked out once.

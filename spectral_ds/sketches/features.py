@@ -2,7 +2,7 @@
 
 In: this rank's weight fragments. Out: the features of all nodes of the scope, on every rank.
 Only sketches travel: each rank projects the columns it owns, and the sum over ranks completes
-rows that a shard edge cuts.
+rows that a shard boundary cuts.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-SEQUENCES, WIDTH, INNER = 24, 48, 75  # odd, so that shard edges cut rows
+SEQUENCES, WIDTH, INNER = 24, 48, 75  # odd, so that shard boundaries cut rows
 
 
 class Blocks(torch.nn.Module):

@@ -142,9 +142,7 @@ class _Work:
 
     # What is made of it
 
-    def _made(
-        self, setting: Setting, model: nn.Module, after: Mapping[str, Tensor]
-    ) -> nn.Module:
+    def _made(self, setting: Setting, model: nn.Module, after: Mapping[str, Tensor]) -> nn.Module:
         """What a method has made of the change; maybe in the memory of `model`."""
         method = setting.method
         if method.by == "by_depth":

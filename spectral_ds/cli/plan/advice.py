@@ -35,7 +35,7 @@ def _of_sending(plan: Plan, others: Mapping[EngineName, Plan]) -> str:
         acts = any(graph.filter or graph.penalty for graph in plan.graphs)
         reason = "every edge joins what one rank owns" if acts else "no graph acts on a signal"
         if acts and all(isinstance(graph, PlannedCoactivation) for graph in plan.graphs):
-            reason = "no shard edge cuts a row"
+            reason = "no shard boundary cuts a row"
         what = "Nothing but samples" if _needs_samples(plan.config) else "Nothing"
         return f"{what} is sent under {plan.engine}: {reason}."
     if plan.bytes_sent < LITTLE * FLOAT * float(plan.elements.sum()):
