@@ -23,15 +23,16 @@ from spectral_ds.stack import Newcomers, Stack
 from spectral_ds.study import Study
 
 
-def _in_float32(work: Callable[["SpectralPlugin"], None]) -> Callable[["SpectralPlugin"], None]:
-    """A part of a step that torch.autocast around it does not round."""
+def _plainly(work: Callable[["SpectralPlugin"], None]) -> Callable[["SpectralPlugin"], None]:
+    """A part of a step that torch.autocast around it does not round, and autograd does not see."""
 
     @functools.wraps(work)
-    def precisely(plugin: "SpectralPlugin") -> None:
-        with torch.autocast(plugin.engine.communicator.device.type, enabled=False):
+    def plainly(plugin: "SpectralPlugin") -> None:
+        device = plugin.engine.communicator.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             work(plugin)
 
-    return precisely
+    return plainly
 
 
 class SpectralPlugin(Study):
@@ -88,7 +89,7 @@ class SpectralPlugin(Study):
             self._persistence.carry()
         self.engine.when_complete(self._catch_up)
 
-    @_in_float32
+    @_plainly
     def begin_step(self) -> None:
         """What the engine calls when a step has moved no weight yet."""
         self._take_newcomers()
@@ -104,7 +105,7 @@ class SpectralPlugin(Study):
             self.filter_gradients()
         self._is_handled = False
 
-    @_in_float32
+    @_plainly
     def filter_gradients(self) -> None:
         """One step: the gradients are averaged and not yet clipped.
 
@@ -144,7 +145,7 @@ class SpectralPlugin(Study):
             graph.sample(step, gradients, scale, is_finite)
         return is_finite
 
-    @_in_float32
+    @_plainly
     def after_update(self) -> None:
         """What the engine calls when the base optimizer has moved its most precise weights."""
         step = self._step

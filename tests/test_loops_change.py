@@ -289,8 +289,18 @@ def test_what_the_configuration_excludes_is_said_to_be_excluded(said):
     assert "excluded by the configuration: layers.1.weight)" in said(logging.INFO)[-1]
 
 
-def test_a_removed_layer_is_left_alone():
-    """Its parameters are gone from module and optimizer; a pull needs no learning rate of them."""
+def is_removed(model, optimizer):
+    model.layers = model.layers[:2]
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def is_frozen(model, optimizer):
+    model.layers[2].requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [is_removed, is_frozen])
+def test_what_is_trained_no_longer_is_not_pulled(change):
+    """What has left module and optimizer has no learning rate; what is frozen stays as it is."""
     section = {**SECTION, "regularizer": {"strength": 0.3, "coupling": "decoupled"}}
     model = Blocks()
     optimizer = sgd(model.parameters())
@@ -298,8 +308,7 @@ def test_a_removed_layer_is_left_alone():
     old = model.layers[2]
     gradients_of(model)
     optimizer.step()
-    model.layers = model.layers[:2]
-    optimizer.param_groups[0]["params"] = list(model.parameters())
+    change(model, optimizer)
     before = [p.detach().clone() for p in old.parameters()]
     gradients_of(model)
     optimizer.step()

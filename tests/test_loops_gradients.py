@@ -117,6 +117,21 @@ def test_parameters_in_float64_are_filtered(apply_to):
     np.testing.assert_allclose(plugin.metrics()["gradient_norm/all"], norm, rtol=1e-5)
 
 
+def test_gradients_that_autograd_goes_on_from_are_filtered():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+    plugin = spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=RATE), SECTION)
+    model(torch.randn(3, 5)).square().mean().backward(create_graph=True)
+    parameters = dict(model.named_parameters())
+    assert all(p.grad.requires_grad for p in parameters.values())
+    wanted = filtered(
+        {n: real(p) for n, p in parameters.items()},
+        {n: real(p.grad) for n, p in parameters.items()},
+    )
+    plugin.filter_gradients()
+    assert_close({n: real(p.grad) for n, p in parameters.items()}, wanted)
+
+
 def test_a_lazily_conjugated_gradient_counts_with_its_true_sign():
     model = Complex()
 

@@ -94,7 +94,7 @@ class Engine(ABC):
 
     @abstractmethod
     def learning_rates(self) -> list[float]:
-        """The current learning rate of each fragment's parameter group.
+        """The current learning rate of each fragment's parameter group, 0 where it is frozen.
 
         Raises:
             UnsupportedEngineError: a group has none, as the optimizer finds its own.

@@ -149,7 +149,7 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
     def learning_rates(self) -> list[float]:
         groups = self._optimizer.param_groups
         rates = {n: learning_rate_of(groups[n]) for n in {p.group for p in self._placed}}
-        return [rates[placed.group] for placed in self._placed]
+        return [rates[placed.group] * placed.parameter.requires_grad for placed in self._placed]
 
     def _has_gradient(self, placed: Placed) -> bool:
         """Whether the parameter got a gradient since the last step."""

@@ -203,8 +203,9 @@ class TorchEngine(Engine):
         found = [by_id.get(id(parameter)) for parameter in self._parameters.values()]
         used = {id(group): group for group in found if group is not None}
         rates = {key: learning_rate_of(group) for key, group in used.items()}
-        # What the optimizer has no longer stays as it is.
-        return [rates.get(id(group), 0.0) for group in found]
+        # What the optimizer has no longer, or is frozen, stays as it is.
+        trained = zip(found, self._parameters.values(), strict=True)
+        return [rates.get(id(group), 0.0) * each.requires_grad for group, each in trained]
 
     def gradients(self) -> list[torch.Tensor | None]:
         trained = set(map(id, parameters_of(self.optimizer)))  # less those that have left it
