@@ -308,6 +308,38 @@ def test_every_whole_checkpoint_has_the_state_and_is_found_by_its_path(pools, tm
         np.testing.assert_allclose(resumed[name], weight, atol=1e-6 * largest)
 
 
+def two_that_share(output):
+    """Of two Trainers that are alive: updates, logged steps, and the plugin's state on disk."""
+    import spectral_ds
+
+    shared = [spectral_ds.SpectralCallback(SECTION)]
+    changes = {"save_strategy": "steps", "save_steps": 1}
+    trainers = [make_trainer("plain", f"{output}/{i}", shared, **changes) for i in range(2)]
+    found = []
+    for i, trainer in reversed([*enumerate(trainers)]):
+        before = snapshot(trainer.model)
+        trainer.train()
+        after = snapshot(trainer.model)
+        steps = [log.get("spectral_ds/step") for log in trainer.state.log_history if "loss" in log]
+        is_saved = Path(f"{output}/{i}/checkpoint-1/spectral_ds/manifest.json").is_file()
+        found.append(({name: before[name] - after[name] for name in before}, steps, is_saved))
+    late = make_trainer("plain", f"{output}/0", [], max_steps=2)
+    late.add_callback(*shared)
+    with pytest.raises(RuntimeError, match="does not tell"):
+        late.train(resume_from_checkpoint=True)
+    return found
+
+
+def test_trainers_that_share_a_callback_are_each_filtered(pools, tmp_path):
+    pool = pools("plain", 1)
+    before, after, *_ = pool.run(one_step, "plain", SECTION, tmp_path, False)[0]
+    wanted = {name: before[name] - after[name] for name in before}
+    for update, steps, is_saved in pool.run(two_that_share, tmp_path)[0]:
+        assert relative_error(update, wanted) <= 1e-5
+        assert steps == [0]
+        assert is_saved
+
+
 def attach_beside_another(output):
     """Whose gradients are filtered, if a plugin of another optimizer is on the model."""
     import torch
