@@ -148,10 +148,12 @@ def test_a_step_is_filtered_before_it_is_clipped(
 
 
 def what_is_logged(output):
-    """Four steps, of which every second is monitored."""
+    """Of four steps, of which every second is monitored; and what the plugin says."""
     import contextlib
     import io
+    import logging
 
+    from said import messages
     from transformers import TrainerCallback
 
     import spectral_ds
@@ -166,13 +168,13 @@ def what_is_logged(output):
     reporter, ours = Reporter(), spectral_ds.SpectralCallback({"monitor": {"interval": 2}})
     changes = {"max_steps": 4, "logging_steps": 1, "disable_tqdm": True}
     trainer = make_trainer("plain", output, [reporter, ours], **changes)
-    with contextlib.redirect_stdout(io.StringIO()) as console:
+    with contextlib.redirect_stdout(io.StringIO()) as console, messages(logging.INFO) as said:
         trainer.train()
-    return reporter.logs, trainer.state.log_history, console.getvalue()
+    return reporter.logs, trainer.state.log_history, console.getvalue(), said
 
 
 def test_metrics_join_the_logs_but_not_the_console(pools, tmp_path):
-    [(reported, history, console)] = pools("plain", 1).run(what_is_logged, tmp_path)
+    [(reported, history, console, said)] = pools("plain", 1).run(what_is_logged, tmp_path)
     for logs in (reported, history):
         steps = [log["spectral_ds/step"] for log in logs if "spectral_ds/step" in log]
         assert steps == [0, 2]
@@ -181,6 +183,8 @@ def test_metrics_join_the_logs_but_not_the_console(pools, tmp_path):
         assert "spectral_ds/gradient_norm/after" in logs[2]
     assert "loss" in console
     assert "spectral_ds" not in console
+    assert any("nodes and" in line for line in said)
+    assert not any("nowhere" in line for line in said)
 
 
 def what_is_left(output, interrupt):

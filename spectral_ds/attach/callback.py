@@ -127,7 +127,7 @@ class SpectralCallback(TrainerCallback):
             )
         optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
         self._runner = Runner(config)
-        plugin = self._runner.attach(model, optimizer)
+        plugin = self._runner.attach(model, optimizer, writes_metrics=True)
         self._runner.watch_clipping()
         return plugin
 
@@ -148,9 +148,7 @@ class SpectralCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1] |= named
 
-    def _save(
-        self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _save(self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """First the plugin's state: a checkpoint that is whole has it, however it came to be."""
         plugin = self.plugin
         is_saved = plugin is not None and plugin.config.checkpoint.enabled
