@@ -172,6 +172,7 @@ class SpectralPlugin(Study):
             if self._updates is not None:
                 self._updates = Updates(self._filtered_weights())
                 self._updates.remember(self._filtered_weights())
+        self._persistence.begin_step()
         self.stack.begin_step(self.engine.step)
 
     def _catch_up(self) -> None:

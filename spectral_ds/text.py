@@ -23,8 +23,10 @@ class DataError(Exception):
     """Text that cannot be used; the message says why, and who gave its path says which."""
 
 
-# A text and its label; None where labels are not wanted.
+# A text and its label.
 Row = tuple[str, Any]
+# Likewise, None where labels are not wanted, and where it stands.
+_Placed = tuple[str, Any, str]
 
 
 def read_texts(path: Path, column: str | None = None) -> list[str]:
@@ -36,19 +38,38 @@ def read_texts(path: Path, column: str | None = None) -> list[str]:
     Raises:
         DataError: the path does not exist, cannot be read as its kind, or holds no text.
     """
-    return [text for text, _ in _rows(path, column, labelled=False)]
+    return [text for text, _, _ in _rows(path, column, labelled=False)]
 
 
 def read_labelled_texts(path: Path) -> list[Row]:
     """All texts of the column `text` with their labels of the column `label`.
 
     Raises:
-        DataError: as by `read_texts`; or there are no labels.
+        DataError: as by `read_texts`; or a text has no label, or a single one has no number.
     """
-    return _rows(path, None, labelled=True)
+    rows = _rows(path, None, labelled=True)
+    for _, label, where in rows:
+        if label is None or label != label or (isinstance(label, str) and not label.strip()):
+            raise DataError(f"{where} has the label {label!r}: leave out texts without one")
+    names = [(label, where) for _, label, where in rows if not _is_number(label)]
+    if len(names) == 1 and len(rows) > 2:
+        [(label, where)] = names
+        raise DataError(
+            f"{where} has the label {label!r}, and all others have numbers: labels are all numbers "
+            f"or all names, and a header names the columns {TEXT_COLUMN!r} and {LABEL_COLUMN!r}"
+        )
+    return [(text, label) for text, label, _ in rows]
 
 
-def _rows(path: Path, column: str | None, labelled: bool) -> list[Row]:
+def _is_number(label: Any) -> bool:
+    try:
+        float(label)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _rows(path: Path, column: str | None, labelled: bool) -> list[_Placed]:
     if not path.exists():
         raise DataError("no such file or folder")
     try:
@@ -82,8 +103,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\r\n")
 
 
-def _of_tsv(path: Path, column: str | None, labelled: bool) -> Iterator[Row]:
+def _of_tsv(path: Path, column: str | None, labelled: bool) -> Iterator[_Placed]:
     text, label = TEXT_POSITION, LABEL_POSITION if labelled else TEXT_POSITION
+    most: tuple[int, str] | None = None  # columns that a line may have, as which one has them
     for number, line in _lines(path):
         cells = line.split("\t")
         has_header = {column or TEXT_COLUMN, LABEL_COLUMN}.intersection(cells)
@@ -91,20 +113,28 @@ def _of_tsv(path: Path, column: str | None, labelled: bool) -> Iterator[Row]:
             _require(cells, column or TEXT_COLUMN, labelled)
             text = cells.index(column or TEXT_COLUMN)
             label = cells.index(LABEL_COLUMN) if labelled else text
+            most = len(cells), "the header"
             continue
+        if most is None and labelled:  # without labels, the text is last whatever comes before
+            most = len(cells), f"line {number}"
+        if most is not None and len(cells) > most[0]:
+            raise DataError(
+                f"line {number} has {len(cells)} columns, and {most[1]} {most[0]}: a text may hold "
+                "no tab"
+            )
         try:
-            yield cells[text], cells[label] if labelled else None
+            yield cells[text], cells[label] if labelled else None, f"line {number}"
         except IndexError:
             raise DataError(f"line {number} has only {len(cells)} column(s)") from None
 
 
-def _of_jsonl(path: Path, column: str, labelled: bool) -> Iterator[Row]:
+def _of_jsonl(path: Path, column: str, labelled: bool) -> Iterator[_Placed]:
     for number, line in _lines(path):
         try:
             row = json.loads(line)
             if (text := row[column]) is None:
                 raise DataError(f"line {number} has no {column!r}: null")
-            yield str(text), row[LABEL_COLUMN] if labelled else None
+            yield str(text), row[LABEL_COLUMN] if labelled else None, f"line {number}"
         except json.JSONDecodeError as error:
             raise DataError(f"line {number} is not JSON ({error})") from error
         except (KeyError, TypeError, IndexError):
@@ -112,16 +142,16 @@ def _of_jsonl(path: Path, column: str, labelled: bool) -> Iterator[Row]:
             raise DataError(f"line {number} is not an object with {keys}") from None
 
 
-def _of_plain_text(path: Path, labelled: bool) -> Iterator[Row]:
+def _of_plain_text(path: Path, labelled: bool) -> Iterator[_Placed]:
     if labelled:
         raise DataError("plain text has no labels: use a TSV, JSONL or datasets folder")
     content = path.read_text(encoding="utf-8-sig")
     passages = content.split("\n\n")
     for passage in passages if len(passages) > 1 else content.split("\n"):
-        yield passage.strip(), None
+        yield passage.strip(), None, ""
 
 
-def _of_dataset(path: Path, column: str, labelled: bool) -> Iterator[Row]:
+def _of_dataset(path: Path, column: str, labelled: bool) -> Iterator[_Placed]:
     try:
         import datasets
     except ImportError:
@@ -135,8 +165,8 @@ def _of_dataset(path: Path, column: str, labelled: bool) -> Iterator[Row]:
             raise DataError(f"has no split 'train', only {', '.join(loaded)}")
         loaded = loaded["train"]
     _require(loaded.column_names, column, labelled)
-    for row in loaded:
-        yield str(row[column]), row[LABEL_COLUMN] if labelled else None
+    for number, row in enumerate(loaded):
+        yield str(row[column]), row[LABEL_COLUMN] if labelled else None, f"row {number}"
 
 
 def _require(columns: list[str], text: str, labelled: bool) -> None:

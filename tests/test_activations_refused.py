@@ -24,6 +24,22 @@ def refused(section, model=None):
     return str(caught.value)
 
 
+def replicated(device_ids):
+    wrapped = torch.nn.DataParallel(torch.nn.Identity())
+    wrapped.module, wrapped.device_ids = CalledByIds(), device_ids
+    return wrapped
+
+
+def test_what_is_learned_by_copies_in_threads_is_refused():
+    message = refused(section_of({"learn": "training"}), replicated([0, 1]))
+    assert 'graph.edges[0].learn = "training": nn.DataParallel calls copies' in message
+    assert "torchrun" in message
+    for devices, edge in (([0], {"learn": "training"}), ([0, 1], {})):
+        model = replicated(devices)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        spectral_ds.attach(model, optimizer, section_of(edge)).detach()
+
+
 def test_a_model_without_a_vocabulary_is_refused():
     message = refused(section_of(), torch.nn.Linear(3, 3))
     assert message == (

@@ -148,10 +148,12 @@ def test_a_step_is_filtered_before_it_is_clipped(
 
 
 def what_is_logged(output):
-    """Four steps, of which every second is monitored."""
+    """Of four steps, of which every second is monitored; and what the plugin says."""
     import contextlib
     import io
+    import logging
 
+    from said import messages
     from transformers import TrainerCallback
 
     import spectral_ds
@@ -166,13 +168,13 @@ def what_is_logged(output):
     reporter, ours = Reporter(), spectral_ds.SpectralCallback({"monitor": {"interval": 2}})
     changes = {"max_steps": 4, "logging_steps": 1, "disable_tqdm": True}
     trainer = make_trainer("plain", output, [reporter, ours], **changes)
-    with contextlib.redirect_stdout(io.StringIO()) as console:
+    with contextlib.redirect_stdout(io.StringIO()) as console, messages(logging.INFO) as said:
         trainer.train()
-    return reporter.logs, trainer.state.log_history, console.getvalue()
+    return reporter.logs, trainer.state.log_history, console.getvalue(), said
 
 
 def test_metrics_join_the_logs_but_not_the_console(pools, tmp_path):
-    [(reported, history, console)] = pools("plain", 1).run(what_is_logged, tmp_path)
+    [(reported, history, console, said)] = pools("plain", 1).run(what_is_logged, tmp_path)
     for logs in (reported, history):
         steps = [log["spectral_ds/step"] for log in logs if "spectral_ds/step" in log]
         assert steps == [0, 2]
@@ -181,6 +183,8 @@ def test_metrics_join_the_logs_but_not_the_console(pools, tmp_path):
         assert "spectral_ds/gradient_norm/after" in logs[2]
     assert "loss" in console
     assert "spectral_ds" not in console
+    assert any("nodes and" in line for line in said)
+    assert not any("nowhere" in line for line in said)
 
 
 def what_is_left(output, interrupt):
@@ -306,6 +310,38 @@ def test_every_whole_checkpoint_has_the_state_and_is_found_by_its_path(pools, tm
     largest = max(np.abs(weight).max() for weight in whole.values())
     for name, weight in whole.items():
         np.testing.assert_allclose(resumed[name], weight, atol=1e-6 * largest)
+
+
+def two_that_share(output):
+    """Of two Trainers that are alive: updates, logged steps, and the plugin's state on disk."""
+    import spectral_ds
+
+    shared = [spectral_ds.SpectralCallback(SECTION)]
+    changes = {"save_strategy": "steps", "save_steps": 1}
+    trainers = [make_trainer("plain", f"{output}/{i}", shared, **changes) for i in range(2)]
+    found = []
+    for i, trainer in reversed([*enumerate(trainers)]):
+        before = snapshot(trainer.model)
+        trainer.train()
+        after = snapshot(trainer.model)
+        steps = [log.get("spectral_ds/step") for log in trainer.state.log_history if "loss" in log]
+        is_saved = Path(f"{output}/{i}/checkpoint-1/spectral_ds/manifest.json").is_file()
+        found.append(({name: before[name] - after[name] for name in before}, steps, is_saved))
+    late = make_trainer("plain", f"{output}/0", [], max_steps=2)
+    late.add_callback(*shared)
+    with pytest.raises(RuntimeError, match="does not tell"):
+        late.train(resume_from_checkpoint=True)
+    return found
+
+
+def test_trainers_that_share_a_callback_are_each_filtered(pools, tmp_path):
+    pool = pools("plain", 1)
+    before, after, *_ = pool.run(one_step, "plain", SECTION, tmp_path, False)[0]
+    wanted = {name: before[name] - after[name] for name in before}
+    for update, steps, is_saved in pool.run(two_that_share, tmp_path)[0]:
+        assert relative_error(update, wanted) <= 1e-5
+        assert steps == [0]
+        assert is_saved
 
 
 def attach_beside_another(output):

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from cells import CELLS, Training
+from changing import INPUTS, SECTION, Blocks, frozen, loss_of, sgd
 from checkpoints import (
     LATER,
     RATES,
@@ -21,6 +22,7 @@ from checkpoints import (
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import spectral_ds
+from spectral_ds.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +204,85 @@ def test_a_name_may_hold_the_separator_of_the_files(tmp_path):
     first, second = plugin.stack.regularizer.reference.fragments
     assert first.eq(2).all()
     assert second.eq(3).all()
+
+
+def unfreezing(section, folder=None, saved=None, unfreezes=True):
+    """Weights of blocks, of which one joins at step 1, after four steps or resumed after two.
+
+    Args:
+        folder: for the plugin's state after two steps.
+        saved: that folder, to resume from.
+        unfreezes: whether the block joins.
+    """
+    model = frozen(Blocks(), 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    plugin = spectral_ds.attach(model, optimizer, section)
+    first = 0
+    if saved is not None:
+        folder, first = saved, 2
+        state = torch.load(folder / "run.pt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        plugin.load(folder / "plugin")
+        assert plugin.engine.step == first
+    for step in range(first, 4):
+        if step == 2 and saved is None:
+            plugin.save(folder / "plugin")
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / "run.pt")
+        if step >= 1 and unfreezes:
+            model.layers[1].requires_grad_(True)
+        optimizer.zero_grad()
+        loss_of(model, INPUTS).backward()
+        optimizer.step()
+    plugin.detach()
+    return model.state_dict()
+
+
+REMEMBERING = {
+    **SECTION,
+    "filter": {**SECTION["filter"], "temporal": {"decay": 0.5, "amplify": 1.0}},
+    "regularizer": {"strength": 0.1, "ridge": 1.0},
+}
+
+
+@pytest.mark.parametrize("apply_to", ["gradient", "update"])
+def test_a_run_that_unfreezes_is_resumed_by_the_same_script(tmp_path, apply_to):
+    section = {**REMEMBERING, "filter": {**REMEMBERING["filter"], "apply_to": apply_to}}
+    whole = unfreezing(section, tmp_path)
+    resumed = unfreezing(section, saved=tmp_path)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_state_of_what_stays_frozen_is_refused_at_the_step_or_left(tmp_path, said):
+    unfreezing(REMEMBERING, tmp_path)
+    named = "of parameters that are not trained here: 'layers.1.weight' and 1 more: unfreeze"
+    with pytest.raises(CheckpointError, match=named):
+        unfreezing(REMEMBERING, saved=tmp_path, unfreezes=False)
+    anyway = {**REMEMBERING, "checkpoint": {"strict": False}}
+    unfreezing(anyway, saved=tmp_path, unfreezes=False)
+    assert any(named in line and "with a new graph" in line for line in said())
+    model = frozen(Blocks(), 1)
+    plugin = spectral_ds.attach(model, sgd(model.parameters()), REMEMBERING)
+    plugin.load(tmp_path / "plugin")
+    with pytest.raises(CheckpointError, match="save after it"):
+        plugin.save(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="save after it"):
+        plugin.state_dict()
+    plugin.detach()
+    model = Blocks()
+    plugin = spectral_ds.attach(model, sgd(model.parameters()), REMEMBERING)
+    state = plugin.state_dict()
+    plugin.detach()
+    model = frozen(model, 1)
+    plugin = spectral_ds.attach(model, sgd(model.parameters()), REMEMBERING)
+    with pytest.raises(CheckpointError, match="not trained yet: unfreeze them before attaching"):
+        plugin.load_state_dict(state)
+    plugin.detach()
+    model = frozen(Blocks(2), 1)
+    plugin = spectral_ds.attach(model, sgd(model.parameters()), REMEMBERING)
+    with pytest.raises(
+        CheckpointError, match=r"'layers.2.weight' has shape \(6, 6\) there and not"
+    ):
+        plugin.load(tmp_path / "plugin")
+    plugin.detach()

@@ -71,6 +71,16 @@ def test_labels_become_classes(tmp_path, kind):
         ("table.csv", "text,label\na film,0\n", False, "CSV is not read"),
         ("none.tsv", "0\tfilm\n2\tplot\n-1\tcast\n", True, "labels -1 to 2"),
         ("stars.tsv", "0.5\tfilm\n4.5\tplot\n", True, "labels 0.5 to 4.5"),
+        ("names.tsv", "mood\treview\n0\tfilm\n1\tplot\n", True, "line 1 has the label 'mood', and"),
+        ("name.tsv", "0\tfilm\n1\tplot\nx\tcast\n", True, "line 3 has the label 'x', and all o"),
+        ("blank.tsv", "0\tfilm\n1\tplot\n\tcast\n", True, "line 3 has the label '': leave out"),
+        ("null.jsonl", '{"text": "a", "label": null}', True, "line 1 has the label None: leave"),
+        ("nan.jsonl", '{"text": "a", "label": NaN}', True, "line 1 has the label nan: leave"),
+        ("nan.tsv", "-1\tfilm\nnan\tplot\n1\tcast\n", True, "has the label nan"),
+        ("tab.tsv", "label\ttext\n0\ta\tb\n", True, "line 2 has 3 columns, and the header 2: a t"),
+        ("tab.tsv", "label\ttext\n0\ta\tb\n", False, "line 2 has 3 columns, and the header 2"),
+        ("tab.tsv", "0\ta\n1\tb\tc\n", True, "line 2 has 3 columns, and line 1 2"),
+        ("ids.tsv", "100001\ta\n100000\tb\n", True, "2 classes, with numbers up to 100001: number"),
     ],
 )
 def test_bad_data_is_one_message(tmp_path, name, content, labelled, message):
@@ -78,6 +88,28 @@ def test_bad_data_is_one_message(tmp_path, name, content, labelled, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_corpus(tmp_path / name, labelled=labelled)
+
+
+@pytest.mark.parametrize(
+    ("content", "labels", "num_classes"),
+    [
+        ("1\ta\n2\tb\n5\tc\n4\td\n", [1, 2, 5, 4], 6),
+        ("7\t0\ta\n8\t1\tb\n0\tc\n", [0, 1, 0], 2),
+        ("text\tlabel\tid\na\tno\nb\t3\t9\n", [1, 0], 2),
+        ("no\ta\n3\tb\n", [1, 0], 2),
+    ],
+)
+def test_gaps_of_classes_and_short_lines_are_read(tmp_path, content, labels, num_classes):
+    (tmp_path / "data.tsv").write_text(content)
+    corpus = load_corpus(tmp_path / "data.tsv", labelled=True)
+    assert (corpus.labels, corpus.num_classes) == (labels, num_classes)
+
+
+def test_a_dataset_without_a_label_names_the_row(tmp_path):
+    columns = {"text": ["a", "b"], "label": [1, None]}
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(DataError, match="row 1 has the label None"):
+        load_corpus(tmp_path / "data", labelled=True)
 
 
 def test_plain_text_has_no_columns(tmp_path):

@@ -215,7 +215,14 @@ def compile_ddp(module):
     return torch.compile(wrapped, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [compile_eagerly, compile_ddp, wrap_in_checkpoints])
+def replicate(module):
+    """In nn.DataParallel, which without GPUs calls the module itself."""
+    wrapped = torch.nn.DataParallel(torch.nn.Identity())
+    wrapped.module, wrapped.device_ids = module, []
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [compile_eagerly, compile_ddp, replicate, wrap_in_checkpoints])
 def test_compiled_and_wrapped_models_keep_their_names_and_results(ranks, wrap):
     usual, wrapped = ranks(1).run(wrapped_case, wrap)[0]
     assert wrapped["names"] == usual["names"]

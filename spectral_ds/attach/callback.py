@@ -4,6 +4,7 @@ In: a `Trainer` with the callback. Out: its training filtered, before it clips, 
 trains with; the plugin's metrics in its logs; the plugin's state in its checkpoints.
 """
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ class SpectralCallback(TrainerCallback):
         self._handles: list[Any] = []
         self._plugin: weakref.ref[SpectralPlugin] | None = None
         self._logged_step = -1.0
-        self._is_told = False  # by the Trainer that it has this callback
+        self._tellers: weakref.WeakSet[Trainer] = weakref.WeakSet()  # say when `train` is called
         self._resumed_from: Path | None = None  # the folder from which training resumes, if named
 
     @property
@@ -76,8 +77,9 @@ class SpectralCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # Events tell neither from which checkpoint training resumes nor that it was interrupted.
-        WrappedMethod(self._trainer(), "train", self._train)
-        self._is_told = True
+        trainer = self._trainer(state)
+        WrappedMethod(trainer, "train", self._train)
+        self._tellers.add(trainer)
 
     def _train(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs.get("resume_from_checkpoint")
@@ -94,10 +96,10 @@ class SpectralCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        trainer = self._trainer()
+        trainer = self._trainer(state)
         model = trainer.model_wrapped
         self._close()  # an attempt that was cut off
-        if state.global_step > 0 and not self._is_told:
+        if state.global_step > 0 and trainer not in self._tellers:
             raise RuntimeError(
                 "SpectralCallback: add_callback() does not tell it from which checkpoint training "
                 "resumes; give it in Trainer(..., callbacks=[...])"
@@ -109,7 +111,8 @@ class SpectralCallback(TrainerCallback):
             plugin = self._attach(trainer, model)
         if plugin is None:
             return
-        self._handles.append(WrappedMethod(trainer, "_save_checkpoint", self._save))
+        save = functools.partial(self._save, trainer)
+        self._handles.append(WrappedMethod(trainer, "_save_checkpoint", save))
         self._plugin = weakref.ref(plugin)
         self._logged_step = -1.0
         self._join_logs(trainer.callback_handler.callbacks)
@@ -124,7 +127,7 @@ class SpectralCallback(TrainerCallback):
             )
         optimizer = None if trainer.is_deepspeed_enabled else trainer.optimizer
         self._runner = Runner(config)
-        plugin = self._runner.attach(model, optimizer)
+        plugin = self._runner.attach(model, optimizer, writes_metrics=True)
         self._runner.watch_clipping()
         return plugin
 
@@ -145,13 +148,12 @@ class SpectralCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1] |= named
 
-    def _save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _save(self, trainer: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """First the plugin's state: a checkpoint that is whole has it, however it came to be."""
         plugin = self.plugin
         is_saved = plugin is not None and plugin.config.checkpoint.enabled
         # DeepSpeed's own checkpoints, in the same folder, carry it.
         if plugin is not None and is_saved and plugin.engine.checkpoints is None:
-            trainer = self._trainer()
             trial = kwargs["trial"] if "trial" in kwargs else args[1]
             of_run = Path(trainer._get_output_dir(trial))
             plugin.save(_checkpoint(of_run, trainer.state.global_step) / FOLDER)
@@ -175,13 +177,12 @@ class SpectralCallback(TrainerCallback):
             self._runner.stop()
         self._runner = self._plugin = None
 
-    def _trainer(self) -> Any:
-        """The Trainer, which callbacks are not given."""
+    def _trainer(self, state: TrainerState) -> Any:
+        """The Trainer, which callbacks are not given; several may share this one."""
         for trainer in live(Trainer):
-            handler = getattr(trainer, "callback_handler", None)
-            if any(each is self for each in getattr(handler, "callbacks", ())):
+            if getattr(trainer, "state", None) is state:
                 return trainer
-        raise RuntimeError("SpectralCallback: no Trainer that is alive has this callback")
+        raise RuntimeError("SpectralCallback: no Trainer that is alive has the state of this event")
 
     def _join_logs(self, callbacks: list[Any]) -> None:
         """Come first in every event, so that all others are given the metrics; not the console."""

@@ -146,8 +146,14 @@ def attach_unwatched(
     optimizer: torch.optim.Optimizer | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | SpectralConfig | None = None,
     writer: Any = None,
+    *,
+    writes_metrics: bool = False,
 ) -> SpectralPlugin | None:
-    """`attach`, by one who minds other optimizers himself; also inside of an optimizer's step."""
+    """`attach`, by one who minds other optimizers himself; also inside of an optimizer's step.
+
+    Args:
+        writes_metrics: whether the caller writes the plugin's metrics somewhere.
+    """
     engine = engine_for(model_or_engine, optimizer)
 
     def source() -> Any:
@@ -168,6 +174,8 @@ def attach_unwatched(
     for holder in dict.fromkeys(engine.holders):
         _plugins[holder] = [*map(weakref.ref, plugins_of(holder)), weakref.ref(plugin)]
     engine.log(plugin.describe())
+    if not writes_metrics:
+        plugin.monitor.say_if_written_nowhere()
     return plugin
 
 

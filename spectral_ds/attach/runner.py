@@ -80,10 +80,16 @@ class Runner:
         self._handles.append(FilterBeforeClipping(self._clipped))
 
     def attach(
-        self, model_or_engine: Any, optimizer: torch.optim.Optimizer | None = None
+        self,
+        model_or_engine: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        writes_metrics: bool = False,
     ) -> SpectralPlugin | None:
-        """`spectral_ds.attach` by the configuration (collective); detached by `stop`."""
-        plugin = attach_unwatched(model_or_engine, optimizer, self._config)
+        """`attach_unwatched` by the configuration (collective); detached by `stop`."""
+        plugin = attach_unwatched(
+            model_or_engine, optimizer, self._config, writes_metrics=writes_metrics
+        )
         if plugin is not None:
             self._is_found = True
             self._plugins.append(weakref.ref(plugin))

@@ -186,7 +186,11 @@ def _check_model(tensors: Mapping[str, Any], state: PluginState) -> list[str]:
     """The digests of the saved graphs, of the same model."""
     here = _digests(state)
     for key, what in (
-        ("digest.names", "parameters have other names, or are in another order"),
+        (
+            "digest.names",
+            "parameters have other names, are in another order, or are not trained yet: unfreeze "
+            "them before attaching",
+        ),
         ("digest.shapes", "parameters have other shapes"),
     ):
         if not torch.equal(_get(tensors, key).cpu(), here[key]):

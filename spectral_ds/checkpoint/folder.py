@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -177,13 +177,19 @@ class _Files:
         return assemble(kind, wanted, self._runs.get(kind, {}))
 
 
-def read_state(folder: Path, expected: PluginState, everyone: Communicator) -> SavedState:
+def read_state(
+    folder: Path,
+    expected: PluginState,
+    everyone: Communicator,
+    untrained: Collection[str] = (),
+) -> SavedState:
     """Read what `write_state` wrote, at any world size (collective).
 
     Args:
         folder: on a file system that all ranks see.
         expected: the running plugin's state, to compare the model with.
         everyone: all ranks; each checks a part of the files.
+        untrained: names of parameters that the state may be of besides.
 
     Raises:
         CheckpointError: a file is missing, unreadable, cut or altered, or is of another model; on
@@ -191,7 +197,7 @@ def read_state(folder: Path, expected: PluginState, everyone: Communicator) -> S
     """
     with everyone.all_or_none():
         manifest = _manifest(folder / MANIFEST)
-        _check_model(manifest, expected, folder / MANIFEST)
+        awaited = _check_model(manifest, expected, untrained, folder / MANIFEST)
         for index, entry in enumerate(manifest["files"]):
             is_mine = index % everyone.world_size == everyone.rank
             _check_file(folder / entry["name"], entry, is_mine)
@@ -199,7 +205,7 @@ def read_state(folder: Path, expected: PluginState, everyone: Communicator) -> S
         paths = [folder / entry["name"] for entry in manifest["files"]]
         files = _Files(paths, len(manifest["graphs"]))
     where = str(folder / MANIFEST)
-    return SavedState(where, manifest["graphs"], files.numbers, files.edges, files.pieces)
+    return SavedState(where, manifest["graphs"], files.numbers, files.edges, files.pieces, awaited)
 
 
 def _read_run(path: Path, key: str, first: int, last: int) -> torch.Tensor:
@@ -233,16 +239,22 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_model(manifest: Mapping[str, Any], expected: PluginState, path: Path) -> None:
-    saved = {name: tuple(shape) for name, shape in manifest["model"].items()}
+def _check_model(
+    manifest: Mapping[str, Any], expected: PluginState, untrained: Collection[str], path: Path
+) -> list[str]:
+    """Refuse the state of another model; those of the untrained parameters that it is of."""
+    whole = {name: tuple(shape) for name, shape in manifest["model"].items()}
+    saved = {name: shape for name, shape in whole.items() if name not in untrained}
     for name in (*saved, *expected.model):
         if saved.get(name) != expected.model.get(name):
+            there, here = (m.get(name, "not trained") for m in (saved, expected.model))
             raise CheckpointError(
-                f"{path} is of another model: parameter {name!r} has shape {saved.get(name)} there "
-                f"and {expected.model.get(name)} here"
+                f"{path} is of another model: parameter {name!r} has shape {there} there and "
+                f"{here} here"
             )
     if list(saved) != list(expected.model):
         raise CheckpointError(f"{path} is of another model: parameters are in another order")
+    return [name for name in whole if name in untrained]
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], is_mine: bool) -> None:

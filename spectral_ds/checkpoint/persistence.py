@@ -40,10 +40,22 @@ class Persistence:
     ) -> None:
         self._engine, self._stack = engine, stack
         self._is_strict, self._resumed = is_strict, resumed
+        # Goes on from a state of parameters that are not trained yet; None: none is waiting.
+        self._waiting: Callable[[], None] | None = None
 
     def use(self, stack: StatefulStack) -> None:
         """Collect and restore the state of another stack from now on."""
         self._stack = stack
+
+    def begin_step(self) -> None:
+        """Go on from a state that waits for the parameters of this step (collective if so).
+
+        Raises:
+            CheckpointError: some are still not trained, and that is an error.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting()
 
     def level(self) -> None:
         """Give every rank the state of the one that took most steps (collective).
@@ -90,6 +102,11 @@ class Persistence:
         """
         engine, stack = self._engine, self._stack
         with engine.everyone.all_or_none():
+            if saved.untrained:
+                raise CheckpointError(
+                    f"{saved.where} is of parameters that are not trained here: "
+                    f"{_listed(saved.untrained)}: unfreeze them before attaching"
+                )
             difference = self._other_graphs(saved)
         parts: Sequence[Part] = [*(() if difference else stack.graphs), *stack.memories]
         with engine.everyone.all_or_none():
@@ -142,6 +159,7 @@ class Persistence:
     def save(self, folder: Path) -> None:
         """Write the state into a folder that all ranks see (collective)."""
         engine = self._engine
+        self._refuse_to_wait()
         write_state(folder, self.state(), engine.communicator.rank, engine.everyone)
 
     def load(self, folder: Path, is_expected: bool = True, engine_step: int | None = None) -> None:
@@ -155,6 +173,7 @@ class Persistence:
         Raises:
             CheckpointError: what is there cannot be used, and that is an error.
         """
+        self._waiting = None
         if not is_expected:
             self._stack.rebuild()
             self._resumed()
@@ -163,10 +182,19 @@ class Persistence:
                 "graph of the present weights, and with the reference of before"
             )
             return
-        self._go_on(lambda: read_state(folder, self.state(), self._engine.everyone), engine_step)
+        engine = self._engine
+
+        def read() -> SavedState:
+            # With checkpoints of its own, an engine has all that it trains by now.
+            waits = engine.checkpoints is None
+            untrained = engine.named.keys() - engine.shapes.keys() if waits else ()
+            return read_state(folder, self.state(), engine.everyone, untrained)
+
+        self._go_on(read, engine_step, may_wait=True)
 
     def begin_anew(self) -> None:
         """Begin a new training from weights that were loaded alone (collective)."""
+        self._waiting = None
         self._stack.begin_anew()
         self._resumed()
         self._engine.log(
@@ -179,6 +207,7 @@ class Persistence:
         Raises:
             UnsupportedEngineError: the engine has checkpoints of its own.
         """
+        self._refuse_to_wait()
         shards, graphs = self._shards(), self._stack.graphs
         return to_tensors(
             self.state(),
@@ -197,16 +226,36 @@ class Persistence:
             UnsupportedEngineError: the engine has checkpoints of its own.
         """
         engine, shards = self._engine, self._shards()
+        self._waiting = None
         self._go_on(
             lambda: from_tensors(
                 tensors, shards.local_part, self.state(), engine.everyone, engine.communicator
             )
         )
 
-    def _go_on(self, read: Callable[[], SavedState], engine_step: int | None = None) -> None:
-        """Go on from what `read` gives; with nothing of it if it cannot be used, unless strict."""
+    def _go_on(
+        self,
+        read: Callable[[], SavedState],
+        engine_step: int | None = None,
+        may_wait: bool = False,
+    ) -> None:
+        """Go on from what `read` gives; with nothing of it if it cannot be used, unless strict.
+
+        Args:
+            may_wait: whether parameters that are not trained yet may come with the next step.
+        """
+        engine = self._engine
         try:
-            self.restore(read(), engine_step)
+            saved = read()
+            if saved.untrained and may_wait:
+                self._waiting = lambda: self._go_on(read, engine_step)
+                engine.restore_step(int(saved.number("step")))
+                engine.log(
+                    f"{saved.where} is loaded at the next step, as it is of parameters that are "
+                    f"not trained yet: {_listed(saved.untrained)}"
+                )
+            else:
+                self.restore(saved, engine_step)
         except CheckpointError as error:
             if self._is_strict:
                 raise
@@ -216,6 +265,12 @@ class Persistence:
                 "nothing of the saved state"
             )
         self._resumed()
+
+    def _refuse_to_wait(self) -> None:
+        if self._waiting is not None:
+            raise CheckpointError(
+                "the loaded state waits for parameters that the next step trains: save after it"
+            )
 
     def _shards(self) -> DistributedTensors:
         if self._engine.tensors is None:
@@ -227,3 +282,8 @@ class Persistence:
 
     def _warn(self, message: str) -> None:
         self._engine.log(message, logging.WARNING)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}"

@@ -98,6 +98,7 @@ class SavedState(NamedTuple):
         numbers: as saved.
         edges: of each graph, all edges.
         pieces: gives parts of the pieces; raises CheckpointError where elements are missing.
+        untrained: names of the parameters that it is of and that the model does not train yet.
     """
 
     where: str
@@ -105,6 +106,7 @@ class SavedState(NamedTuple):
     numbers: Mapping[str, torch.Tensor]
     edges: Sequence[Edges]
     pieces: PieceReader
+    untrained: Sequence[str] = ()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A small tensor of the state.

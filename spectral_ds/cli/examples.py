@@ -8,6 +8,7 @@ Out: examples, and batches of them in an order that depends on the seed and the 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,22 @@ def load_corpus(path: Path, *, labelled: bool) -> Corpus:
 
     Raises:
         DataError: the path does not exist, cannot be read as its kind, or holds no text; or labels
-            are wanted, and there are none or of one class only.
+            are wanted, and there are none, of one class only, or of fewer than half of the classes
+            that they number.
     """
     if not labelled:
         return Corpus(read_texts(path), None, 0)
     texts, labels = zip(*read_labelled_texts(path), strict=True)
     classes = _classes(labels)
-    if len(set(classes)) < 2:
+    found, num_classes = len(set(classes)), max(classes) + 1
+    if found < 2:
         raise DataError("has only one class")
-    return Corpus(list(texts), classes, max(classes) + 1)
+    if 2 * found < num_classes:
+        raise DataError(
+            f"has {found} classes, with numbers up to {num_classes - 1}: number classes from 0 "
+            "without gaps, or name them"
+        )
+    return Corpus(list(texts), classes, num_classes)
 
 
 def _classes(labels: Sequence[Any]) -> list[int]:
@@ -67,6 +75,8 @@ def _classes(labels: Sequence[Any]) -> list[int]:
     except (TypeError, ValueError):
         names = sorted({str(label) for label in labels})
         return [names.index(str(label)) for label in labels]
+    if any(map(math.isnan, numbers)):
+        raise DataError("has the label nan: leave out texts without a label")
     if all(number.is_integer() and number >= 0 for number in numbers):
         return [int(number) for number in numbers]
     whole = {int(number) for number in numbers if number.is_integer()}

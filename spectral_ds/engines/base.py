@@ -42,6 +42,7 @@ class Engine(ABC):
         holders: the user's objects by which the plugin can be found again.
         module: the model itself, neither compiled nor in a wrapper of the engine's.
         optimizer: that moves the weights.
+        calls_copies: whether copies of the module are called in its place, in threads.
         monitor: the engine's own monitor; None if it has none or it is off, on all ranks alike.
         checkpoints: the engine's own checkpoints; None if it makes none.
         tensors: how `torch.distributed.checkpoint` sees the shards; None if it cannot.
@@ -55,6 +56,7 @@ class Engine(ABC):
     holders: Sequence[object]
     module: torch.nn.Module
     optimizer: object
+    calls_copies: bool = False
     monitor: EngineMonitor | None = None
     checkpoints: EngineCheckpoints | None = None
     tensors: DistributedTensors | None = None

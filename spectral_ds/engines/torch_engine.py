@@ -49,8 +49,8 @@ class TorchEngine(Engine):
     trained by all ranks alike, however they average its gradients.
 
     Args:
-        model: a module, or one in DistributedDataParallel; may be compiled, or hold several of
-            these.
+        model: a module, or one in DistributedDataParallel or nn.DataParallel; may be compiled, or
+            hold several of these.
         optimizer: the optimizer that trains it, or a wrapper around that.
 
     Raises:
@@ -66,6 +66,7 @@ class TorchEngine(Engine):
         module = unwrapped(model)
         _refuse_fsdp1(module)
         self.module, self.optimizer = module, stepping_optimizer(optimizer)
+        self.calls_copies = any(map(_calls_copies, model.modules()))
         self._wrappers = layers_of(optimizer)[:-1]
         self._step = self._climbs = 0
         self._calls: StepCalls | None = None
@@ -306,9 +307,10 @@ class WholeTensors:
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside torch.compile and DistributedDataParallel, in any order."""
+    """The module inside torch.compile and (Distributed)DataParallel, in any order."""
+    wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while True:
-        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        if isinstance(model, wrappers):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), torch.nn.Module):
             model = inner
@@ -322,6 +324,10 @@ def parts_of(module: torch.nn.Module) -> list[torch.nn.Module]:
         return []
     children = list(module.children())
     return list(dict.fromkeys([*children, *map(unwrapped, children)]))
+
+
+def _calls_copies(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.DataParallel) and len(module.device_ids) > 1
 
 
 def _refuse_fsdp1(module: torch.nn.Module) -> None:

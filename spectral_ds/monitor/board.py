@@ -27,6 +27,7 @@ class Board:
         step: gives the number under which TensorBoard files what is written now.
         is_open: whether rank 0 has a writer; equal on all ranks.
         own_writer: a writer to close in the end; None: none is the board's own.
+        is_kept: whether `write_scalars` writes, on rank 0.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class Board:
         step: Callable[[], int],
         is_open: bool,
         own_writer: Any = None,
+        is_kept: bool = True,
     ) -> None:
-        self.is_open = is_open
+        self.is_open, self.is_kept = is_open, is_kept
         self._own_writer = own_writer
         self._write_scalars = write_scalars
         self._writer = writer
@@ -73,18 +75,13 @@ class Board:
         monitor = engine.monitor
         writer = None if monitor is None else monitor.summary_writer
         is_open = engine.everyone.maximum(float(writer is not None)) > 0
-        if is_enabled and monitor is None:
-            engine.log(
-                "what is monitored is written nowhere, plugin.metrics() has it; set "
-                "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
-                '"tensorboard": {"enabled": true})'
-            )
 
         def write_to_monitor(metrics: Mapping[str, float]) -> None:
             if monitor is not None:
                 monitor.write(metrics)
 
-        return cls(write_to_monitor, writer, lambda: engine.board_step, is_open)
+        is_kept = monitor is not None
+        return cls(write_to_monitor, writer, lambda: engine.board_step, is_open, is_kept=is_kept)
 
     def close(self) -> None:
         """Close the writer, if it is the board's own."""

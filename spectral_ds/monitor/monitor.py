@@ -103,6 +103,15 @@ class Monitor:
         # Some weights of a monitored step, until the next step tells what became of them.
         self._weights: list[torch.Tensor] | None = None
 
+    def say_if_written_nowhere(self) -> None:
+        """Tell the user, if so, that only `metrics` has what is measured."""
+        if self._interval > 0 and not self._board.is_kept:
+            self._engine.log(
+                "what is monitored is written nowhere, plugin.metrics() has it; set "
+                "spectral_ds.monitor.folder, or switch on the engine's own monitor (DeepSpeed: "
+                '"tensorboard": {"enabled": true})'
+            )
+
     def is_due(self, step: int) -> bool:
         """Whether a step is monitored: none from which ranks may have left."""
         if self._interval == 0 or step % self._interval > 0:

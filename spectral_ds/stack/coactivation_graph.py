@@ -33,7 +33,7 @@ from spectral_ds.coactivation import (
     responses_within,
 )
 from spectral_ds.coactivation import file as statistics
-from spectral_ds.config import SpectralConfig
+from spectral_ds.config import SpectralConfig, SpectralConfigError
 from spectral_ds.console.progress import progress
 from spectral_ds.engines import Engine
 from spectral_ds.graph import Edges
@@ -86,6 +86,7 @@ class CoactivationGraph(ToldGraph):
         self._engine, self._layout = engine, layout
         self._edge = choice.settings.edges[0]
         self.parameters = choice.parameters
+        self._refuse_copies()
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._sites = sites_of_graph(engine, choice.parameters)
         self._projections = Projections(self._edge.rank, whole.seed, engine.everyone.device)
@@ -112,6 +113,14 @@ class CoactivationGraph(ToldGraph):
         self._make(previous)
 
     # Making
+
+    def _refuse_copies(self) -> None:
+        if self._edge.learn == "training" and self._engine.calls_copies:
+            raise SpectralConfigError(
+                f'spectral_ds.{self._choice.key}.edges[0].learn = "training": nn.DataParallel '
+                "calls copies of the model in threads, whose inputs are not counted; start with "
+                "torchrun, for DistributedDataParallel, or name a file of texts"
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether the graph is to be rebuilt at this step."""
