@@ -242,8 +242,9 @@ class CoactivationGraph(ToldGraph):
             if (spectrum := keep.of(key[0])[key[1]]) is not None
         }
         # What the monitor projects on.
+        nothing = torch.empty(0, dtype=torch.float32, device=device)
         self._directions = {
-            key: Factors(0.0, self.held.directions_of(key, spectrum), torch.empty(0, device=device))
+            key: Factors(0.0, self.held.directions_of(key, spectrum), nothing)
             for key, spectrum in spectra_here.items()
         }
         response = responses_within(transfers.filter, top)

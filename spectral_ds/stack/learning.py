@@ -75,7 +75,9 @@ class Learning:
     def _tokens(self) -> torch.Tensor:
         """The most vectors that this rank has seen enter one site; (1,)."""
         seen = [moments.count.max() for moments in self._observer.moments.values()]
-        most = torch.stack(seen).max() if seen else torch.zeros((), dtype=torch.float64)
+        most = (
+            torch.stack(seen).max() if seen else torch.zeros((), dtype=torch.float64, device="cpu")
+        )
         return most.to(self._engine.everyone.device).reshape(1)
 
     def _warn_if_blind(self, tokens: float) -> None:
