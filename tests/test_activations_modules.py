@@ -116,6 +116,30 @@ def test_grouped_and_transposed_convolutions_count_as_without_inputs():
     assert sites_of(model.modules(), named, shapes) == []
 
 
+class HalfComplex(nn.Module):
+    """Of two layers, one is complex."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn, self.mix = nn.Linear(5, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.mix(self.turn(x.to(torch.complex64)).real)
+
+
+def test_a_complex_layer_counts_as_without_inputs():
+    model, x = HalfComplex(), torch.randn(20, 5)
+    plugin, optimizer = keeping(model, [x])
+    inputs = model.turn(x.to(torch.complex64)).real.detach().double().numpy()
+    assert_operators(plugin.graph, operators({"mix": inputs}))
+    before, weight = model.turn.weight.detach().clone(), model.turn.weight
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), weight.grad * RATE * (0.2 + 0.8 * 0.6))
+    plugin.detach()
+
+
 # Who shares a graph
 
 
