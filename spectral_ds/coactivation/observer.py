@@ -55,7 +55,8 @@ class Observer:
         moments: of the sites that lead and were called, by parameter.
         leaders: by parameter, the site whose graph it has.
         is_counting: whether what enters is summed; who shares is found in any case.
-        only_training: whether what enters modules in evaluation is left out.
+        only_training: whether calls without gradients in evaluation are left out, and of a site
+            that was called in training, all in evaluation.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Observer:
         self.moments: dict[str, Moments] = {}
         self.leaders: dict[str, str] = dict(leaders or {})
         self.is_counting, self.only_training = True, False
+        self._in_training: set[str] = set()  # sites that were called in it
         self._model, self._projections, self._device = model, projections, device
         known = self.leaders
         self._sites = {
@@ -116,15 +118,27 @@ class Observer:
         self, site: Site, vectors: torch.Tensor, weight: torch.Tensor | None, matrix: int = 0
     ) -> None:
         """Count vectors that enter a matrix of a site; see `Moments.add`."""
-        if not self.is_counting or (self.only_training and not site.module.training):
+        if not self.is_counting or is_in_backward():  # checkpointed ones were counted before
             return
-        if is_in_backward():  # checkpointed activations, which were counted before
+        if self.only_training and not self._is_training(site):
             return
         if site.parameter not in self.moments:
             omega = self._projections.of(site.inputs)
             moments = Moments(site.matrices, site.inputs, omega, self._device)
             self.moments[site.parameter] = moments
         self.moments[site.parameter].add(vectors, weight, matrix)
+
+    def _is_training(self, site: Site) -> bool:
+        """Whether a call is one of training, as far as is known; forgets what was none.
+
+        A loop may train a model in evaluation, or evaluate it with gradients.
+        """
+        if not site.module.training:
+            return torch.is_grad_enabled() and site.parameter not in self._in_training
+        if site.parameter not in self._in_training:
+            self._in_training.add(site.parameter)
+            self.moments.pop(site.parameter, None)
+        return True
 
     def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         at = self._place_of_mask
@@ -134,7 +148,6 @@ class Observer:
         self._entered.clear()
 
     def _hook(self, site: Site) -> OwnHook:
-        @torch.no_grad()
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, torch.Tensor) or x.numel() == 0:
@@ -144,7 +157,7 @@ class Observer:
                 return
             assert site.unfold is not None, "hooked"
             counts = self._counts(x) if site.unfold is tokens else None
-            self.add(site, site.unfold(site.module, x), counts)
+            self.add(site, site.unfold(site.module, x.detach()), counts)
 
         return OwnHook(see)
 

@@ -61,7 +61,7 @@ class Learning:
 
     def warn_of_end(self) -> None:
         """Warn that training has ended too early (no communication)."""
-        if self._seen > 0:
+        if self._step >= 0:
             self._engine.log(
                 f"learn = training: the filter has not acted, as {self._seen:,.0f} tokens were "
                 f"seen of the {self._enough:,} that it waits for (samples x length)",
@@ -85,7 +85,8 @@ class Learning:
             self._has_warned = True
             self._engine.log(
                 "learn = training: no input of a layer was seen in the first step, and the filter "
-                "waits for them; a compiled model hides them: name a file of texts instead",
+                "waits for them; a compiled model hides them, and calls without gradients in "
+                "evaluation do not count (model.train()): else name a file of texts instead",
                 logging.WARNING,
             )
 
