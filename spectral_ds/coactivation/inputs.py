@@ -191,6 +191,8 @@ def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) 
             inputs["attention_mask"] = mask.to(device)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
+            if mask is not None:
+                inputs["decoder_attention_mask"] = inputs["attention_mask"]
         if "logits_to_keep" in taken and not with_head:
             inputs["logits_to_keep"] = 1
         model(**inputs)

@@ -3,14 +3,15 @@
 Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
 changed in between: the first of them leads, the others follow. Where the model is called with an
 `attention_mask` of (batch, tokens), padding does not count in layers that keep these two
-dimensions, or make one of them, and in stacked experts.
+dimensions, or make one of them, and in stacked experts. In a decoder, the mask that it is called
+with is that of its own tokens, and `encoder_attention_mask` that of the encoder's.
 """
 
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,20 @@ from spectral_ds.engines.steps import is_in_backward, not_compiled, version_of
 
 # What models call it that tells padding: (batch, tokens).
 MASK = "attention_mask"
+# What a decoder attends to besides, and the same of it.
+ENCODED, MASK_OF_ENCODED = "encoder_hidden_states", "encoder_attention_mask"
+
+
+class Encoded(NamedTuple):
+    """What an encoder has made of its tokens, in the decoder that attends to it.
+
+    Attributes:
+        states: (batch, tokens, ...).
+        mask: (batch, tokens); None: no padding.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class OwnHook:
@@ -79,6 +94,7 @@ class Observer:
         self._finds_leaders = leaders is None
         self._handles: dict[str, Any] = {}
         self._mask: torch.Tensor | None = None
+        self._encoded: Encoded | None = None
         self._place_of_mask = _place_of_mask(model)
         # What has entered in this forward pass and is still alive, its version, and whom first.
         self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
@@ -88,6 +104,13 @@ class Observer:
         self._handles[""] = self._model.register_forward_pre_hook(
             OwnHook(self._begin_forward), prepend=True, with_kwargs=True
         )
+        for number, decoder in enumerate(_decoders(self._model)):
+            self._handles[f"decoder {number} in"] = decoder.register_forward_pre_hook(
+                OwnHook(self._begin_decoder), with_kwargs=True
+            )
+            self._handles[f"decoder {number} out"] = decoder.register_forward_hook(
+                OwnHook(self._end_decoder), always_call=True
+            )
         inner: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
             if site.unfold is None:
@@ -112,7 +135,7 @@ class Observer:
             handle.remove()
         self._handles.clear()
         self._entered.clear()
-        self._mask = None
+        self._mask = self._encoded = None
 
     def add(
         self, site: Site, vectors: torch.Tensor, weight: torch.Tensor | None, matrix: int = 0
@@ -142,10 +165,18 @@ class Observer:
 
     def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         at = self._place_of_mask
-        mask = args[at] if at < len(args) else kwargs.get(MASK)
-        is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self._mask = mask if is_plain else None
+        self._mask = _plain(args[at] if at < len(args) else kwargs.get(MASK))
+        self._encoded = None
         self._entered.clear()
+
+    def _begin_decoder(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        states = kwargs.get(ENCODED)
+        if isinstance(states, torch.Tensor):
+            self._encoded = Encoded(states, _plain(kwargs.get(MASK_OF_ENCODED)))
+            self._mask = _plain(kwargs.get(MASK))  # also of what follows: the head
+
+    def _end_decoder(self, *_: Any) -> None:
+        self._encoded = None
 
     def _hook(self, site: Site) -> OwnHook:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,7 +210,8 @@ class Observer:
 
         In x the first two dimensions are (batch, tokens), or the first is both of them.
         """
-        mask = self._mask
+        encoded = self._encoded
+        mask = encoded.mask if encoded is not None and x is encoded.states else self._mask
         if mask is None or x.dim() < 2 or x.numel() == 0:
             return None
         is_flat = x.dim() == 2 and len(x) == mask.numel()
@@ -191,8 +223,27 @@ class Observer:
 
 def _place_of_mask(model: nn.Module) -> int:
     """Where the mask is among the arguments of a model; beyond all that it takes if it is not."""
-    try:
-        taken = [*inspect.signature(model.forward).parameters]
-    except (TypeError, ValueError):  # nothing tells
-        return sys.maxsize
+    taken = _taken_by(model)
     return taken.index(MASK) if MASK in taken else sys.maxsize
+
+
+def _plain(mask: object) -> torch.Tensor | None:
+    """A mask that tells padding; None of any other."""
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def _decoders(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that can be called with what an encoder has made."""
+    if ENCODED in _taken_by(model):
+        yield model
+        return
+    for child in model.children():
+        yield from _decoders(child)
+
+
+def _taken_by(model: nn.Module) -> list[str]:
+    """The names of what a module is called with; none where nothing tells."""
+    try:
+        return [*inspect.signature(model.forward).parameters]
+    except (TypeError, ValueError):
+        return []
