@@ -53,14 +53,46 @@ def test_what_is_learned_is_seen_in_training_and_the_filter_idles_until_then(
 
 def test_evaluation_is_not_learned_from_and_detaching_takes_the_hooks_back():
     run = Run(section_of(LEARNS))
-    run.model.eval()
-    run.model(random_ids(40))
-    run.model.train()
-    run.step(random_ids(5))
+    for _ in range(2):
+        run.model.eval()
+        run.model(random_ids(40))
+        run.model.train()
+        run.step(random_ids(5))
     assert run.plugin.graph.learn is None
     assert run.hooks() > 0
     run.plugin.detach()
     assert run.hooks() == 0
+
+
+def test_a_model_that_is_trained_in_evaluation_is_learned_from():
+    """As `from_pretrained` gives it; calls without gradients are no training."""
+    found = []
+    for is_training in (True, False):
+        run = Run(section_of(LEARNS), CalledByIds().train(is_training))
+        with torch.no_grad():
+            run.model.eval()(random_ids(40, seed=1))
+        run.model.train(is_training)
+        run.step(random_ids(19))
+        assert run.plugin.graph.learn is None
+        run.step(random_ids(1))
+        learn = run.plugin.graph.learn
+        found.append({key: learn.of(key[0])[0].matrix() for key in run.plugin.graph.held.graph_of})
+        run.plugin.detach()
+    for key, operator in found[0].items():
+        np.testing.assert_array_equal(found[1][key], operator)
+
+
+def test_a_training_that_shows_no_inputs_is_told_so_at_its_begin_and_end(said):
+    run = Run(section_of(LEARNS))
+    with torch.no_grad():
+        run.model.eval()(random_ids(40))
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.optimizer.step()
+    assert "no input of a layer was seen in the first step" in said()[-1]
+    assert "model.train()" in said()[-1]
+    run.plugin.detach()
+    assert "has not acted, as 0 tokens were seen of the 180" in said()[-1]
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

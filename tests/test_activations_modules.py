@@ -24,7 +24,7 @@ from activations import (
 from torch import nn
 
 import spectral_ds
-from spectral_ds.coactivation import sites_of
+from spectral_ds.coactivation import sites_of, text_batches
 
 # Matrices of two dimensions
 
@@ -116,6 +116,30 @@ def test_grouped_and_transposed_convolutions_count_as_without_inputs():
     assert sites_of(model.modules(), named, shapes) == []
 
 
+class HalfComplex(nn.Module):
+    """Of two layers, one is complex."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn, self.mix = nn.Linear(5, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.mix(self.turn(x.to(torch.complex64)).real)
+
+
+def test_a_complex_layer_counts_as_without_inputs():
+    model, x = HalfComplex(), torch.randn(20, 5)
+    plugin, optimizer = keeping(model, [x])
+    inputs = model.turn(x.to(torch.complex64)).real.detach().double().numpy()
+    assert_operators(plugin.graph, operators({"mix": inputs}))
+    before, weight = model.turn.weight.detach().clone(), model.turn.weight
+    model(x).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), weight.grad * RATE * (0.2 + 0.8 * 0.6))
+    plugin.detach()
+
+
 # Who shares a graph
 
 
@@ -201,6 +225,42 @@ def test_an_encoder_decoder_is_called_with_the_ids_on_both_sides():
     del found["lm_head"]
     assert_operators(plugin.graph, operators(found))
     assert any("EncDecAttention.k" in name for name in found)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_in_a_decoder_its_own_mask_counts_and_of_the_encoded_the_other(is_masked):
+    """Source and target of equal length."""
+    model = t5()
+    model.lm_head = nn.Linear(12, VOCABULARY_OF_T5)  # not tied to the embedding
+    ids, own = random_ids(6, 5, 0, VOCABULARY_OF_T5), torch.ones(6, 5, dtype=torch.long)
+    mask = own.clone()
+    mask[1, 2:], mask[4, 1:], own[0, 3:] = 0, 0, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    if is_masked:
+        batch["decoder_attention_mask"] = own
+    section = section_of({"keep": "given", "rank": RANK})
+    section["graph"]["exclude"] = []
+    plugin, _ = keeping(model, [batch], section)
+    found = inputs_of(copy.deepcopy(model).double(), lambda m: m(**batch))
+    for name, x in found.items():
+        of_encoder = name.startswith("encoder") or name.endswith(
+            ("EncDecAttention.k", "EncDecAttention.v")
+        )
+        if of_encoder or is_masked:
+            found[name] = x[(mask if of_encoder else own).reshape(-1).bool().numpy()]
+    assert ("lm_head.weight", 0) in plugin.graph.held.graph_of
+    assert_operators(plugin.graph, operators(found))
+
+
+def test_texts_are_masked_on_both_sides_of_an_encoder_decoder():
+    model, seen = t5(), []
+    [batch] = text_batches(
+        model, ["", ""], lambda *_, **__: {"input_ids": [[3, 4, 5, 6], [7, 8]]}, 2, 4, 0
+    )
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+    batch(model)
+    for name in ("attention_mask", "decoder_attention_mask"):
+        assert seen[0][name].sum(1).tolist() == [2, 4]
 
 
 def test_a_head_that_is_not_excluded_has_the_graph_of_all_tokens():

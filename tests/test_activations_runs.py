@@ -5,6 +5,7 @@ import copy
 import logging
 
 import numpy as np
+import pytest
 import tiny
 import torch
 import transformers
@@ -14,12 +15,14 @@ from activations import (
     CalledByIds,
     expected_update,
     inputs_of,
+    keeping,
     operator_of,
     random_ids,
     section_of,
 )
 from changing import watching
 from expected import relative_error
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import spectral_ds
 
@@ -66,6 +69,49 @@ def test_newcomers_leave_no_hooks_behind():
     assert run.plugin.graph.learn.of(name)
     assert run.hooks() == 0
     run.plugin.detach()
+
+
+@pytest.mark.parametrize("width", [37, 24])
+def test_a_layer_in_the_place_of_one_of_the_same_names_has_graphs_of_its_own(width):
+    section = section_of({"rank": 8})
+    run = Run(section)
+    run.step(random_ids(4))
+    layer, kept = run.model.llama.model.layers[1], run.plugin.graph.keep
+    old = list(layer.mlp.parameters())
+    torch.manual_seed(1)
+    layer.mlp = LlamaMLP(tiny.llama_config(intermediate_size=width))
+    [group] = run.optimizer.param_groups
+    group["params"] = [p for p in group["params"] if all(p is not each for each in old)]
+    run.optimizer.add_param_group({"params": list(layer.mlp.parameters())})
+    fresh = copy.deepcopy(run.model)
+    run.step(random_ids(4))
+    wanted = spectral_ds.attach(fresh, torch.optim.SGD(fresh.parameters(), lr=RATE), section)
+    for kind in ("gate", "up", "down"):
+        name = f"llama.model.layers.1.mlp.{kind}_proj.weight"
+        np.testing.assert_array_equal(
+            run.plugin.graph.operator(name), wanted.graph.operator(name), err_msg=name
+        )
+    name = "llama.model.layers.1.self_attn.o_proj.weight"
+    assert run.plugin.graph.keep.of(name) is kept.of(name)
+    run.plugin.detach()
+    wanted.detach()
+
+
+def test_where_all_is_replaced_training_is_learned_from_again():
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(200, 6)
+    plugin, optimizer = keeping(model, [x], section_of({**LEARNS, "keep": "given"}))
+    for width in (4, 3):
+        model(x).square().sum().backward()
+        optimizer.step()
+        assert plugin.graph.learn.of("0.weight")
+        model[0] = torch.nn.Linear(6, width)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        model(x[:10]).square().sum().backward()
+        optimizer.step()
+        assert plugin.graph.learn is None
+        assert not plugin.graph.keep.of("0.weight")
+        plugin.calibrate([x])
+    plugin.detach()
 
 
 # State

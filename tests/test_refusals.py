@@ -1,5 +1,6 @@
 """What cannot be attached is refused on every rank, with the reason and the way out."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,15 @@ def attach_channels_last():
     spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
 
 
+def attach_without_memory(is_sharded):
+    from torch.distributed.fsdp import fully_shard
+
+    module = torch.nn.Linear(6, 4, device="meta")
+    if is_sharded:
+        fully_shard(module)
+    spectral_ds.attach(module, torch.optim.SGD(module.parameters(), lr=1.0), {})
+
+
 def attach_foreign_optimizer():
     other = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
     spectral_ds.attach(torch.nn.Linear(2, 2), other, {})
@@ -151,6 +161,8 @@ def attach_foreign_optimizer():
         (attach_column_shards, ["weight", "Shard(dim=1)", "dimension 0"]),
         (attach_half_sharded, ["1.weight", "root"]),
         (attach_channels_last, ["weight", "contiguous"]),
+        (functools.partial(attach_without_memory, False), ["weight", "meta", "to_empty"]),
+        (functools.partial(attach_without_memory, True), ["weight", "meta", "to_empty"]),
         (attach_without_optimizer, ["a torch module needs the optimizer that trains it"]),
         (attach_foreign_optimizer, ["optimizer", "no parameter"]),
     ],

@@ -58,7 +58,7 @@ def to_tensors(
     for kind, pieces in state.pieces.items():
         if kind in whole:
             for name, numel in whole[kind].items():
-                total = torch.zeros(numel, device=communicator.device)
+                total = torch.zeros(numel, dtype=torch.float32, device=communicator.device)
                 for fragment, value in zip(pieces.fragments, pieces.values, strict=True):
                     if fragment.parameter == name and value is not None:
                         total[fragment.start : fragment.end] = value
@@ -68,7 +68,9 @@ def to_tensors(
                 if value is not None:
                     found[f"{kind}.{fragment.parameter}"] = wrap(fragment, value.clone())
     sums = _checksums(found, unwrap, state, communicator)
-    return found | {f"{CHECKSUM}{key}": torch.tensor([value]) for key, value in sums.items()}
+    return found | {
+        f"{CHECKSUM}{key}": torch.tensor([value], device="cpu") for key, value in sums.items()
+    }
 
 
 def from_tensors(
@@ -168,18 +170,18 @@ def _digests(state: PluginState) -> dict[str, Any]:
     found: dict[str, Any] = {
         "digest.names": _digest(list(state.model)),
         "digest.shapes": _digest(list(state.model.values())),
-        "digest.graphs": torch.tensor([len(state.graphs)]),
+        "digest.graphs": torch.tensor([len(state.graphs)], device="cpu"),
     }
     for index, digest in enumerate(state.graphs):
         found[f"digest.graph.{index}"] = torch.tensor(
-            list(bytes.fromhex(digest)), dtype=torch.uint8
+            list(bytes.fromhex(digest)), dtype=torch.uint8, device="cpu"
         )
     return found
 
 
 def _digest(value: Any) -> torch.Tensor:
     digest = hashlib.sha256(json.dumps(value).encode()).digest()
-    return torch.tensor(list(digest), dtype=torch.uint8)
+    return torch.tensor(list(digest), dtype=torch.uint8, device="cpu")
 
 
 def _check_model(tensors: Mapping[str, Any], state: PluginState) -> list[str]:

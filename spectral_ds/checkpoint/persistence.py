@@ -83,7 +83,9 @@ class Persistence:
         engine, stack = self._engine, self._stack
         shapes = {name: tuple(shape) for name, shape in engine.shapes.items()}
         state = PluginState(shapes, [graph.digest for graph in stack.graphs])
-        state.numbers["step"] = torch.tensor([float(engine.step)], dtype=torch.float64)
+        state.numbers["step"] = torch.tensor(
+            [float(engine.step)], dtype=torch.float64, device="cpu"
+        )
         for part in (*stack.graphs, *stack.memories):
             state.add(part.state())
         return state

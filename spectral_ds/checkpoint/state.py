@@ -218,7 +218,7 @@ def assemble(
     found: list[torch.Tensor] = []
     for fragment in wanted:
         runs = available.get(fragment.parameter, [])
-        values = torch.empty(fragment.length)
+        values = torch.empty(fragment.length, dtype=torch.float32, device="cpu")
         position = fragment.start
         for start, length, read in sorted(runs, key=lambda run: run[0]):
             if start <= position < min(start + length, fragment.end):

@@ -52,7 +52,7 @@ class CutRows:
         for key, rows in parts[rank]:
             at = np.searchsorted(held[rank], self._start[key] + rows.start)
             self._first[key, rows.start] = int(at)
-        self.values = torch.zeros(len(held[rank]), columns, device=device)
+        self.values = torch.zeros(len(held[rank]), columns, dtype=torch.float32, device=device)
         number = np.concatenate([np.zeros(0, np.int64), *held])
         holder = np.repeat(np.arange(len(held)), [len(numbers) for numbers in held])
         order = np.lexsort((holder, number))
@@ -78,8 +78,8 @@ class CutRows:
                 communicator,
             )
             self._buffers.use(
-                torch.zeros(len(sends) * columns, device=device),
-                torch.zeros(len(receives) * columns, device=device),
+                torch.zeros(len(sends) * columns, dtype=torch.float32, device=device),
+                torch.zeros(len(receives) * columns, dtype=torch.float32, device=device),
             )
         self._sends = self._local(number[sends], device)
         self._receives = self._local(number[receives], device)

@@ -41,7 +41,8 @@ def random_batches(
             f"random draws token ids, and {type(model).__name__} has no config.vocab_size"
         )
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (samples, _at_most(model, length)), generator=generator)
+    size = (samples, _at_most(model, length))
+    ids = torch.randint(vocabulary, size, device="cpu", generator=generator)
     at_once = _sequences(ids.shape[1])
     return [_called_with(each, None, with_head) for each in ids.split(at_once)]
 
@@ -127,15 +128,16 @@ def text_batches(
     pieces = [piece for piece in pieces if piece]
     if not pieces:
         raise InputsError("the texts hold no token")
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pieces), device="cpu", generator=generator)
     # Those of about equal length together: less padding.
     chosen = sorted((pieces[at] for at in order[:samples].tolist()), key=len)
     batches = []
     for held in _at_once(chosen, _sequences(length), _has_experts(model)):
-        ids = torch.zeros(len(held), len(held[-1]), dtype=torch.long)
+        ids = torch.zeros(len(held), len(held[-1]), dtype=torch.long, device="cpu")
         mask = torch.zeros_like(ids)
         for row, piece in enumerate(held):
-            ids[row, : len(piece)] = torch.tensor(piece)
+            ids[row, : len(piece)] = torch.tensor(piece, device="cpu")
             mask[row, : len(piece)] = 1
         batches.append(_called_with(ids, mask, with_head))
     return batches
@@ -189,6 +191,8 @@ def _called_with(ids: torch.Tensor, mask: torch.Tensor | None, with_head: bool) 
             inputs["attention_mask"] = mask.to(device)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = inputs["input_ids"]
+            if mask is not None:
+                inputs["decoder_attention_mask"] = inputs["attention_mask"]
         if "logits_to_keep" in taken and not with_head:
             inputs["logits_to_keep"] = 1
         model(**inputs)

@@ -86,7 +86,7 @@ class ProductsInside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():
             self._see(func, args, kwargs or {}, result)
         return result
 
@@ -105,8 +105,9 @@ class ProductsInside(TorchFunctionMode):
                 (site, matrix), x = found, operands[0]
                 counts = self._rows.of(x)
                 weight = None if counts is None else counts.reshape(-1)
-                self._add(site, x.reshape(-1, site.inputs), weight, matrix)
-        self._rows.follow(func, args, kwargs, result)
+                self._add(site, x.detach().reshape(-1, site.inputs), weight, matrix)
+        with torch.no_grad():
+            self._rows.follow(func, args, kwargs, result)
 
     def _matrix(self, x: object) -> tuple[Site, int] | None:
         """Which matrix of which site this is."""

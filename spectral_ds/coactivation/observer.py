@@ -3,14 +3,15 @@
 Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
 changed in between: the first of them leads, the others follow. Where the model is called with an
 `attention_mask` of (batch, tokens), padding does not count in layers that keep these two
-dimensions, or make one of them, and in stacked experts.
+dimensions, or make one of them, and in stacked experts. In a decoder, the mask that it is called
+with is that of its own tokens, and `encoder_attention_mask` that of the encoder's.
 """
 
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +23,20 @@ from spectral_ds.engines.steps import is_in_backward, not_compiled, version_of
 
 # What models call it that tells padding: (batch, tokens).
 MASK = "attention_mask"
+# What a decoder attends to besides, and the same of it.
+ENCODED, MASK_OF_ENCODED = "encoder_hidden_states", "encoder_attention_mask"
+
+
+class Encoded(NamedTuple):
+    """What an encoder has made of its tokens, in the decoder that attends to it.
+
+    Attributes:
+        states: (batch, tokens, ...).
+        mask: (batch, tokens); None: no padding.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class OwnHook:
@@ -55,7 +70,8 @@ class Observer:
         moments: of the sites that lead and were called, by parameter.
         leaders: by parameter, the site whose graph it has.
         is_counting: whether what enters is summed; who shares is found in any case.
-        only_training: whether what enters modules in evaluation is left out.
+        only_training: whether calls without gradients in evaluation are left out, and of a site
+            that was called in training, all in evaluation.
     """
 
     def __init__(
@@ -69,6 +85,7 @@ class Observer:
         self.moments: dict[str, Moments] = {}
         self.leaders: dict[str, str] = dict(leaders or {})
         self.is_counting, self.only_training = True, False
+        self._in_training: set[str] = set()  # sites that were called in it
         self._model, self._projections, self._device = model, projections, device
         known = self.leaders
         self._sites = {
@@ -77,6 +94,7 @@ class Observer:
         self._finds_leaders = leaders is None
         self._handles: dict[str, Any] = {}
         self._mask: torch.Tensor | None = None
+        self._encoded: Encoded | None = None
         self._place_of_mask = _place_of_mask(model)
         # What has entered in this forward pass and is still alive, its version, and whom first.
         self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
@@ -86,6 +104,13 @@ class Observer:
         self._handles[""] = self._model.register_forward_pre_hook(
             OwnHook(self._begin_forward), prepend=True, with_kwargs=True
         )
+        for number, decoder in enumerate(_decoders(self._model)):
+            self._handles[f"decoder {number} in"] = decoder.register_forward_pre_hook(
+                OwnHook(self._begin_decoder), with_kwargs=True
+            )
+            self._handles[f"decoder {number} out"] = decoder.register_forward_hook(
+                OwnHook(self._end_decoder), always_call=True
+            )
         inner: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
             if site.unfold is None:
@@ -110,15 +135,15 @@ class Observer:
             handle.remove()
         self._handles.clear()
         self._entered.clear()
-        self._mask = None
+        self._mask = self._encoded = None
 
     def add(
         self, site: Site, vectors: torch.Tensor, weight: torch.Tensor | None, matrix: int = 0
     ) -> None:
         """Count vectors that enter a matrix of a site; see `Moments.add`."""
-        if not self.is_counting or (self.only_training and not site.module.training):
+        if not self.is_counting or is_in_backward():  # checkpointed ones were counted before
             return
-        if is_in_backward():  # checkpointed activations, which were counted before
+        if self.only_training and not self._is_training(site):
             return
         if site.parameter not in self.moments:
             omega = self._projections.of(site.inputs)
@@ -126,15 +151,34 @@ class Observer:
             self.moments[site.parameter] = moments
         self.moments[site.parameter].add(vectors, weight, matrix)
 
+    def _is_training(self, site: Site) -> bool:
+        """Whether a call is one of training, as far as is known; forgets what was none.
+
+        A loop may train a model in evaluation, or evaluate it with gradients.
+        """
+        if not site.module.training:
+            return torch.is_grad_enabled() and site.parameter not in self._in_training
+        if site.parameter not in self._in_training:
+            self._in_training.add(site.parameter)
+            self.moments.pop(site.parameter, None)
+        return True
+
     def _begin_forward(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         at = self._place_of_mask
-        mask = args[at] if at < len(args) else kwargs.get(MASK)
-        is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        self._mask = mask if is_plain else None
+        self._mask = _plain(args[at] if at < len(args) else kwargs.get(MASK))
+        self._encoded = None
         self._entered.clear()
 
+    def _begin_decoder(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        states = kwargs.get(ENCODED)
+        if isinstance(states, torch.Tensor):
+            self._encoded = Encoded(states, _plain(kwargs.get(MASK_OF_ENCODED)))
+            self._mask = _plain(kwargs.get(MASK))  # also of what follows: the head
+
+    def _end_decoder(self, *_: Any) -> None:
+        self._encoded = None
+
     def _hook(self, site: Site) -> OwnHook:
-        @torch.no_grad()
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(x, torch.Tensor) or x.numel() == 0:
@@ -144,7 +188,7 @@ class Observer:
                 return
             assert site.unfold is not None, "hooked"
             counts = self._counts(x) if site.unfold is tokens else None
-            self.add(site, site.unfold(site.module, x), counts)
+            self.add(site, site.unfold(site.module, x.detach()), counts)
 
         return OwnHook(see)
 
@@ -166,7 +210,8 @@ class Observer:
 
         In x the first two dimensions are (batch, tokens), or the first is both of them.
         """
-        mask = self._mask
+        encoded = self._encoded
+        mask = encoded.mask if encoded is not None and x is encoded.states else self._mask
         if mask is None or x.dim() < 2 or x.numel() == 0:
             return None
         is_flat = x.dim() == 2 and len(x) == mask.numel()
@@ -178,8 +223,27 @@ class Observer:
 
 def _place_of_mask(model: nn.Module) -> int:
     """Where the mask is among the arguments of a model; beyond all that it takes if it is not."""
-    try:
-        taken = [*inspect.signature(model.forward).parameters]
-    except (TypeError, ValueError):  # nothing tells
-        return sys.maxsize
+    taken = _taken_by(model)
     return taken.index(MASK) if MASK in taken else sys.maxsize
+
+
+def _plain(mask: object) -> torch.Tensor | None:
+    """A mask that tells padding; None of any other."""
+    return mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def _decoders(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that can be called with what an encoder has made."""
+    if ENCODED in _taken_by(model):
+        yield model
+        return
+    for child in model.children():
+        yield from _decoders(child)
+
+
+def _taken_by(model: nn.Module) -> list[str]:
+    """The names of what a module is called with; none where nothing tells."""
+    try:
+        return [*inspect.signature(model.forward).parameters]
+    except (TypeError, ValueError):
+        return []

@@ -133,10 +133,12 @@ class SubspaceOperator:
         elements = sum(parameter.numel for parameter in parameters)
         self._at_most = below_shard(bucket_elements(device), elements, layout.world_size)
         rows = [piece.rows_at_once(self._at_most) for piece in self.pieces if piece.is_whole]
-        self._products = torch.empty(max(rows, default=1), columns, device=device)
+        self._products = torch.empty(
+            max(rows, default=1), columns, dtype=torch.float32, device=device
+        )
         at_once = (piece.elements_at_once(self._at_most) for piece in self.pieces)
         self._largest = max(at_once, default=0)
-        self._staging = torch.empty(0, device=device)
+        self._staging = torch.empty(0, dtype=torch.float32, device=device)
 
     @property
     def bytes_sent(self) -> int:
@@ -327,7 +329,9 @@ class SubspaceOperator:
     def _stage(self, shape: torch.Size) -> torch.Tensor:
         """Memory of this shape, used again for the next rows."""
         if len(self._staging) < shape.numel():
-            self._staging = torch.empty(max(self._largest, shape.numel()), device=self._device)
+            self._staging = torch.empty(
+                max(self._largest, shape.numel()), dtype=torch.float32, device=self._device
+            )
         return self._staging[: shape.numel()].view(shape)
 
 

@@ -49,8 +49,8 @@ def sites_of(
 
     Linear layers, GPT-2's `Conv1D`, convolutions of one group (a vector is a patch), stacked
     experts and routers have one: a router is any other module whose `weight` is a matrix.
-    Embeddings (also where the head is the same parameter), norms, biases and what multiplies in
-    ways of its own do not.
+    Embeddings (also where the head is the same parameter), norms, biases, complex parameters and
+    what multiplies in ways of its own do not.
 
     Args:
         modules: each once.
@@ -64,7 +64,9 @@ def sites_of(
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for parameter in module.parameters(recurse=False)
     }
-    name_of = {id(p): name for name, p in named.items() if id(p) not in embedded}
+    name_of = {
+        id(p): name for name, p in named.items() if id(p) not in embedded and not p.is_complex()
+    }
     found: dict[str, Site] = {}
     for module in modules:
         for attribute, parameter in module.named_parameters(recurse=False):

@@ -105,6 +105,11 @@ class TorchEngine(Engine):
 
     def _reason_against(self, parameter: torch.Tensor) -> str | None:
         """Why a parameter cannot be filtered; None: it can."""
+        if parameter.is_meta:
+            return (
+                "is on the device meta, without values; give the model memory (to_empty) and "
+                "weights first"
+            )
         return reason_without_view(parameter)
 
     def _find_ranks(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:

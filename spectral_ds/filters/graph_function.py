@@ -25,7 +25,7 @@ class GraphFunction:
         self.transfer, self.shipments = transfer, shipments
         self.operators = [operator for shipment in shipments for operator in shipment.operators]
         self._made_for: tuple[float, float, int] | None = None
-        self._coefficients = torch.empty(0)
+        self._coefficients = torch.empty(0, dtype=torch.float32, device="cpu")
         # h at the eigenvalues of each eigenbasis, and a + b · h(L) by it; slices of columns share.
         bases = dict.fromkeys(op.eigenbasis for op in self.operators if op.eigenbasis is not None)
         self._values = {basis: transfer.at(basis.values) for basis in bases}

@@ -74,7 +74,7 @@ class Reference:
     def squared_distance(self, weights: Signal) -> torch.Tensor:
         """‖θ − θ_ref‖² of this rank's fragments, float64, 0-D."""
         references = self.fragments or [None] * len(weights)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for weight, reference in zip(weights, references, strict=True):
             if weight is not None:
                 moved = weight if reference is None else weight - reference.to(weight.device)
@@ -140,7 +140,7 @@ class GraphPenalty:
     def energy(self, reference: Reference, weights: Signal) -> torch.Tensor:
         """tr(Δᵀ (r(L) + ρI) Δ) of what this rank answers for, float64, 0-D (collective)."""
         self._function.set(self._ridge, 1.0)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for operator in self._function.operators:
             x, _, out = operator.scratch
             operator.load(weights, x, reference.fragments)

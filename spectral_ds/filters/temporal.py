@@ -44,7 +44,7 @@ class TemporalFilter:
         self._fragments = fragments
         self._position = {name: index for index, name in enumerate(parameters)}
         lengths = [0 if fragment is None else fragment.length for fragment in fragments]
-        self.means = [torch.zeros(length, device=device) for length in lengths]
+        self.means = [torch.zeros(length, dtype=torch.float32, device=device) for length in lengths]
         self.has_mean = torch.zeros(len(lengths), dtype=torch.bool, device=device)
 
     def apply(
@@ -71,7 +71,7 @@ class TemporalFilter:
         for index, gradient in found:
             mean = self.means[index]
             value = gradient.to(device, torch.float32) / scale
-            decay = self._decay * self.has_mean[index]
+            decay = self._decay * self.has_mean[index].float()
             torch.where(is_kept, mean * decay + value * (1 - decay), mean, out=mean)
             self.has_mean[index] |= is_kept
             gradient.add_(mean.to(gradient.device), alpha=self._amplify * scale)
@@ -86,7 +86,7 @@ class TemporalFilter:
 
     def state(self) -> PartState:
         """See `Part.state`."""
-        has_mean = torch.zeros(len(self._position), dtype=torch.float64)
+        has_mean = torch.zeros(len(self._position), dtype=torch.float64, device="cpu")
         for fragment, flag in zip(self._fragments, self.has_mean.tolist(), strict=True):
             if fragment is not None:
                 has_mean[self._position[fragment.parameter]] += flag

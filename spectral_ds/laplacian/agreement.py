@@ -31,8 +31,12 @@ def require_one_graph(graph: ParameterGraph, ranks: Communicator, everyone: Comm
     is_whole = there == back
     # Halves, which float64 holds exactly.
     halves = [there >> 32, there & 0xFFFFFFFF]
-    known = torch.tensor([*halves, *(-each for each in halves), not is_whole], dtype=torch.float64)
-    found = everyone.maximum_(known.to(everyone.device)).tolist()
+    known = torch.tensor(
+        [*halves, *(-each for each in halves), not is_whole],
+        dtype=torch.float64,
+        device=everyone.device,
+    )
+    found = everyone.maximum_(known).tolist()
     if found[4]:
         raise GraphsDifferError(
             "spectral_ds.graph: the two directions of edges between ranks have other weights: a "

@@ -27,7 +27,7 @@ class SplitBuffers:
     ) -> None:
         self.send_splits, self.receive_splits = list(send_splits), list(receive_splits)
         self._group = communicator.group
-        nothing = torch.empty(0, device=communicator.device)
+        nothing = torch.empty(0, dtype=torch.float32, device=communicator.device)
         self.use(nothing, nothing)
 
     @classmethod

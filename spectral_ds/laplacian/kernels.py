@@ -148,12 +148,18 @@ def multiply_tiny(name: str, device: torch.device) -> None:
             was built without this kind of device.
     """
     matrix = csr_array(np.array([[2.0, -1.0, 0.0], [-1.0, 0.0, 3.0]]))
-    x = torch.arange(6.0).view(3, 2)
-    wanted = 2 * torch.from_numpy(matrix.toarray()).float() @ x + 1
-    out = torch.ones(2, 2, device=device)
-    KERNELS[name](matrix, device, torch.float32).multiply(x.to(device), out, 2.0, 1.0)
-    if not torch.allclose(out.cpu(), wanted):
+    x = torch.arange(6, dtype=torch.float32, device=device).view(3, 2)
+    wanted = 2 * matrix.toarray() @ x.cpu().numpy() + 1
+    out = torch.ones(2, 2, dtype=torch.float32, device=device)
+    with _no_autocast(device):
+        KERNELS[name](matrix, device, torch.float32).multiply(x, out, 2.0, 1.0)
+    if not np.allclose(out.cpu().numpy(), wanted):
         raise RuntimeError(f"gives a wrong product on {device.type}")
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """Kernels are tried as they multiply in a step, also inside a torch.autocast."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def require_kernel(name: KernelName, device: torch.device, says: bool = True) -> None:
@@ -218,9 +224,10 @@ def choose_kernel(name: KernelName, block: csr_array, width: int, everyone: Comm
         if _why_not(candidate, device):
             seconds[index] = math.inf
         elif block.shape[0] > 0 and width > 0:
-            x = torch.zeros(block.shape[1], width, device=device)
-            out = torch.zeros(block.shape[0], width, device=device)
-            seconds[index] = _seconds(KERNELS[candidate](block, device, dtype), x, out)
+            x = torch.zeros(block.shape[1], width, dtype=dtype, device=device)
+            out = torch.zeros(block.shape[0], width, dtype=dtype, device=device)
+            with _no_autocast(device):
+                seconds[index] = _seconds(KERNELS[candidate](block, device, dtype), x, out)
     return candidates[int(everyone.sum_(seconds).argmin())]
 
 

@@ -125,7 +125,11 @@ class Sketches:
 
     def empty(self) -> torch.Tensor:
         """A flat buffer for this rank's partial sketches, float32, zeros."""
-        return torch.zeros(sum(map(self._size, self.own_spans)), device=self._communicator.device)
+        return torch.zeros(
+            sum(map(self._size, self.own_spans)),
+            dtype=torch.float32,
+            device=self._communicator.device,
+        )
 
     def take(self, signal: Signal) -> torch.Tensor:
         """This rank's partial sketches of a signal, in memory that the next call reuses.

@@ -28,5 +28,7 @@ def gaussian_projection(width: int, sketch_width: int, seed: int) -> torch.Tenso
     if sketch_size(width, sketch_width) == width:
         return None
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(width, sketch_width, dtype=torch.float64, generator=generator)
+    gaussian = torch.randn(
+        width, sketch_width, dtype=torch.float64, device="cpu", generator=generator
+    )
     return gaussian / math.sqrt(sketch_width)

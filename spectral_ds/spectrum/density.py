@@ -83,11 +83,11 @@ def _estimated(
     plan = plan_on_node_signals(
         part, columns, layout, communicator, communicator, bucket_elements=2**24
     )
-    own: list[torch.Tensor] = [torch.empty(0)] * len(layout.own)
+    own: list[torch.Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(layout.own)
     for number, parameter in enumerate(part.parameters):  # equal at every world size
         generator = torch.Generator().manual_seed((seed + number) % 2**63)
         size = (parameter.nodes * probes,)
-        bits = torch.randint(0, 2, size, generator=generator, dtype=torch.int8)
+        bits = torch.randint(0, 2, size, generator=generator, dtype=torch.int8, device="cpu")
         for at, fragment in enumerate(layout.own):
             if fragment.parameter == parameter.name:
                 signs = 2 * bits[fragment.start : fragment.end] - 1

@@ -159,7 +159,9 @@ def _lobpcg(
     laplacian = _ShardedLaplacian(graph, group, block, communicator)
     rows = laplacian.rows
     generator = torch.Generator().manual_seed(seed)
-    guess = torch.randn(group.bucket.nodes, block, dtype=torch.float64, generator=generator)
+    guess = torch.randn(
+        group.bucket.nodes, block, dtype=torch.float64, device="cpu", generator=generator
+    )
     device = communicator.device
     space = guess[torch.from_numpy(rows)].to(device)
 
@@ -174,7 +176,7 @@ def _lobpcg(
 
     enough = RESIDUAL * min(1.0, graph.lambda_max / 2)
     space = _orthonormal([space], gram)
-    x, direction, residual = space, space[:, :0], torch.ones(count, device=device)
+    x, direction, residual = space, space[:, :0], space.new_ones(count)
     for _ in range(MAX_ITERATIONS):
         basis = x
         image = laplacian(x)

@@ -27,7 +27,9 @@ class RunningSketch:
         self.sketches = sketches
         self._decay = decay
         self.mean = sketches.empty()
-        self._columns = torch.tensor(list(sketches.columns.values()), dtype=torch.float64)
+        self._columns = torch.tensor(
+            list(sketches.columns.values()), dtype=torch.float64, device="cpu"
+        )
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -74,7 +76,7 @@ class RunningSketch:
             name: of the state.
         """
         numbers = {
-            f"{name}.samples": torch.tensor([self.samples], dtype=torch.float64),
+            f"{name}.samples": torch.tensor([self.samples], dtype=torch.float64, device="cpu"),
             f"{name}.weights": torch.stack((self.kept, self.concentration)),
             f"{name}.columns": self._columns.clone(),
         }

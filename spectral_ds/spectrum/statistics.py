@@ -147,13 +147,15 @@ class GradientStatistics:
         pairs = self.consecutive
         # Before the first sample the powers are one tensor; files hold no two of the same memory.
         numbers = {
-            "samples": torch.tensor([self.samples, self.samples_on_graph], dtype=torch.float64),
+            "samples": torch.tensor(
+                [self.samples, self.samples_on_graph], dtype=torch.float64, device="cpu"
+            ),
             "measured": self._measured.reshape(1).clone(),
             "power": self.power,
             "shares": self._shares.reshape(-1).clone(),
             "signal": self.estimate.signal.clone(),
             "noise": self.estimate.noise.clone(),
-            "consecutive": torch.zeros(3, dtype=torch.float64) if pairs is None else pairs.means,
+            "consecutive": self.power.new_zeros(3) if pairs is None else pairs.means,
         }
         return PartState({f"{name}.{number}": tensor for number, tensor in numbers.items()})
 

@@ -60,6 +60,7 @@ class CoactivationGraph(ToldGraph):
         engine: whose updates or gradients are filtered.
         layout: the fragments of all ranks.
         previous: the same of a stack that this one replaces; None: there is none.
+        kept: the parameters of both, in an order equal on all ranks.
 
     Attributes:
         parameters: that the graph covers, in model order.
@@ -81,6 +82,7 @@ class CoactivationGraph(ToldGraph):
         engine: Engine,
         layout: ShardLayout,
         previous: "CoactivationGraph | None" = None,
+        kept: Sequence[str] = (),
     ) -> None:
         self._index, self._choice, self._whole = index, choice, whole
         self._engine, self._layout = engine, layout
@@ -110,7 +112,7 @@ class CoactivationGraph(ToldGraph):
         sent = torch.tensor([self._operator.bytes_sent], device=engine.communicator.device)
         self._bytes_of_function = int(engine.communicator.sum_(sent).item())
         self._warn_of_gradients()
-        self._make(previous)
+        self._make(previous, kept)
 
     # Making
 
@@ -133,17 +135,18 @@ class CoactivationGraph(ToldGraph):
         Raises:
             SpectralConfigError: they cannot be had; on all ranks.
         """
-        self._make(None)
+        self._make()
 
-    def _make(self, previous: "CoactivationGraph | None") -> None:
+    def _make(self, previous: "CoactivationGraph | None" = None, kept: Sequence[str] = ()) -> None:
         edge = self._edge
-        keep, learn = (None, None) if previous is None else (previous.keep, previous.learn)
+        known = (None, None) if previous is None else (previous.keep, previous.learn)
+        keep, learn = (None if graphs is None else graphs.among(kept) for graphs in known)
         if edge.keep != "given":
             self.keep = self._of_source(KEPT, edge.keep, keep)
         elif previous is not None:
             self.keep = keep
         if edge.learn == "training":
-            if learn is None:  # what is known is used until there is more
+            if learn is None or not learn.leaders:  # what is known is used until there is more
                 self._watch()
             else:
                 self.learn = learn
@@ -251,8 +254,9 @@ class CoactivationGraph(ToldGraph):
             if (spectrum := keep.of(key[0])[key[1]]) is not None
         }
         # What the monitor projects on.
+        nothing = torch.empty(0, dtype=torch.float32, device=device)
         self._directions = {
-            key: Factors(0.0, self.held.directions_of(key, spectrum), torch.empty(0, device=device))
+            key: Factors(0.0, self.held.directions_of(key, spectrum), nothing)
             for key, spectrum in spectra_here.items()
         }
         response = responses_within(transfers.filter, top)

@@ -34,7 +34,7 @@ def state_of(
     graphs = graphs or Coactivation()
     position = {site.parameter: number for number, site in enumerate(sites)}
     leading = [position.get(graphs.leaders.get(s.parameter, ""), -1) for s in sites]
-    numbers = {f"{name}.leaders": torch.tensor(leading, dtype=torch.float64)}
+    numbers = {f"{name}.leaders": torch.tensor(leading, dtype=torch.float64, device="cpu")}
     fragments, held = [], list[torch.Tensor | None]()
     for number, site in enumerate(sites):
         found = as_arrays(graphs.spectra.get(site.parameter, [None] * site.matrices))

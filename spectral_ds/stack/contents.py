@@ -65,7 +65,9 @@ class Contents:
     def tensor(self) -> torch.Tensor:
         """(names, 32), uint8: of each name of `WORDS`; 0 where it is no file."""
         rows = [self._found.get(name, "00" * BYTES) for name in WORDS]
-        return torch.tensor([list(bytes.fromhex(row)) for row in rows], dtype=torch.uint8)
+        return torch.tensor(
+            [list(bytes.fromhex(row)) for row in rows], dtype=torch.uint8, device="cpu"
+        )
 
     def difference(self, saved: SavedState, name: str) -> str:
         """Which files say something else than a checkpoint's; empty if none is known to.

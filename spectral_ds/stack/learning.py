@@ -61,7 +61,7 @@ class Learning:
 
     def warn_of_end(self) -> None:
         """Warn that training has ended too early (no communication)."""
-        if self._seen > 0:
+        if self._step >= 0:
             self._engine.log(
                 f"learn = training: the filter has not acted, as {self._seen:,.0f} tokens were "
                 f"seen of the {self._enough:,} that it waits for (samples x length)",
@@ -75,7 +75,9 @@ class Learning:
     def _tokens(self) -> torch.Tensor:
         """The most vectors that this rank has seen enter one site; (1,)."""
         seen = [moments.count.max() for moments in self._observer.moments.values()]
-        most = torch.stack(seen).max() if seen else torch.zeros((), dtype=torch.float64)
+        most = (
+            torch.stack(seen).max() if seen else torch.zeros((), dtype=torch.float64, device="cpu")
+        )
         return most.to(self._engine.everyone.device).reshape(1)
 
     def _warn_if_blind(self, tokens: float) -> None:
@@ -83,7 +85,8 @@ class Learning:
             self._has_warned = True
             self._engine.log(
                 "learn = training: no input of a layer was seen in the first step, and the filter "
-                "waits for them; a compiled model hides them: name a file of texts instead",
+                "waits for them; a compiled model hides them, and calls without gradients in "
+                "evaluation do not count (model.train()): else name a file of texts instead",
                 logging.WARNING,
             )
 

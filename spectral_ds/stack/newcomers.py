@@ -45,8 +45,10 @@ class Newcomers:
         if not admission.joined:
             return stack
         joined = listed(admission.joined)
+        # One that joined may have the name of one that is gone.
+        kept = [name for name in before if name not in admission.joined]
         try:
-            new = Stack(engine, self._config, stack)
+            new = Stack(engine, self._config, stack, kept)
         except (SpectralConfigError, UnsupportedEngineError, ValueError) as error:  # on all ranks
             admission.undo()
             engine.log(
@@ -54,7 +56,7 @@ class Newcomers:
                 logging.WARNING,
             )
             return stack
-        new.take_over(stack, set(before).difference(admission.joined))
+        new.take_over(stack, kept)
         stack.forget()
         filtered = {parameter.name for graph in new.graphs for parameter in graph.parameters}
         excluded = [name for name in admission.joined if name not in filtered]

@@ -36,6 +36,7 @@ class Stack:
         engine: whose gradients are filtered.
         config: all of the configuration.
         previous: that this one replaces, of the same engine and configuration.
+        kept: the parameters of both, in an order equal on all ranks.
 
     Attributes:
         is_filtered: whether each of the engine's fragments is of a parameter in some graph.
@@ -49,7 +50,11 @@ class Stack:
     """
 
     def __init__(
-        self, engine: Engine, config: SpectralConfig, previous: "Stack | None" = None
+        self,
+        engine: Engine,
+        config: SpectralConfig,
+        previous: "Stack | None" = None,
+        kept: Sequence[str] = (),
     ) -> None:
         self._engine = engine
         choices = self._choices = agree_on_graphs(engine, config)
@@ -62,7 +67,7 @@ class Stack:
             for index, choice in enumerate(choices):
                 self.graphs.append(
                     CoactivationGraph(
-                        index, choice, config, engine, layout, _activations(previous, index)
+                        index, choice, config, engine, layout, _activations(previous, index), kept
                     )
                     if choice.is_coactivation
                     else StackedGraph(index, choice, config, engine, layout)

@@ -162,7 +162,7 @@ class StackedGraph:
 
     def state(self) -> PartState:
         """See `Part.state`."""
-        is_ready = torch.tensor([float(self.filter.is_ready)], dtype=torch.float64)
+        is_ready = torch.tensor([float(self.filter.is_ready)], dtype=torch.float64, device="cpu")
         own = PartState(
             {f"graph.{self._index}.is_ready": is_ready}, edges=self.graph.primary_edges()
         )
