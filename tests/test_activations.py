@@ -27,7 +27,7 @@ from expected import relative_error
 from plain_step import one_step
 
 import spectral_ds
-from spectral_ds.coactivation import operator
+from spectral_ds.coactivation import operator, random_batches
 
 NOTHING = np.zeros((0, 9), np.int64)
 
@@ -291,6 +291,24 @@ def test_generated_text_counts_each_token_once():
     assert_operators(
         plugin.graph, {(f"{n}.weight", 0): operator_of(x, 8, seed=3) for n, x in found.items()}
     )
+
+
+def ids_of(batch, model):
+    """All that enters a model, token after token."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    batch(model)
+    handle.remove()
+    return torch.cat(seen, 1)
+
+
+def test_a_model_that_takes_any_length_is_called_with_the_whole_length():
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert config.max_position_embeddings == -1
+    [batch] = random_batches(transformers.XLNetLMHeadModel(config), 3, length=9, seed=0)
+    assert ids_of(batch, transformers.XLNetLMHeadModel(config)).shape == (3, 9)
 
 
 # Statistics in a file

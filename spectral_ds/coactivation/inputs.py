@@ -209,7 +209,8 @@ def _sequences(length: int) -> int:
 def _at_most(model: nn.Module, length: int) -> int:
     """The length, or the longest that the model takes."""
     longest = _number(model, "max_position_embeddings")
-    return length if longest is None else min(length, longest)
+    # XLNet has -1: any length.
+    return length if longest is None or longest <= 0 else min(length, longest)
 
 
 def _number(model: nn.Module, name: str) -> int | None:
