@@ -27,7 +27,7 @@ from expected import relative_error
 from plain_step import one_step
 
 import spectral_ds
-from spectral_ds.coactivation import operator, random_batches
+from spectral_ds.coactivation import generated_batches, operator, random_batches
 
 NOTHING = np.zeros((0, 9), np.int64)
 
@@ -291,6 +291,27 @@ def test_generated_text_counts_each_token_once():
     assert_operators(
         plugin.graph, {(f"{n}.weight", 0): operator_of(x, 8, seed=3) for n, x in found.items()}
     )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 10.0, "no_repeat_ngram_size": 1, "typical_p": 0.2},
+        {"suppress_tokens": list(range(3, 30)), "epsilon_cutoff": 0.1},
+        {"num_beams": 3, "num_return_sequences": 2, "max_time": 1e-9},
+    ],
+)
+def test_text_is_sampled_whatever_the_model_has_for_generation(own):
+    model = transformers.LlamaForCausalLM(tiny.llama_config()).eval()
+    [batch] = generated_batches(model, samples=6, length=9, seed=3)
+    plain = ids_of(batch, model)
+    settings = model.generation_config
+    for name, value in own.items():
+        setattr(settings, name, value)
+    assert torch.equal(ids_of(batch, model), plain)
+    assert plain.shape == (6, 9)
+    assert model.generation_config is settings
+    assert own.items() <= settings.to_dict().items()
 
 
 def ids_of(batch, model):
