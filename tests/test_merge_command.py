@@ -256,6 +256,17 @@ def test_an_adapter_with_biases_of_its_own_is_refused(folder, tmp_path, capsys):
     assert "has lora_bias; merge it with peft first" in line
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga"])
+def test_an_adapter_that_has_changed_the_base_weights_is_refused(folder, tmp_path, capsys, init):
+    base = folder / "llama" / "base"
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    line = refusal(capsys, base, tmp_path, "--out", tmp_path / "out")
+    assert f"init_lora_weights = '{init}' has changed the base weights" in line
+    known = "path_initial_model_for_weight_conversion" if init == "lora_ga" else "merge_and_unload()"
+    assert known in line
+
+
 def test_the_input_of_a_watched_head_is_seen_at_every_token(folder, tmp_path, monkeypatch):
     counts = []
     add = Moments.add

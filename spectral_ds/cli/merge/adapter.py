@@ -21,6 +21,9 @@ CONFIG = "adapter_config.json"
 NAME = "default"
 # What it puts before the names of what an adapter has, and into those of what it wraps.
 PREFIX, WRAPPED = "base_model.model.", ".base_layer."
+# Values of init_lora_weights that take a part out of the base weights: peft does so again when it
+# loads an adapter, but for those that it needs data for.
+TAKEN, TAKEN_BY_DATA = ("pissa", "olora", "loftq"), ("corda", "lora_ga")
 
 
 class Adapter:
@@ -34,6 +37,7 @@ class Adapter:
         self.given, self.path, self._base = given, Path(given), base
         peft = _peft(given)
         self._settings = _read(given, lambda: peft.PeftConfig.from_pretrained(given))
+        self._require_base_as_it_is()
         self._saved: dict[str, torch.Tensor] = _read(
             given, lambda: peft.load_peft_weights(given, device="cpu")
         )
@@ -74,6 +78,18 @@ class Adapter:
                     raise UserError(f"{given}: changes {full}, which {base.given} does not have")
                 stored[full] = Stored(shapes[full], dtype)
         self.stored: Mapping[str, Stored] = stored
+
+    def _require_base_as_it_is(self) -> None:
+        """Refuse an adapter that does not add to the base weights, but to what it left of them."""
+        start = str(getattr(self._settings, "init_lora_weights", ""))
+        if start.lower().startswith(TAKEN_BY_DATA):
+            raise UserError(
+                f"{self.given}: init_lora_weights = {start!r} has changed the base weights, and "
+                "peft cannot do so again; save it where it was trained, as plain LoRA: "
+                "save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED)"
+            )
+        if start.lower().startswith(TAKEN):
+            raise self._unread(f"init_lora_weights = {start!r} has changed the base weights")
 
     def _changed(self, names: Mapping[int, str]) -> tuple[str, ...]:
         """Find layers that the adapter changes, and modules that it has whole; their paths."""
