@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import peft
 import pytest
 import torch
 from commands import run
@@ -20,7 +21,7 @@ from merged import (
     write_models,
     write_tokenizer,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
@@ -29,6 +30,8 @@ from transformers import (
 
 from spectral_ds.cli import main
 from spectral_ds.cli.merge import job, output
+from spectral_ds.cli.merge.adapter import Adapter
+from spectral_ds.cli.merge.folder import Folder
 from spectral_ds.coactivation import Moments
 
 FEW = ["--samples", "4", "--length", "8"]
@@ -256,15 +259,42 @@ def test_an_adapter_with_biases_of_its_own_is_refused(folder, tmp_path, capsys):
     assert "has lora_bias; merge it with peft first" in line
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda"])
 def test_an_adapter_that_has_changed_the_base_weights_is_refused(folder, tmp_path, capsys, init):
     base = folder / "llama" / "base"
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
+    config = LoraConfig(r=2, target_modules=["q_proj"])
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": init}))
     line = refusal(capsys, base, tmp_path, "--out", tmp_path / "out")
     assert f"init_lora_weights = '{init}' has changed the base weights" in line
-    known = "path_initial_model_for_weight_conversion" if init == "lora_ga" else "merge_and_unload()"
+    known = "path_initial_model_for_weight_conversion" if init == "corda" else "merge_and_unload()"
     assert known in line
+
+
+def test_an_adapter_that_has_buffers_is_read_with_them(folder, tmp_path):
+    if not hasattr(peft, "DeloraConfig"):
+        pytest.skip("this peft has no DeLoRA")
+    base = folder / "llama" / "base"
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        peft.DeloraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    read = Adapter(str(tmp_path / "adapter"), Folder(str(base)))
+    for _ in range(2):  # to read changes nothing
+        found = {name: read.read(name).double().numpy() for name in read.stored}
+        assert_close(found, tensors(tmp_path / "whole"))
+
+
+def test_an_adapter_that_lacks_what_it_is_merged_with_is_refused(folder, tmp_path, capsys):
+    base = folder / "llama" / "base"
+    config = OFTConfig(oft_block_size=4, target_modules=["q_proj"])
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path)
+    line = refusal(capsys, base, tmp_path, "--out", tmp_path / "out")
+    assert "lacks base_model.model.model.layers.0.self_attn.q_proj.oft_R.rows" in line
+    assert "merge it with peft first" in line
 
 
 def test_the_input_of_a_watched_head_is_seen_at_every_token(folder, tmp_path, monkeypatch):

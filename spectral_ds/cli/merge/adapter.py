@@ -3,6 +3,7 @@
 Layer by layer: a base weight is loaded, peft merges the adapter into it, and it is forgotten.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ CONFIG = "adapter_config.json"
 NAME = "default"
 # What it puts before the names of what an adapter has, and into those of what it wraps.
 PREFIX, WRAPPED = "base_model.model.", ".base_layer."
+# What peft keeps of the base weights, and needs to take an adapter out again.
+TO_UNMERGE = ("trainable_tokens_original",)
 # Values of init_lora_weights that take a part out of the base weights: peft does so again when it
 # loads an adapter, but for those that it needs data for.
 TAKEN, TAKEN_BY_DATA = ("pissa", "olora", "loftq"), ("corda", "lora_ga")
@@ -56,6 +59,8 @@ class Adapter:
         self._layers: dict[str, Any] = {}
         self._whole: dict[str, torch.Tensor] = {}
         self._take_others(self._changed(names), shapes, same)
+        for path, layer in self._layers.values():
+            self._fill(path, layer)
         self._base_name: dict[str, str] = {}
         stored = {}
         inside = {architecture.short(name): name for name in shapes}
@@ -153,37 +158,36 @@ class Adapter:
         tensor = self._base.read(self._base_name[name])
         if name not in self._layers:
             return tensor
-        path, layer = self._layers[name]
-        # A copy: peft adds in place, and a file's tensor may be read again.
+        # Copies: peft adds in place and remembers it, and a file's tensor may be read again.
+        layer = copy.deepcopy(self._layers[name][1])
         own = tensor.to(torch.float32, copy=True)
         layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
-        self._fill(path, layer)
-        try:
-            with torch.no_grad():
-                layer.merge()
-            merged: torch.Tensor = layer.get_base_layer().weight.detach().to(dtype)
-            return merged
-        finally:
-            layer.merged_adapters.clear()
-            layer.get_base_layer().to("meta")
+        with torch.no_grad():
+            layer.merge()
+        merged: torch.Tensor = layer.get_base_layer().weight.detach().to(dtype)
+        return merged
 
     def _fill(self, path: str, layer: nn.Module) -> None:
-        """Put an adapter's parameters of a layer in place: peft has left them without memory."""
-        for name, parameter in list(layer.named_parameters()):
+        """Put what an adapter has of a layer in place: peft has left it without memory."""
+        for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
             parts = name.split(".")
-            if NAME not in parts:
+            if NAME not in parts or parts[0] in TO_UNMERGE:
                 continue
             at = parts.index(NAME)
             key = PREFIX + ".".join((path, *parts[:at], *parts[at + 1 :]))
             saved = self._saved.get(key, self._saved.get(key.removesuffix(".weight")))
-            if saved is None or saved.shape != parameter.shape:
-                raise UserError(f"{self.given}: lacks {key}, or it has another shape")
+            if saved is None and not isinstance(value, nn.Parameter) and not value.is_meta:
+                continue  # a constant, which peft makes anew
+            if saved is None or saved.shape != value.shape:
+                raise self._unread(f"lacks {key}, or it has another shape")
             owner: Any = layer.get_submodule(".".join(parts[:-1]))
-            value = nn.Parameter(saved.float(), requires_grad=False)
+            new = saved.float() if saved.is_floating_point() else saved
+            if isinstance(value, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=False)
             if isinstance(owner, nn.ParameterDict):
-                owner[parts[-1]] = value
+                owner[parts[-1]] = new
             else:
-                setattr(owner, parts[-1], value)
+                setattr(owner, parts[-1], new)
 
     def fingerprint(self) -> str:
         weights = [*self.path.glob("adapter_model.*"), self.path / CONFIG]
