@@ -24,6 +24,7 @@ from merged import (
 from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import (
     BertForSequenceClassification,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -202,6 +203,7 @@ def test_statistics_of_another_model_are_refused(folder, tmp_path, capsys):
     [
         ("llama", ["q_proj", "down_proj"], "CAUSAL_LM", {}),
         ("llama", ["o_proj"], "CAUSAL_LM", {"use_dora": True}),
+        ("llama", ["embed_tokens", "q_proj"], "CAUSAL_LM", {}),
         ("gpt2", ["c_attn"], "CAUSAL_LM", {"fan_in_fan_out": True}),
         ("classifier", ["query", "dense"], "SEQ_CLS", {}),
         ("classifier", ["query", "dense"], "SEQ_CLS", {"bias": "all"}),
@@ -249,6 +251,28 @@ def test_an_adapter_of_a_tied_model_may_have_saved_its_embeddings(folder, tmp_pa
     merge(tmp_path, tmp_path / "adapter", *words, tmp_path / "one")
     merge(tmp_path, tmp_path / "whole", *words, tmp_path / "other")
     assert_close(tensors(tmp_path / "one"), tensors(tmp_path / "other"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "saved", "others"),
+    [
+        (["c_attn"], ["wte"], "transformer.wte.weight is tied to lm_head.weight"),
+        (["c_attn"], ["lm_head"], "lm_head.weight is tied to transformer.wte.weight"),
+        (["c_attn", "wte"], None, "transformer.wte.weight is tied to lm_head.weight"),
+    ],
+)
+def test_an_adapter_that_changes_one_of_tied_parameters_is_refused(
+    folder, tmp_path, capsys, targets, saved, others
+):
+    base = folder / "gpt2" / "base"
+    config = LoraConfig(
+        r=2, target_modules=targets, modules_to_save=saved, init_lora_weights=False,
+        fan_in_fan_out=True,
+    )  # fmt: skip
+    get_peft_model(GPT2LMHeadModel.from_pretrained(base), config).save_pretrained(tmp_path)
+    line = refusal(capsys, base, tmp_path, "--out", tmp_path / "out")
+    assert others in line
+    assert "merge it with peft first" in line
 
 
 def test_an_adapter_with_biases_of_its_own_is_refused(folder, tmp_path, capsys):

@@ -58,7 +58,7 @@ class Adapter:
         )
         self._layers: dict[str, Any] = {}
         self._whole: dict[str, torch.Tensor] = {}
-        self._take_others(self._changed(names), shapes, same)
+        self._take_others(self._changed(names, shapes, same), shapes, same)
         for path, layer in self._layers.values():
             self._fill(path, layer)
         self._base_name: dict[str, str] = {}
@@ -96,8 +96,18 @@ class Adapter:
         if start.lower().startswith(TAKEN):
             raise self._unread(f"init_lora_weights = {start!r} has changed the base weights")
 
-    def _changed(self, names: Mapping[int, str]) -> tuple[str, ...]:
-        """Find layers that the adapter changes, and modules that it has whole; their paths."""
+    def _changed(
+        self,
+        names: Mapping[int, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        same: Mapping[str, str],
+    ) -> tuple[str, ...]:
+        """Find layers that the adapter changes, and modules that it has whole; their paths.
+
+        Args:
+            names: of the model's parameters, by their identity.
+            shapes, same: see `_take_others`.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -106,16 +116,27 @@ class Adapter:
         for path, module in found.items():
             if isinstance(module, BaseTunerLayer):
                 weight: Any = getattr(module.get_base_layer(), "weight", None)
-                if id(weight) not in names:
-                    raise UserError(f"{self.given}: changes {path}, which has no weight of its own")
-                self._layers[names[id(weight)]] = path, module
+                # Another one where the adapter has saved it too.
+                name = names.get(id(weight), f"{path}.weight")
+                self._require_own(path, name, same)
+                if weight is None or name not in shapes:
+                    raise self._unread(f"changes {path}, which has no weight of its own")
+                self._layers[name] = path, module
                 paths.append(f"{path}.")
             elif isinstance(module, ModulesToSaveWrapper):
-                for name, value in module.modules_to_save[NAME].named_parameters():
-                    self._whole[f"{path}.{name}"] = self._saved[f"{PREFIX}{path}.{name}"]
-                    del value
+                for inner, _ in module.modules_to_save[NAME].named_parameters():
+                    name = f"{path}.{inner}"
+                    self._require_own(path, name, same)
+                    self._whole[name] = self._saved[f"{PREFIX}{name}"]
                 paths.append(f"{path}.")
         return tuple(paths)
+
+    def _require_own(self, path: str, name: str, same: Mapping[str, str]) -> None:
+        """Refuse to change one of two tied parameters: what becomes of the other differs."""
+        owner = same.get(name)
+        others = [each for each, its in same.items() if its == owner and each != name]
+        if others:
+            raise self._unread(f"changes {path}, and {name} is tied to {others[0]}")
 
     def _take_others(
         self,
@@ -155,11 +176,13 @@ class Adapter:
         dtype = self.stored[name].dtype
         if name in self._whole:
             return self._whole[name].to(dtype)
-        tensor = self._base.read(self._base_name[name])
         if name not in self._layers:
-            return tensor
+            return self._base.read(self._base_name[name])
+        path, layer = self._layers[name]
+        saved = self._saved.get(f"{PREFIX}{path}{WRAPPED}weight")
+        tensor = self._base.read(self._base_name[name]) if saved is None else saved
         # Copies: peft adds in place and remembers it, and a file's tensor may be read again.
-        layer = copy.deepcopy(self._layers[name][1])
+        layer = copy.deepcopy(layer)
         own = tensor.to(torch.float32, copy=True)
         layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
         with torch.no_grad():
