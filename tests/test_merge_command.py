@@ -22,8 +22,10 @@ from merged import (
     write_tokenizer,
 )
 from peft import LoraConfig, OFTConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertForSequenceClassification,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -294,6 +296,21 @@ def test_an_adapter_that_has_changed_the_base_weights_is_refused(folder, tmp_pat
     assert f"init_lora_weights = '{init}' has changed the base weights" in line
     known = "path_initial_model_for_weight_conversion" if init == "corda" else "merge_and_unload()"
     assert known in line
+
+
+def test_a_new_head_of_an_adapter_has_the_dtype_of_weights(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "gpt2" / "base", base)
+    weights = load_file(base / "model.safetensors")
+    mask = {"transformer.a_mask": torch.ones(2, 2, dtype=torch.bool)}
+    save_file(mask | weights, base / "model.safetensors", {"format": "pt"})
+    config = LoraConfig(r=2, target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True)
+    adapted = get_peft_model(GPT2ForSequenceClassification.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    read = Adapter(str(tmp_path / "adapter"), Folder(str(base)))
+    assert read.stored["score.weight"].dtype == torch.float32
+    head = adapted.base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(read.read("score.weight"), head)
 
 
 def test_an_adapter_that_has_buffers_is_read_with_them(folder, tmp_path):

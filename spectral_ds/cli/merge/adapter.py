@@ -15,7 +15,7 @@ from torch import nn
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.architecture import Architecture, class_of
-from spectral_ds.cli.merge.folder import Folder, Stored, fingerprint_of
+from spectral_ds.cli.merge.folder import Folder, Stored, dtype_of, fingerprint_of
 
 CONFIG = "adapter_config.json"
 # The name that peft gives an adapter.
@@ -76,7 +76,7 @@ class Adapter:
             own = name if place.pattern else full
             self._base_name[own] = name
             stored[own] = base.stored[name]
-        dtype = next(iter(base.stored.values())).dtype
+        dtype = dtype_of(base.stored)
         for full in [*self._layers, *self._whole]:
             if full not in stored:
                 if full in self._layers:

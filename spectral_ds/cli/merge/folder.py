@@ -136,6 +136,11 @@ DTYPES = {
 }
 
 
+def dtype_of(stored: Mapping[str, Stored]) -> torch.dtype:
+    """Of a model: of its first floating-point tensor; masks and counters come as others."""
+    return next(each.dtype for each in stored.values() if each.dtype.is_floating_point)
+
+
 def _is_small(path: Path) -> bool:
     name = path.name
     return (
