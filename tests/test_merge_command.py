@@ -128,6 +128,21 @@ def test_a_folder_of_another_merge_is_refused(folder, tmp_path, capsys):
     assert "is not empty" in line
 
 
+def test_modules_behind_a_sentence_transformer_are_copied(folder, tmp_path):
+    own, tuned = folder / "bert", tmp_path / "tuned"
+    shutil.copytree(own / "tuned", tuned)
+    for name in ("2_Dense", "onnx"):
+        (tuned / name).mkdir()
+        save_file({"weight": torch.ones(2, 2)}, tuned / name / "model.safetensors")
+    paths = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}]
+    (tuned / "modules.json").write_text(json.dumps(paths))
+    report = merge(own, tuned, *FEW, "--out", tmp_path / "out")
+    assert report["copied"] == ["2_Dense/model.safetensors"]
+    dense = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    assert torch.equal(dense["weight"], torch.ones(2, 2))
+    assert not (tmp_path / "out" / "onnx").exists()
+
+
 def test_a_model_of_another_architecture_is_refused(folder, tmp_path, capsys):
     line = refusal(
         capsys, folder / "gpt2" / "base", folder / "llama" / "tuned", "--out", tmp_path / "out"

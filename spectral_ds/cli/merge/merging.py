@@ -218,8 +218,12 @@ class Merging:
         return out
 
 
-def report_of(tally: Tally, merging: Merging) -> dict[str, Any]:
-    """What is told at the end, as plain values."""
+def report_of(tally: Tally, merging: Merging, copied: Sequence[str]) -> dict[str, Any]:
+    """What is told at the end, as plain values.
+
+    Args:
+        copied: files of weights that belong to no tensor of the model.
+    """
     sorts = Counter(
         "matrices" if each.matrices is not None else "others" for each in merging.sources.values()
     )
@@ -228,4 +232,5 @@ def report_of(tally: Tally, merging: Merging) -> dict[str, Any]:
         "tensors": sum(sorts.values()),
         "tensors_with_inputs": sorts["matrices"],
         "left_out": merging.left_out,
+        "copied": list(copied),
     }
