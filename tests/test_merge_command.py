@@ -29,6 +29,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from spectral_ds.cli import main
@@ -342,6 +344,24 @@ def test_an_adapter_that_has_buffers_is_read_with_them(folder, tmp_path):
     for _ in range(2):  # to read changes nothing
         found = {name: read.read(name).double().numpy() for name in read.stored}
         assert_close(found, tensors(tmp_path / "whole"))
+
+
+def test_an_adapter_has_the_statistics_of_norms(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
+    for buffer in model.buffers():
+        buffer.add_(torch.arange(buffer.numel()).view_as(buffer) + 1)
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["convolution"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "whole")
+    read = Adapter(str(tmp_path / "adapter"), Folder(str(tmp_path / "base")))
+    whole = tensors(tmp_path / "whole")
+    assert read.stored.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(read.read(name), value, atol=1e-5)
 
 
 def test_an_adapter_that_lacks_what_it_is_merged_with_is_refused(folder, tmp_path, capsys):

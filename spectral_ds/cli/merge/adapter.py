@@ -47,7 +47,10 @@ class Adapter:
         self.config = _config(self._settings, base, self._saved)
         architecture = Architecture.of(self.config, given)
         names = {id(p): name for name, p in architecture.model.named_parameters()}
-        shapes = {name: tuple(p.shape) for name, p in architecture.model.named_parameters()}
+        # Buffers that are saved too: statistics of norms.
+        state = architecture.model.state_dict()
+        held = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
+        shapes = {name: tuple(each.shape) for name, each in held if name in state}
         tied = architecture.model.named_parameters(remove_duplicate=False)
         same = {name: names[id(parameter)] for name, parameter in tied}
         self._model: Any = _read(
@@ -81,7 +84,9 @@ class Adapter:
             if full not in stored:
                 if full in self._layers:
                     raise UserError(f"{given}: changes {full}, which {base.given} does not have")
-                stored[full] = Stored(shapes[full], dtype)
+                own_dtype = self._whole[full].dtype
+                is_number = own_dtype.is_floating_point
+                stored[full] = Stored(shapes[full], dtype if is_number else own_dtype)
         self.stored: Mapping[str, Stored] = stored
 
     def _require_base_as_it_is(self) -> None:
@@ -124,10 +129,12 @@ class Adapter:
                 self._layers[name] = path, module
                 paths.append(f"{path}.")
             elif isinstance(module, ModulesToSaveWrapper):
-                for inner, _ in module.modules_to_save[NAME].named_parameters():
+                for inner in module.modules_to_save[NAME].state_dict():
                     name = f"{path}.{inner}"
                     self._require_own(path, name, same)
-                    self._whole[name] = self._saved[f"{PREFIX}{name}"]
+                    if (key := f"{PREFIX}{name}") not in self._saved:
+                        raise self._unread(f"lacks {key}")
+                    self._whole[name] = self._saved[key]
                 paths.append(f"{path}.")
         return tuple(paths)
 
@@ -148,7 +155,7 @@ class Adapter:
 
         Args:
             paths: of modules whose own parameters are known.
-            shapes: of the model's parameters.
+            shapes: of the model's parameters, and of the buffers that it saves.
             same: the one of these that each name is of, also a tied one.
         """
         if getattr(self._settings, "lora_bias", False):
