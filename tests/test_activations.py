@@ -27,7 +27,7 @@ from expected import relative_error
 from plain_step import one_step
 
 import spectral_ds
-from spectral_ds.coactivation import operator
+from spectral_ds.coactivation import generated_batches, operator, random_batches
 
 NOTHING = np.zeros((0, 9), np.int64)
 
@@ -291,6 +291,45 @@ def test_generated_text_counts_each_token_once():
     assert_operators(
         plugin.graph, {(f"{n}.weight", 0): operator_of(x, 8, seed=3) for n, x in found.items()}
     )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 10.0, "no_repeat_ngram_size": 1, "typical_p": 0.2},
+        {"suppress_tokens": list(range(3, 30)), "epsilon_cutoff": 0.1},
+        {"num_beams": 3, "num_return_sequences": 2, "max_time": 1e-9},
+    ],
+)
+def test_text_is_sampled_whatever_the_model_has_for_generation(own):
+    model = transformers.LlamaForCausalLM(tiny.llama_config()).eval()
+    [batch] = generated_batches(model, samples=6, length=9, seed=3)
+    plain = ids_of(batch, model)
+    settings = model.generation_config
+    for name, value in own.items():
+        setattr(settings, name, value)
+    assert torch.equal(ids_of(batch, model), plain)
+    assert plain.shape == (6, 9)
+    assert model.generation_config is settings
+    assert own.items() <= settings.to_dict().items()
+
+
+def ids_of(batch, model):
+    """All that enters a model, token after token."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    batch(model)
+    handle.remove()
+    return torch.cat(seen, 1)
+
+
+def test_a_model_that_takes_any_length_is_called_with_the_whole_length():
+    config = transformers.XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    assert config.max_position_embeddings == -1
+    [batch] = random_batches(transformers.XLNetLMHeadModel(config), 3, length=9, seed=0)
+    assert ids_of(batch, transformers.XLNetLMHeadModel(config)).shape == (3, 9)
 
 
 # Statistics in a file

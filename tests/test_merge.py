@@ -18,6 +18,7 @@ from merged import (
     write_models,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceClassification
 
 from spectral_ds.cli import main
@@ -101,6 +102,27 @@ def test_a_head_that_only_the_tuned_model_has_is_taken_whole(folder, tmp_path):
         assert np.array_equal(found[name], tuned[name])
     assert all(name.startswith("cls.") for name in report["left_out"][str(own / "base")])
     assert load(tmp_path / "out", "classifier").config.num_labels == 3
+
+
+@pytest.mark.parametrize("who", [("tuned",), ("base",), ("base", "tuned")])
+def test_a_tied_head_that_a_file_has_too_is_the_embedding(folder, tmp_path, who):
+    own = folder / "tied"
+    for name in ("base", "tuned"):
+        shutil.copytree(own / name, tmp_path / name)
+    for name in who:
+        file = tmp_path / name / "model.safetensors"
+        held = load_file(file)
+        held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+        save_file(held, file, {"format": "pt"})
+    words = ["--keep", "random", "--samples", "4", "--length", "8", "--rest", "0.5", "--out"]
+    report = merge(tmp_path, tmp_path / "tuned", *words, tmp_path / "out")
+    assert report["taken"] == report["unknown"] == []
+    assert report["left_out"] == {}
+    found, before, after = (tensors(tmp_path / name) for name in ("out", "base", "tuned"))
+    assert found.keys() == after.keys()
+    name = "model.embed_tokens.weight"
+    np.testing.assert_allclose(found[name], (before[name] + after[name]) / 2, atol=1e-6)
+    np.testing.assert_array_equal(found.get("lm_head.weight", found[name]), found[name])
 
 
 def test_a_base_without_prefix_gives_the_same(folder, tmp_path):

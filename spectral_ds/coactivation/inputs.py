@@ -6,6 +6,7 @@ whatever the number of ranks.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ Batch = Callable[[nn.Module], None]
 BATCH_TOKENS = 512
 # Written at once: a step of a few costs as much as one of many.
 WRITTEN_AT_ONCE = 64
+# What settings of generation say of the vocabulary.
+OF_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
 
 
 class InputsError(ValueError):
@@ -50,6 +53,8 @@ def random_batches(
 def generated_batches(model: nn.Module, samples: int, length: int, seed: int) -> list[Batch]:
     """Text that the model writes, sampled at temperature 1 from its begin token.
 
+    Of its own settings of generation only the begin and end tokens count; none ends a text.
+
     Raises:
         InputsError: the model cannot generate, or has no begin token in its vocabulary.
     """
@@ -77,30 +82,51 @@ def generated_batches(model: nn.Module, samples: int, length: int, seed: int) ->
             f"generated begins with bos_token_id {begin}, and the vocabulary of "
             f"{type(model).__name__} has {vocabulary} tokens: set generation_config.bos_token_id"
         )
+    from transformers import GenerationConfig
+
     length = _at_most(model, length)
     at_once = WRITTEN_AT_ONCE
+    sampling = GenerationConfig(
+        do_sample=True,
+        use_cache=True,  # every token enters once
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=length,
+        max_new_tokens=length,
+        pad_token_id=int(begin == 0),  # another: nothing is padded
+        **{name: getattr(settings, name, None) for name in OF_TOKENS},
+    )
 
     def batch(first: int) -> Batch:
         def call(called: Any) -> None:
             torch.manual_seed(seed + first)
             count = min(at_once, samples - first)
             device = _device_of(called)
-            called.generate(
-                torch.full((count, 1), begin, device=device),
-                attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
-                do_sample=True,
-                use_cache=True,  # every token enters once
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length,
-                max_new_tokens=length,
-                pad_token_id=int(begin == 0),  # another: nothing is padded
-            )
+            with _generating(called, sampling):
+                called.generate(
+                    torch.full((count, 1), begin, device=device),
+                    attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
+                    generation_config=sampling,
+                )
 
         return call
 
     return [batch(first) for first in range(0, samples, at_once)]
+
+
+@contextmanager
+def _generating(model: Any, settings: Any) -> Iterator[None]:
+    """Settings in the place of the model's own, which fill in what settings of a call leave out."""
+    holders = [each for each in model.modules() if "generation_config" in vars(each)]
+    own = [each.generation_config for each in holders]
+    try:
+        for each in holders:
+            each.generation_config = settings
+        yield
+    finally:
+        for each, before in zip(holders, own, strict=True):
+            each.generation_config = before
 
 
 def text_batches(
@@ -213,7 +239,8 @@ def _sequences(length: int) -> int:
 def _at_most(model: nn.Module, length: int) -> int:
     """The length, or the longest that the model takes."""
     longest = _number(model, "max_position_embeddings")
-    return length if longest is None else min(length, longest)
+    # XLNet has -1: any length.
+    return length if longest is None or longest <= 0 else min(length, longest)
 
 
 def _number(model: nn.Module, name: str) -> int | None:

@@ -3,6 +3,7 @@
 Layer by layer: a base weight is loaded, peft merges the adapter into it, and it is forgotten.
 """
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping
@@ -14,13 +15,18 @@ from torch import nn
 
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.architecture import Architecture, class_of
-from spectral_ds.cli.merge.folder import Folder, Stored, fingerprint_of
+from spectral_ds.cli.merge.folder import Folder, Stored, dtype_of, fingerprint_of
 
 CONFIG = "adapter_config.json"
 # The name that peft gives an adapter.
 NAME = "default"
 # What it puts before the names of what an adapter has, and into those of what it wraps.
 PREFIX, WRAPPED = "base_model.model.", ".base_layer."
+# What peft keeps of the base weights, and needs to take an adapter out again.
+TO_UNMERGE = ("trainable_tokens_original",)
+# Values of init_lora_weights that take a part out of the base weights: peft does so again when it
+# loads an adapter, but for those that it needs data for.
+TAKEN, TAKEN_BY_DATA = ("pissa", "olora", "loftq"), ("corda", "lora_ga")
 
 
 class Adapter:
@@ -34,13 +40,17 @@ class Adapter:
         self.given, self.path, self._base = given, Path(given), base
         peft = _peft(given)
         self._settings = _read(given, lambda: peft.PeftConfig.from_pretrained(given))
+        self._require_base_as_it_is()
         self._saved: dict[str, torch.Tensor] = _read(
             given, lambda: peft.load_peft_weights(given, device="cpu")
         )
         self.config = _config(self._settings, base, self._saved)
         architecture = Architecture.of(self.config, given)
         names = {id(p): name for name, p in architecture.model.named_parameters()}
-        shapes = {name: tuple(p.shape) for name, p in architecture.model.named_parameters()}
+        # Buffers that are saved too: statistics of norms.
+        state = architecture.model.state_dict()
+        held = [*architecture.model.named_parameters(), *architecture.model.named_buffers()]
+        shapes = {name: tuple(each.shape) for name, each in held if name in state}
         tied = architecture.model.named_parameters(remove_duplicate=False)
         same = {name: names[id(parameter)] for name, parameter in tied}
         self._model: Any = _read(
@@ -51,7 +61,9 @@ class Adapter:
         )
         self._layers: dict[str, Any] = {}
         self._whole: dict[str, torch.Tensor] = {}
-        self._take_others(self._changed(names), shapes, same)
+        self._take_others(self._changed(names, shapes, same), shapes, same)
+        for path, layer in self._layers.values():
+            self._fill(path, layer)
         self._base_name: dict[str, str] = {}
         stored = {}
         inside = {architecture.short(name): name for name in shapes}
@@ -67,16 +79,40 @@ class Adapter:
             own = name if place.pattern else full
             self._base_name[own] = name
             stored[own] = base.stored[name]
-        dtype = next(iter(base.stored.values())).dtype
+        dtype = dtype_of(base.stored)
         for full in [*self._layers, *self._whole]:
             if full not in stored:
                 if full in self._layers:
                     raise UserError(f"{given}: changes {full}, which {base.given} does not have")
-                stored[full] = Stored(shapes[full], dtype)
+                own_dtype = self._whole[full].dtype
+                is_number = own_dtype.is_floating_point
+                stored[full] = Stored(shapes[full], dtype if is_number else own_dtype)
         self.stored: Mapping[str, Stored] = stored
 
-    def _changed(self, names: Mapping[int, str]) -> tuple[str, ...]:
-        """Find layers that the adapter changes, and modules that it has whole; their paths."""
+    def _require_base_as_it_is(self) -> None:
+        """Refuse an adapter that does not add to the base weights, but to what it left of them."""
+        start = str(getattr(self._settings, "init_lora_weights", ""))
+        if start.lower().startswith(TAKEN_BY_DATA):
+            raise UserError(
+                f"{self.given}: init_lora_weights = {start!r} has changed the base weights, and "
+                "peft cannot do so again; save it where it was trained, as plain LoRA: "
+                "save_pretrained(NEW, path_initial_model_for_weight_conversion=UNTRAINED)"
+            )
+        if start.lower().startswith(TAKEN):
+            raise self._unread(f"init_lora_weights = {start!r} has changed the base weights")
+
+    def _changed(
+        self,
+        names: Mapping[int, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        same: Mapping[str, str],
+    ) -> tuple[str, ...]:
+        """Find layers that the adapter changes, and modules that it has whole; their paths.
+
+        Args:
+            names: of the model's parameters, by their identity.
+            shapes, same: see `_take_others`.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -85,16 +121,29 @@ class Adapter:
         for path, module in found.items():
             if isinstance(module, BaseTunerLayer):
                 weight: Any = getattr(module.get_base_layer(), "weight", None)
-                if id(weight) not in names:
-                    raise UserError(f"{self.given}: changes {path}, which has no weight of its own")
-                self._layers[names[id(weight)]] = path, module
+                # Another one where the adapter has saved it too.
+                name = names.get(id(weight), f"{path}.weight")
+                self._require_own(path, name, same)
+                if weight is None or name not in shapes:
+                    raise self._unread(f"changes {path}, which has no weight of its own")
+                self._layers[name] = path, module
                 paths.append(f"{path}.")
             elif isinstance(module, ModulesToSaveWrapper):
-                for name, value in module.modules_to_save[NAME].named_parameters():
-                    self._whole[f"{path}.{name}"] = self._saved[f"{PREFIX}{path}.{name}"]
-                    del value
+                for inner in module.modules_to_save[NAME].state_dict():
+                    name = f"{path}.{inner}"
+                    self._require_own(path, name, same)
+                    if (key := f"{PREFIX}{name}") not in self._saved:
+                        raise self._unread(f"lacks {key}")
+                    self._whole[name] = self._saved[key]
                 paths.append(f"{path}.")
         return tuple(paths)
+
+    def _require_own(self, path: str, name: str, same: Mapping[str, str]) -> None:
+        """Refuse to change one of two tied parameters: what becomes of the other differs."""
+        owner = same.get(name)
+        others = [each for each, its in same.items() if its == owner and each != name]
+        if others:
+            raise self._unread(f"changes {path}, and {name} is tied to {others[0]}")
 
     def _take_others(
         self,
@@ -106,7 +155,7 @@ class Adapter:
 
         Args:
             paths: of modules whose own parameters are known.
-            shapes: of the model's parameters.
+            shapes: of the model's parameters, and of the buffers that it saves.
             same: the one of these that each name is of, also a tied one.
         """
         if getattr(self._settings, "lora_bias", False):
@@ -134,40 +183,41 @@ class Adapter:
         dtype = self.stored[name].dtype
         if name in self._whole:
             return self._whole[name].to(dtype)
-        tensor = self._base.read(self._base_name[name])
         if name not in self._layers:
-            return tensor
+            return self._base.read(self._base_name[name])
         path, layer = self._layers[name]
-        # A copy: peft adds in place, and a file's tensor may be read again.
+        saved = self._saved.get(f"{PREFIX}{path}{WRAPPED}weight")
+        tensor = self._base.read(self._base_name[name]) if saved is None else saved
+        # Copies: peft adds in place and remembers it, and a file's tensor may be read again.
+        layer = copy.deepcopy(layer)
         own = tensor.to(torch.float32, copy=True)
         layer.get_base_layer().weight = nn.Parameter(own, requires_grad=False)
-        self._fill(path, layer)
-        try:
-            with torch.no_grad():
-                layer.merge()
-            merged: torch.Tensor = layer.get_base_layer().weight.detach().to(dtype)
-            return merged
-        finally:
-            layer.merged_adapters.clear()
-            layer.get_base_layer().to("meta")
+        with torch.no_grad():
+            layer.merge()
+        merged: torch.Tensor = layer.get_base_layer().weight.detach().to(dtype)
+        return merged
 
     def _fill(self, path: str, layer: nn.Module) -> None:
-        """Put an adapter's parameters of a layer in place: peft has left them without memory."""
-        for name, parameter in list(layer.named_parameters()):
+        """Put what an adapter has of a layer in place: peft has left it without memory."""
+        for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
             parts = name.split(".")
-            if NAME not in parts:
+            if NAME not in parts or parts[0] in TO_UNMERGE:
                 continue
             at = parts.index(NAME)
             key = PREFIX + ".".join((path, *parts[:at], *parts[at + 1 :]))
             saved = self._saved.get(key, self._saved.get(key.removesuffix(".weight")))
-            if saved is None or saved.shape != parameter.shape:
-                raise UserError(f"{self.given}: lacks {key}, or it has another shape")
+            if saved is None and not isinstance(value, nn.Parameter) and not value.is_meta:
+                continue  # a constant, which peft makes anew
+            if saved is None or saved.shape != value.shape:
+                raise self._unread(f"lacks {key}, or it has another shape")
             owner: Any = layer.get_submodule(".".join(parts[:-1]))
-            value = nn.Parameter(saved.float(), requires_grad=False)
+            new = saved.float() if saved.is_floating_point() else saved
+            if isinstance(value, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=False)
             if isinstance(owner, nn.ParameterDict):
-                owner[parts[-1]] = value
+                owner[parts[-1]] = new
             else:
-                setattr(owner, parts[-1], value)
+                setattr(owner, parts[-1], new)
 
     def fingerprint(self) -> str:
         weights = [*self.path.glob("adapter_model.*"), self.path / CONFIG]

@@ -109,6 +109,14 @@ class Architecture:
         return {self.short(name): p for name, p in self.model.named_parameters()}
 
     @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """All names of each parameter by each of them, within the base model; tied have several."""
+        held: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            held.setdefault(id(parameter), []).append(self.short(name))
+        return {name: names for names in held.values() for name in names}
+
+    @cached_property
     def nodes(self) -> dict[str, ParameterNodes]:
         """The inputs of each matrix, by name within the base model."""
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}

@@ -55,7 +55,7 @@ class Tensors(Protocol):
         """Changes if what is stored changes."""
 
     def small_files(self) -> dict[str, Path | str]:
-        """What a folder of the model holds besides weights: a file, or its content, by name."""
+        """What a folder of the model holds besides its weights: a file, or its content, by name."""
 
     def tokenizer_folder(self) -> Path | None:
         """Where its tokenizer lies; None if it has none of its own."""
@@ -109,14 +109,25 @@ class Folder:
 
     def small_files(self) -> dict[str, Path | str]:
         found: dict[str, Path | str] = {}
+        modules = self._modules()
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
             # Sentence-transformers and chat templates have folders; trainings have checkpoints.
             outer = name.parts[0] if len(name.parts) > 1 else ""
             is_checkpoint = outer.startswith((".", "checkpoint", "global_step", "runs"))
-            if path.is_file() and not is_checkpoint and _is_small(path):
+            is_wanted = _is_small(path) or not modules.isdisjoint(name.parents)
+            if path.is_file() and not is_checkpoint and is_wanted:
                 found[name.as_posix()] = path
         return found
+
+    def _modules(self) -> set[Path]:
+        """Folders of what sentence-transformers has behind the model, with weights of their own."""
+        file = self.path / "modules.json"
+        if not file.exists():
+            return set()
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        paths = {Path(each.get("path", "")) for each in modules}
+        return {path for path in paths if path.parts}
 
     def tokenizer_folder(self) -> Path | None:
         return self.path if (self.path / "tokenizer_config.json").exists() else None
@@ -134,6 +145,11 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def dtype_of(stored: Mapping[str, Stored]) -> torch.dtype:
+    """Of a model: of its first floating-point tensor; masks and counters come as others."""
+    return next(each.dtype for each in stored.values() if each.dtype.is_floating_point)
 
 
 def _is_small(path: Path) -> bool:

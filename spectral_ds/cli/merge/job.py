@@ -10,7 +10,7 @@ from torch import nn
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.adapter import Adapter, is_adapter
 from spectral_ds.cli.merge.architecture import Architecture, is_causal
-from spectral_ds.cli.merge.folder import Folder
+from spectral_ds.cli.merge.folder import SMALL, Folder
 from spectral_ds.cli.merge.frontier import frontier
 from spectral_ds.cli.merge.judges import judge_for
 from spectral_ds.cli.merge.looking import (
@@ -97,7 +97,8 @@ class Job:
             self._refresh()
         functions = Functions(*self._statistics(halves=False), arguments.mu)
         tally = self._merging.write(output, shards, functions, arguments.rest)
-        output.finish(shards, tuned, report_of(tally, self._merging))
+        copied = [name for name in tuned.small_files() if Path(name).suffix not in SMALL]
+        output.finish(shards, tuned, report_of(tally, self._merging, copied))
         return output.report
 
     # Statistics

@@ -17,7 +17,7 @@ from torch import nn
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.adapter import Adapter
 from spectral_ds.cli.merge.architecture import Architecture, class_of
-from spectral_ds.cli.merge.folder import Folder
+from spectral_ds.cli.merge.folder import Folder, dtype_of
 from spectral_ds.cli.models import Source
 from spectral_ds.coactivation import (
     Batch,
@@ -98,7 +98,7 @@ def loaded(tuned: "Folder | Adapter", base: Folder) -> Iterator[nn.Module]:
     if fits(source):
         yield load_whole(tuned, base)
         return
-    dtype = next(iter(source.stored.values())).dtype
+    dtype = dtype_of(source.stored)
     options: dict[str, Any] = {"dtype": dtype}
     kind = class_of(source.config)
     if own * IN_USE <= free:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class Merging:
         self._base, self._tuned, self.architecture = base, tuned, architectures[0]
         of_base = self.architecture.places(base.stored)
         of_tuned = [a.places(t.stored) for a, t in zip(architectures, tuned, strict=True)]
-        keys = [{p.key: name for name, p in places.items()} for places in (of_base, *of_tuned)]
+        keys = [self._keys(places) for places in (of_base, *of_tuned)]
         parts = {place.parameter for place in of_base.values()}
         self.sources: dict[str, Sources] = {}
         for name, place in of_tuned[0].items():
@@ -106,6 +106,14 @@ class Merging:
             lacking = [n for n, place in places.items() if place.key not in keys[1]]
             if lacking:
                 self.left_out[model.given] = lacking
+
+    def _keys(self, places: Mapping[str, Place]) -> dict[tuple[str, str, int], str]:
+        """Names in a file by their places; a tied parameter that it lacks is the other one."""
+        found = {place.key: name for name, place in places.items()}
+        for name, place in places.items():
+            for other in self.architecture.names.get(place.parameter, ()):
+                found.setdefault(replace(place, parameter=other).key, name)
+        return found
 
     def _sources(
         self,
@@ -129,7 +137,7 @@ class Merging:
         if not stored.dtype.is_floating_point:
             return Sources(None, (name,))
         matrices = self.architecture.matrices(name, place, stored)
-        is_known = len(stored.shape) < 2 or place.parameter in self.architecture.parameters
+        is_known = len(stored.shape) < 2 or place.parameter in self.architecture.names
         is_blind = self.architecture.is_blind(place)
         return Sources(in_base, tuple(names), matrices, is_known, is_blind)
 
@@ -210,8 +218,12 @@ class Merging:
         return out
 
 
-def report_of(tally: Tally, merging: Merging) -> dict[str, Any]:
-    """What is told at the end, as plain values."""
+def report_of(tally: Tally, merging: Merging, copied: Sequence[str]) -> dict[str, Any]:
+    """What is told at the end, as plain values.
+
+    Args:
+        copied: files of weights that belong to no tensor of the model.
+    """
     sorts = Counter(
         "matrices" if each.matrices is not None else "others" for each in merging.sources.values()
     )
@@ -220,4 +232,5 @@ def report_of(tally: Tally, merging: Merging) -> dict[str, Any]:
         "tensors": sum(sorts.values()),
         "tensors_with_inputs": sorts["matrices"],
         "left_out": merging.left_out,
+        "copied": list(copied),
     }

@@ -26,8 +26,9 @@ def show(report: Mapping[str, Any], rest: float, folder: Path, hint: str) -> Non
         ("unlearned", "no input to learn has entered these matrices, so T = I"),
         ("blind", f"what enters these matrices cannot be watched, so x {rest:g}"),
         ("unknown", f"the model does not know these tensors, so x {rest:g}"),
+        ("copied", "behind the model, copied as they are from the tuned model"),
     ):
-        if report[key]:
+        if report.get(key):  # one of an earlier version has not all
             print_(f"{words}: {_listed(report[key])}")
     for model, names in report["left_out"].items():
         print_(f"not in the result, only in {model}: {_listed(names)}")
