@@ -9,7 +9,9 @@ variable SPECTRAL_DS_CONFIG names, which wins. Out: what the script gives, its e
 on stderr, what the plugin was attached to, or why to nothing.
 """
 
+import os
 import runpy
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     target, *arguments = words
     if not is_module and not Path(target).is_file():
         _stop(f"spectral_ds.run: {target}: no such file")
+    if not is_module:
+        target = os.path.abspath(target)  # as Python has a script's __file__, also after a chdir
     try:
         runner = Runner(config_of_environment())
         with _started_as(target, [*from_launcher, *arguments], is_module), _watched(runner):
@@ -103,11 +107,16 @@ def _started_as(target: str, arguments: list[str], is_module: bool) -> Iterator[
 
 
 def _stop(message: str) -> NoReturn:
-    """End this rank for wrong input; rank 0 says why."""
-    if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    else:
+    """End this rank for wrong input; rank 0 says why.
+
+    If that has not ended the first rank of another machine, the input may be wrong there alone, so
+    that it says why too.
+    """
+    if rank() > 0:
         time.sleep(SECONDS_FOR_RANK_0)
+        message = f"{message} (rank {rank()}, {socket.gethostname()})"
+    if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
+        print(message, file=sys.stderr, flush=True)
     sys.exit(WRONG_INPUT)
 
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,13 @@ def test_a_script_sees_what_it_would_see_if_started_directly(script, tmp_path, f
     assert (sys.argv, sys.path) == before
 
 
+def test_a_script_finds_its_folder_wherever_it_goes(script, tmp_path, monkeypatch):
+    path, out = script(WRITES_ARGV), str(tmp_path / "out.json")
+    monkeypatch.chdir(tmp_path)
+    run.main([Path(path).name, out])
+    assert json.loads(Path(out).read_text())[1] == path
+
+
 def test_a_module_can_be_run_like_a_script(script, tmp_path, monkeypatch):
     path, out = script(WRITES_ARGV), str(tmp_path / "out.json")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -72,7 +80,7 @@ def test_a_script_that_trains_nothing_is_told_so_by_rank_0(script, monkeypatch, 
         assert said == ""
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (1, 1), (1, 0)])
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -80,10 +88,12 @@ def test_a_script_that_trains_nothing_is_told_so_by_rank_0(script, monkeypatch, 
         ("none.yaml", ["none.yaml", "cannot be read"]),
     ],
 )
-def test_a_wrong_file_is_one_message_of_rank_0_and_no_script_starts(
-    script, tmp_path, monkeypatch, capsys, name, words, rank
+def test_a_wrong_file_is_one_message_of_a_machine_and_no_script_starts(
+    script, tmp_path, monkeypatch, capsys, name, words, rank, local_rank
 ):
+    """Of rank 0, which ends the others before they say it, unless it finds nothing wrong."""
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     (tmp_path / "misspelt.json").write_text('{"spectral_ds": {"filter": {"tua": 1}}}')
     monkeypatch.setenv(VARIABLE, str(tmp_path / name))
     monkeypatch.setattr(run, "SECONDS_FOR_RANK_0", 0)
@@ -92,9 +102,10 @@ def test_a_wrong_file_is_one_message_of_rank_0_and_no_script_starts(
         run.main([script(WRITES_ARGV), str(out)])
     assert end.value.code == run.WRONG_INPUT
     lines = capsys.readouterr().err.splitlines()
-    if rank == 0:
+    if local_rank == 0:
         [line] = lines
         assert line.startswith("spectral_ds.run: ")
+        assert line.endswith(f" (rank 1, {socket.gethostname()})") == (rank == 1)
         for word in words:
             assert word in line
     else:

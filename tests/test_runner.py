@@ -300,6 +300,18 @@ def test_what_the_program_attaches_itself_is_left_to_it(runner, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_model_that_gc_freeze_hides_is_found(runner):
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    gc.freeze()
+    try:
+        clips_twice(model, optimizer)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert spectral_ds.plugin_of(model) is not None
+
+
 def test_nothing_is_kept_alive(runner):
     model = make_model()
     optimizer = sgd(model.parameters())

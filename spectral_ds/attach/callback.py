@@ -179,7 +179,7 @@ class SpectralCallback(TrainerCallback):
 
     def _trainer(self, state: TrainerState) -> Any:
         """The Trainer, which callbacks are not given; several may share this one."""
-        for trainer in live(Trainer):
+        for trainer in [*self._tellers, *live(Trainer)]:
             if getattr(trainer, "state", None) is state:
                 return trainer
         raise RuntimeError("SpectralCallback: no Trainer that is alive has the state of this event")

@@ -21,8 +21,14 @@ T = TypeVar("T")
 
 def live(kind: type[T]) -> list[T]:
     """All live objects of a class and its subclasses."""
+    is_frozen = gc.get_freeze_count() > 0  # gc.freeze() hides what was alive
+    if is_frozen:
+        gc.unfreeze()
     # Not isinstance(), which runs code of proxies and of modules that load lazily.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    if is_frozen:
+        gc.freeze()
+    return found
 
 
 def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
