@@ -116,6 +116,18 @@ def refusal(capsys, *words):
     return line
 
 
+def test_the_scale_is_an_interpolation_after_the_filter(folder, tmp_path):
+    own = folder / "llama"
+    words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK, "--out"]
+    merge(own, own / "tuned", *words, tmp_path / "whole")
+    merge(own, own / "tuned", *words, tmp_path / "part", "--scale", "0.7")
+    before, whole, part = map(tensors, (own / "base", tmp_path / "whole", tmp_path / "part"))
+    for name, value in before.items():
+        change = whole[name] - value
+        assert np.abs(change).max() > 0
+        np.testing.assert_allclose(part[name] - value, 0.7 * change, atol=1e-6, rtol=0)
+
+
 def test_a_folder_of_another_merge_is_refused(folder, tmp_path, capsys):
     own = folder / "llama"
     shutil.copytree(own / "tuned", tmp_path / "tuned")
@@ -192,6 +204,10 @@ def other_shape(path, **changes):
         (["{l}/base", "{l}/tuned", "--learn", "a", "b"], "one for each of 1 TUNED"),
         (["{l}/base", "{l}/tuned", "--keep", "none"], "--keep none"),
         (["{l}/base", "{l}/tuned", "--mu", "-1"], "'-1' is not a number from 0 on"),
+        (
+            ["{l}/base", "{l}/tuned", "--scale", "0.5", "--sweep"],
+            "--scale 0.5: --sweep judges whole changes",
+        ),
         (["{l}/base", "{l}/tuned", "--keep", "{w}/empty.txt"], "empty.txt: holds no text"),
         (["{b}/base", "{b}/tuned", "--keep", "generated"], "cannot generate"),
         (["{l}/base", "{l}/tuned", "--keep", "{l}/base/model.safetensors"], "no statistics"),

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return write_models(tmp_path_factory.mktemp("merge"))
 
 
-def refreshed(folder, keep, learn, mu, rest):
+def refreshed(folder, keep, learn, mu, rest, scale):
     """A refresh of tiny Llamas by its definition: a model is put together for each block."""
     base, tuned, merged = (
         LlamaForCausalLM.from_pretrained(folder / name) for name in ("base", "tuned", "tuned")
@@ -58,7 +58,7 @@ def refreshed(folder, keep, learn, mu, rest):
             else:
                 r, t = (each.graph(name.removesuffix(".weight")) for each in graphs)
                 new = filtered(old, [change], r, [t], mu)
-            state[name].copy_(torch.from_numpy(new))
+            state[name].copy_(torch.from_numpy(old + scale * (new - old)))
 
     put([name for name in before if "layers." not in name and "lm_head" not in name], None)
     blocks = merged.model.layers
@@ -76,10 +76,10 @@ def refreshed(folder, keep, learn, mu, rest):
 def test_a_refresh_looks_at_what_merged_blocks_make_of_inputs(folder, tmp_path):
     own = folder / "llama"
     words = ["--keep", folder / "keep.txt", "--learn", folder / "first.txt", *LOOK]
-    settings = ["--mu", "0.8", "--rest", "0.5"]
+    settings = ["--mu", "0.8", "--rest", "0.5", "--scale", "0.7"]
     merge(own, own / "tuned", *words, *settings, "--refresh", "--out", tmp_path / "out")
     pieces = [token_pieces(folder / name, LENGTH) for name in ("keep.txt", "first.txt")]
-    expected = refreshed(own, *pieces, 0.8, 0.5)
+    expected = refreshed(own, *pieces, 0.8, 0.5, 0.7)
     assert_close(tensors(tmp_path / "out"), expected, 1e-3)
     merge(own, own / "tuned", *words, *settings, "--out", tmp_path / "once")
     once = tensors(tmp_path / "once")

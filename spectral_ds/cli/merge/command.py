@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 NONE, BEST, RANDOM, GENERATED = "none", "best", "random", "generated"
 STATISTICS = ".safetensors"
 # What makes the result: a folder with the same is gone on with.
-MAKING = ("base", "tuned", "keep", "learn", "mu", "rest", "rank", "samples", "length", "refresh",
-          "shard_size", "sweep", "task", "general")  # fmt: skip
+MAKING = ("base", "tuned", "keep", "learn", "mu", "rest", "scale", "rank", "samples", "length",
+          "refresh", "shard_size", "sweep", "task", "general")  # fmt: skip
 EXAMPLES = """examples:
   spectral-ds merge ./base ./tuned --out ./merged
   spectral-ds merge ./base ./tuned --learn reviews.tsv --mu 0.6 --out ./merged
@@ -55,6 +55,9 @@ def add_parser(commands: Any) -> None:
     add("--rest", metavar="X", type=from_zero, default=0.6,
         help="factor on the change of what has no inputs: embeddings, norms, biases "
         "(default: 0.6)")  # fmt: skip
+    add("--scale", metavar="X", type=from_zero, default=1.0,
+        help="factor on the whole change, filtered and rest, as interpolation has it "
+        "(default: 1)")  # fmt: skip
     number: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
     add("--rank", default=64, help="directions that are known of a layer (default: 64)", **number)
     add("--samples", default=256, help="sequences that are looked at (default: 256)", **number)
@@ -91,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             from spectral_ds.cli.merge.report import show
 
-            show(report, arguments.rest, arguments.out, job.hint)
+            show(report, arguments.rest * arguments.scale, arguments.out, job.hint)
     return 0
 
 
@@ -123,6 +126,8 @@ def _require_usable(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--learn {' '.join(learn)}: give one for all, or one for each of {count} TUNED"
         )
+    if arguments.sweep and arguments.scale != 1:
+        raise UserError(f"--scale {arguments.scale:g}: --sweep judges whole changes; leave it out")
     if arguments.keep == NONE:
         raise UserError("--keep none: names inputs to keep: best, generated, random, or a file")
     for option, given in (("--keep", [arguments.keep]), ("--learn", learn)):

@@ -95,8 +95,8 @@ class Job:
             return output.report
         if arguments.refresh:
             self._refresh()
-        functions = Functions(*self._statistics(halves=False), arguments.mu)
-        tally = self._merging.write(output, shards, functions, arguments.rest)
+        functions = Functions(*self._statistics(halves=False), arguments.mu, arguments.scale)
+        tally = self._merging.write(output, shards, functions, arguments.rest * arguments.scale)
         copied = [name for name in tuned.small_files() if Path(name).suffix not in SMALL]
         output.finish(shards, tuned, report_of(tally, self._merging, copied))
         return output.report
@@ -195,7 +195,14 @@ class Job:
             for source, each in zip(self._learn, self._tuned, strict=True)
         ]
         refresh = Refresh(
-            self._base, self._tuned, keep, learn, self._amount, arguments.mu, arguments.rest
+            self._base,
+            self._tuned,
+            keep,
+            learn,
+            self._amount,
+            arguments.mu,
+            arguments.rest,
+            arguments.scale,
         )
         refresh.run()
         for number, (graphs, source) in enumerate(zip(refresh.learned, self._learn, strict=True)):

@@ -64,7 +64,7 @@ class Refresh:
         keep: batches of inputs to keep.
         learn: batches of each tuned model's inputs to learn; None: T = I.
         amount: how many directions are kept.
-        mu, rest: of the merge.
+        mu, rest, scale: of the merge.
         asked: the option that it is for, for messages.
 
     Attributes:
@@ -84,12 +84,14 @@ class Refresh:
         amount: Amount,
         mu: float,
         rest: float,
+        scale: float,
         asked: str = "--refresh",
     ) -> None:
         self._asked = asked
         self._skeletons = [Skeleton(each) for each in (base, *tuned)]
         self._models = [each.model for each in self._skeletons]
-        self._merged, self._amount, self._mu, self._rest = self._models[1], amount, mu, rest
+        self._merged, self._amount = self._models[1], amount
+        self._mu, self._rest, self._scale = mu, rest * scale, scale
         self._in_memory = InMemory(self._models[0], self._models[1:], self._merged)
         self._streams = [keep, *learn]
         self._projections = Projections(amount.rank, SEED, torch.device("cpu"))
@@ -169,7 +171,7 @@ class Refresh:
             learn = [
                 None if each is None else Graphs(each, sites, "--learn") for each in self.learned
             ]
-            functions = Functions(keep, learn, self._mu)
+            functions = Functions(keep, learn, self._mu, self._scale)
         for name in names:
             for skeleton in self._skeletons:
                 skeleton.fill([name])
@@ -280,7 +282,7 @@ def look_by_blocks(
 
     It is the refresh of a model that nothing has changed.
     """
-    refresh = Refresh(model, [model], batches, [None], amount, 0.0, 1.0, asked)
+    refresh = Refresh(model, [model], batches, [None], amount, 0.0, 1.0, 1.0, asked)
     refresh.run()
     return with_names(refresh.kept, refresh.names)
 

@@ -98,10 +98,13 @@ class Functions:
         keep: R.
         learn: T of each tuned model; None: I.
         mu: μ.
+        scale: what is left of all that they leave.
     """
 
-    def __init__(self, keep: Graphs, learn: Sequence[Graphs | None], mu: float) -> None:
-        self._keep, self._learn, self._mu = keep, learn, mu
+    def __init__(
+        self, keep: Graphs, learn: Sequence[Graphs | None], mu: float, scale: float = 1.0
+    ) -> None:
+        self._keep, self._learn, self._mu, self._scale = keep, learn, mu, scale
         self._at_hand: OrderedDict[object, list[Factors]] = OrderedDict()
 
     def of(self, parameter: str, matrix: int) -> list[Factors] | None:
@@ -114,7 +117,7 @@ class Functions:
         if key not in self._at_hand:
             spectra = [None if each is None else each[1] for each in learned]
             self._at_hand[key] = [
-                Function.of(each, torch.from_numpy(each.basis)).factors(0.0, 1.0)
+                Function.of(each, torch.from_numpy(each.basis)).factors(0.0, self._scale)
                 for each in functions_of(keep[1], spectra, self._mu)
             ]
             if len(self._at_hand) > AT_HAND:
