@@ -312,6 +312,19 @@ def test_results_of_other_settings_are_not_mixed(folder, classified, capsys):
     assert compare(config, classified, "--report", "only=[adamw]") == 0  # it has no part in this
 
 
+def test_a_dial_may_have_other_values_but_no_other_path(folder, classified, capsys):
+    """Rows name a path by its last key: those of another path would pass for its own."""
+    for dial, status in (
+        ({"section.filter.tau": [0.3, 2.0]}, 0),
+        ({"section.filter.rest": [0.3, 1.0]}, 2),
+        ({}, 2),
+    ):
+        methods = METHODS | {"retain": METHODS["retain"] | {"dial": dial}}
+        config = write_config(folder, name="dials", curve=CURVE, methods=methods)
+        assert compare(config, classified, "--report") == status
+    assert 'with methods.retain = {"section"' in capsys.readouterr().err
+
+
 def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):
     general = folder / "general.txt"
     content = general.read_text()

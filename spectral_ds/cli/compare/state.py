@@ -15,8 +15,9 @@ FILE = "comparison.json"
 GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated",
            "baseline")  # fmt: skip
 NAMED = ("tasks", "statistics", "methods")
-# Of a method: what may grow.
-LISTS = ("dial", "interpolated")
+# Of a method: what may grow. Of a dial its values may, but not its paths: rows name the last key
+# of each alone.
+DIAL, INTERPOLATED = "dial", "interpolated"
 
 
 def contents_of(comparison: Comparison) -> dict[str, str]:
@@ -90,7 +91,7 @@ class State:
         for key in dict.fromkeys([*before, *now]):
             if key in NAMED:
                 for name in before.get(key, {}).keys() & now.get(key, {}).keys():
-                    was, given = (_without_lists(each[key][name]) for each in (before, now))
+                    was, given = (_without_values(each[key][name]) for each in (before, now))
                     self._refuse_other(f"{key}.{name}", was, given)
             elif key not in GROWING:
                 self._refuse_other(key, before.get(key), now.get(key))
@@ -103,5 +104,10 @@ class State:
             )
 
 
-def _without_lists(section: Any) -> Any:
-    return {k: v for k, v in section.items() if k not in LISTS} if isinstance(section, dict) else {}
+def _without_values(section: Any) -> Any:
+    """A section of what is named, without what may grow in it."""
+    if not isinstance(section, dict):
+        return {}
+    found = {k: v for k, v in section.items() if k not in (DIAL, INTERPOLATED)}
+    dial = section.get(DIAL)
+    return found | ({DIAL: list(dial) if isinstance(dial, dict) else dial} if dial else {})
