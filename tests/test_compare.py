@@ -15,6 +15,7 @@ from spectral_ds.cli.compare.adapters import adapted
 from spectral_ds.cli.compare.after import share_by_depth
 from spectral_ds.cli.compare.material import Material
 from spectral_ds.cli.compare.prepare import changed
+from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.settings import load
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation.spectrum import spectrum_of
@@ -158,6 +159,19 @@ def test_rows_that_are_lost_are_measured_again_and_come_out_the_same(classified,
         return sorted(str({n: c for n, c in row.items() if n not in TIMES}) for row in rows)
 
     assert known(rows_of(classified)) == known(before)
+
+
+@pytest.mark.parametrize("left", ["2e", "2e-", "2e-0", "2e-05", "2e-05\r"])
+def test_a_value_that_is_cut_is_measured_again(tmp_path, left):
+    path, columns = tmp_path / "curves.csv", ("step", "loss")
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 2e-05}]
+    Table(path, columns, ("step",)).add(rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole.removesuffix(b"2e-05\r\n") + left.encode())
+    table = Table(path, columns, ("step",))
+    assert table.rows == rows[:1]
+    table.add(rows)
+    assert path.read_bytes() == whole
 
 
 def test_language_models_are_compared_by_loss_and_divergence(folder):
