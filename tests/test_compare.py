@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -172,6 +173,18 @@ def test_a_value_that_is_cut_is_measured_again(tmp_path, left):
     assert table.rows == rows[:1]
     table.add(rows)
     assert path.read_bytes() == whole
+
+
+def test_a_report_leaves_the_tables_as_they_are(classified, folder, tmp_path):
+    """Another process may be adding rows to them."""
+    for name in ("comparison.json", "results.csv", "curves.csv"):
+        shutil.copy(classified / name, tmp_path)
+    results = tmp_path / "results.csv"
+    with results.open("a") as file:
+        file.write("words,adamw,,0.0")  # is being written
+    content, file = results.read_bytes(), results.stat().st_ino
+    assert compare(folder / "config.yaml", tmp_path, "--report") == 0
+    assert (results.read_bytes(), results.stat().st_ino) == (content, file)
 
 
 def test_language_models_are_compared_by_loss_and_divergence(folder):

@@ -68,11 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
     goes_on = arguments.resume or arguments.report
     # Methods that are not asked for have no results, and may change.
     written = {**content, "methods": {n: content["methods"][n] for n in chosen(comparison)}}
-    State(out).begin(written, contents_of(comparison), goes_on, writes=not arguments.report)
-    results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY)
-    curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"))
+    writes = not arguments.report  # beside a comparison that runs, its rows would be lost
+    State(out).begin(written, contents_of(comparison), goes_on, writes)
+    results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY, writes)
+    curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"), writes)
     failures = []
-    if not arguments.report:
+    if writes:
         prepared = prepare(comparison, out, num_classes=2)
         material = Material(comparison, prepared.tokenizer())
         for task in comparison.tasks:

@@ -51,12 +51,15 @@ class Table:
         path: is read if it is there.
         columns: in order.
         key: those that tell rows apart.
+        writes: whether rows may be added; else the file stays as it is.
 
     Raises:
         UserError: it has other columns.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], key: Sequence[str], writes: bool = True
+    ) -> None:
         self.path, self._columns, self._key = path, list(columns), key
         self.rows: list[Row] = []
         if path.exists():
@@ -70,7 +73,8 @@ class Table:
                 raise UserError(f"{path}: has other columns than this comparison")
             self.rows = [_typed(row) for row in reader if None not in row.values()]
         self._known = {self._key_of(row) for row in self.rows}
-        self._rewrite()
+        if writes:
+            self._rewrite()
 
     def _rewrite(self) -> None:
         def write(unfinished: Path) -> None:
