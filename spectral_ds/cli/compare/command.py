@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ds.cli.arguments import add_command, at_least
+from spectral_ds.cli.errors import UserError
 
 EXAMPLES = """examples:
   spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick
@@ -89,6 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
                     update(len(rows))
 
             failures = run_jobs(jobs, place, workers, take)
+    if arguments.report and not any(
+        row["method"] == comparison.baseline and row["task"] in comparison.tasks
+        for row in results.rows
+    ):
+        raise UserError(
+            f"--report: {results.path} has no row of baseline = {comparison.baseline} "
+            f"on {', '.join(comparison.tasks)}"
+        )
     if results.rows:
         print(
             write(
