@@ -377,6 +377,21 @@ def test_quick_sets_what_the_file_says(folder):
     assert load(config, ["seeds=[3]"], True)[0].seeds == (3,)
 
 
+def test_a_file_may_extend_one_that_extends_another(folder, tmp_path, capsys):
+    write_config(folder, name="first", quick={"seeds": [7]})
+    (folder / "second.yaml").write_text("extends: first.yaml\nbatch_size: 5\ntest: 6\n")
+    task = f"{{data: {folder / 'task.tsv'}}}"
+    third = folder / "third.yaml"
+    third.write_text(f"extends: second.yaml\ntest: 7\ntasks: {{own: {task}}}\n")
+    found, written = load(third, [], True)
+    assert (found.batch_size, found.test, found.seeds) == (5, 7, (7,))
+    assert list(found.tasks) == ["own"]
+    assert "extends" not in written
+    (folder / "first.yaml").write_text("extends: third.yaml\n")
+    assert compare(third, tmp_path / "out") == 2
+    assert f"first.yaml extends {third}, and so on" in capsys.readouterr().err
+
+
 def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():
     random = np.random.default_rng(0)
     vectors = np.linalg.qr(random.normal(size=(6, 6)))[0].astype(np.float32)

@@ -161,11 +161,7 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
 
 def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     try:
-        content: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(content):
-            raise UserError(f"--config {path}: must hold a mapping")
-        if "extends" in content:
-            content = _extended(content, path)
+        content = _loaded(path, ())
         if quick:
             content = OmegaConf.merge(content, content.get("quick") or {})
         found: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides)))
@@ -176,9 +172,24 @@ def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     return found
 
 
-def _extended(content: Any, path: Path) -> Any:
-    """What a file says over what the one says that it extends; a section of tasks replaces all."""
-    before: Any = OmegaConf.load(path.parent / content.pop("extends"))
+def _loaded(path: Path, extending: tuple[Path, ...]) -> Any:
+    """A file over the one that it extends, whose section of tasks it replaces as a whole.
+
+    Args:
+        path: of the file.
+        extending: those that extend it.
+    """
+    content: Any = OmegaConf.load(path)
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"--config {path}: must hold a mapping")
+    if "extends" not in content:
+        return content
+    files = (*extending, path)
+    parent = path.parent / str(content.pop("extends"))
+    if any(parent.resolve() == each.resolve() for each in files):
+        names = " extends ".join(map(str, (*files, parent)))
+        raise UserError(f"--config: {names}, and so on without end")
+    before = _loaded(parent, files)
     if "tasks" in content:
         for section in (before, before.get("quick") or {}):
             section.pop("tasks", None)
