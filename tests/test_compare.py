@@ -18,6 +18,7 @@ from spectral_ds.cli.compare.material import Material
 from spectral_ds.cli.compare.prepare import changed
 from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.settings import load
+from spectral_ds.cli.errors import UserError
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation.spectrum import spectrum_of
 
@@ -303,6 +304,10 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                      id="no such text"),
         pytest.param({"general": {"other": {"data": "/nowhere.txt"}}}, "/nowhere.txt",
                      id="no such general text"),
+        pytest.param({"tasks": {"good/books": {"data": "{folder}/task.tsv"}}},
+                     "tasks.good/books: must be a name that files can have", id="no file's name"),
+        pytest.param({"tasks": {"x" * 201: {"data": "{folder}/task.tsv"}}},
+                     "at most 200 bytes", id="too long a name"),
         pytest.param({"test": 5000}, "is too short", id="more held out than there is"),
         pytest.param({"model": "/nowhere"}, "/nowhere", id="no such model"),
         pytest.param({"statistics": {"own": {"keep": "{folder}/general.txt"}}},
@@ -390,6 +395,14 @@ def test_a_file_may_extend_one_that_extends_another(folder, tmp_path, capsys):
     (folder / "first.yaml").write_text("extends: third.yaml\n")
     assert compare(third, tmp_path / "out") == 2
     assert f"first.yaml extends {third}, and so on" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_number_is_refused(folder):
+    path = folder / "number.yaml"
+    path.write_text("extends: config.yaml\ntasks: {2024: {data: task.tsv}}\n")
+    write_config(folder)
+    with pytest.raises(UserError, match=r"tasks\.2024: must be text"):
+        load(path, [], False)
 
 
 def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():

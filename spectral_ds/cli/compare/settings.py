@@ -31,6 +31,8 @@ Change = Literal["none", "shuffled", "diagonal"]
 
 # In a path of the dial, between keys.
 DOT = "."
+# Bytes of a task's name, which is a part of names of files.
+LONGEST_NAME = 200
 # What has dials.
 TREES = ("section", "options")
 # In the words of a method: a file of the section `statistics`.
@@ -149,6 +151,8 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
         sections = checked.get(name, {})
         checked[name] = {}
         for key, raw in sections.items():
+            if not isinstance(key, str):  # in tables it would be text
+                problems.append(f"{name}.{key}: must be text, so write it in quotes")
             valid = check(schema, {} if raw is None else raw, f"{name}.{key}", problems)
             checked[name][key] = schema(**valid)
     if not problems:
@@ -212,6 +216,11 @@ def _contradictions(comparison: Comparison) -> Iterator[str]:
     if comparison.baseline not in comparison.methods:
         yield f"baseline = {comparison.baseline}: is none of {', '.join(comparison.methods)}"
     for name, task in comparison.tasks.items():
+        if "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            yield (
+                f"tasks.{name}: must be a name that files can have: no /, nothing that cannot be "
+                f"printed, at most {LONGEST_NAME} bytes"
+            )
         if not task.data:
             yield f"tasks.{name}.data: is missing"
         if task.per_class and comparison.kind != "classification":
