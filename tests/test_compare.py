@@ -18,6 +18,7 @@ from spectral_ds.cli.compare.material import Material
 from spectral_ds.cli.compare.prepare import changed
 from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.settings import load
+from spectral_ds.cli.compare.state import State, contents_of
 from spectral_ds.cli.errors import UserError
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation.spectrum import spectrum_of
@@ -366,6 +367,46 @@ def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):
     finally:
         general.write_text(content)
     assert "another content of general.other.data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ({"section": retain("{file}")}, "section.graph.edges.0.keep"),
+        ({"section": retain("random", learn="{file}")}, "section.graph.edges.0.learn"),
+        ({"after": "adamw", "by": "merge", "options": {"keep": "{file}"}}, "options.keep"),
+        ({"after": "adamw", "by": "merge", "dial": {"options.learn": ["training", "{file}"]}},
+         "dial.options.learn = {file}"),
+    ],
+    ids=["section", "learn", "options", "dial"],
+)  # fmt: skip
+def test_results_of_other_texts_that_methods_read_are_not_mixed(folder, tmp_path, method, key):
+    file = tmp_path / "texts.txt"
+    method, key = json.loads(json.dumps([method, key]).replace("{file}", str(file)))
+    methods = {"adamw": None, "reads": method}
+    comparison, written = load(write_config(folder, name="reads", methods=methods), [], False)
+    state = State(tmp_path / "out")
+    old = contents_of(comparison)
+    assert not any(name.startswith("methods.") for name in old)
+    state.begin(written, old, False, True)
+    file.write_text("one")  # as results of a version that knew nothing of it
+    state.begin(written, contents_of(comparison), True, True)
+    state.begin(written, contents_of(comparison), True, True)
+    file.write_text("two")
+    with pytest.raises(UserError, match=f"another content of methods.reads.{key}$"):
+        state.begin(written, contents_of(comparison), True, True)
+    assert contents_of(replace(comparison, only=("adamw",))) == old  # it has no part in this
+
+
+def test_words_that_name_no_file_are_not_taken_for_folders(folder, tmp_path, monkeypatch):
+    """A folder `training` beside is not what `learn: training` means."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("random", "training", "retain"):
+        (tmp_path / name).mkdir()
+    comparison, _ = load(write_config(folder, name="words"), [], False)
+    assert {key.partition(".")[0] for key in contents_of(comparison)} == {
+        "model", "tasks", "general"
+    }  # fmt: skip
 
 
 def test_a_folder_that_holds_something_is_not_written_over(folder, classified, tmp_path, capsys):

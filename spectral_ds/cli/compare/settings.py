@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spectral_ds.cli.errors import UserError
-from spectral_ds.config import SpectralConfigError, load_config
+from spectral_ds.config import KEEP, LEARN, SpectralConfigError, load_config
 from spectral_ds.config.checking import check
 from spectral_ds.config.fields import choice, integer, rule
 from spectral_ds.config.sources import plain
@@ -37,6 +37,10 @@ LONGEST_NAME = 200
 TREES = ("section", "options")
 # In the words of a method: a file of the section `statistics`.
 STATISTICS = "statistics."
+# Keys of a section or of options that may name files to read; and words there that are none.
+TOKENIZER = "tokenizer"
+INPUTS = ("keep", "learn", TOKENIZER)
+NO_FILES = ("", "best", *KEEP, *LEARN)
 
 
 def _mapping(allowed: str = "a mapping") -> Any:
@@ -296,15 +300,34 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
 
 def words_of(method: MethodConfig) -> Iterator[str]:
     """All strings in a method's section, options and dials, but keys."""
-    yield from _words_in([method.section, method.options, method.dial])
+    for _, word in _words_in([method.section, method.options, method.dial], ""):
+        yield word
 
 
-def _words_in(tree: Any) -> Iterator[str]:
+def inputs_of(method: MethodConfig) -> Iterator[tuple[str, str]]:
+    """What may be files that a method reads: key, word. Of dials, the key has the word too."""
+    trained = {"section": method.section, "options": method.options}
+    for key, word in _words_in(trained, ""):
+        if _names_inputs(key) and word not in NO_FILES:
+            yield key, word
+    for path, values in method.dial.items():
+        for key, word in _words_in(values, path):
+            if _names_inputs(key) and word not in NO_FILES:
+                yield f"dial.{path} = {word}", word  # its place may change
+
+
+def _names_inputs(key: str) -> bool:
+    return [each for each in key.split(DOT) if not each.isdigit()][-1] in INPUTS
+
+
+def _words_in(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All strings in a tree of mappings and lists that stands under a key, each by its own."""
     if isinstance(tree, str):
-        yield tree
+        yield key, tree
     elif isinstance(tree, Mapping | list):
-        for each in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _words_in(each)
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for name, each in items:
+            yield from _words_in(each, f"{key}{DOT}{name}" if key else str(name))
 
 
 def chosen(comparison: Comparison) -> dict[str, MethodConfig]:

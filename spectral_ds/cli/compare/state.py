@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_ds.cli.compare.settings import Comparison
+from spectral_ds.cli.compare.settings import NO_FILES, TOKENIZER, Comparison, chosen, inputs_of
 from spectral_ds.cli.errors import UserError
-from spectral_ds.coactivation import content_of
+from spectral_ds.coactivation import content_of, content_of_tokenizer
 from spectral_ds.files import write_whole
 
 FILE = "comparison.json"
@@ -29,14 +29,21 @@ def contents_of(comparison: Comparison) -> dict[str, str]:
     named = {"model": comparison.model}
     named |= {f"tasks.{name}.data": each.data for name, each in comparison.tasks.items()}
     named |= {f"general.{name}.data": each.data for name, each in comparison.general.items()}
-    named |= {f"statistics.{n}.keep": each.keep for n, each in comparison.statistics.items()}
+    named |= {
+        f"statistics.{name}.keep": each.keep
+        for name, each in comparison.statistics.items()
+        if each.keep not in NO_FILES
+    }
+    for name, method in chosen(comparison).items():
+        named |= {f"methods.{name}.{key}": word for key, word in inputs_of(method)}
     found = {}
     for key, path in named.items():
-        if Path(path).exists():
-            try:
-                found[key] = content_of(Path(path))
-            except OSError as error:
-                raise UserError(f"{key} = {path}: {error.strerror or error}") from error
+        read = content_of_tokenizer if key.endswith(f".{TOKENIZER}") else content_of
+        try:
+            if Path(path).exists():
+                found[key] = read(Path(path))
+        except OSError as error:
+            raise UserError(f"{key} = {path}: {error.strerror or error}") from error
     return found
 
 
