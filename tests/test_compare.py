@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,10 @@ from spectral_ds.cli.compare.adapters import adapted
 from spectral_ds.cli.compare.after import share_by_depth
 from spectral_ds.cli.compare.material import Material
 from spectral_ds.cli.compare.prepare import changed
+from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.settings import load
+from spectral_ds.cli.compare.state import State, contents_of
+from spectral_ds.cli.errors import UserError
 from spectral_ds.coactivation import Coactivation
 from spectral_ds.coactivation.spectrum import spectrum_of
 
@@ -160,6 +164,31 @@ def test_rows_that_are_lost_are_measured_again_and_come_out_the_same(classified,
     assert known(rows_of(classified)) == known(before)
 
 
+@pytest.mark.parametrize("left", ["2e", "2e-", "2e-0", "2e-05", "2e-05\r"])
+def test_a_value_that_is_cut_is_measured_again(tmp_path, left):
+    path, columns = tmp_path / "curves.csv", ("step", "loss")
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 2e-05}]
+    Table(path, columns, ("step",)).add(rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole.removesuffix(b"2e-05\r\n") + left.encode())
+    table = Table(path, columns, ("step",))
+    assert table.rows == rows[:1]
+    table.add(rows)
+    assert path.read_bytes() == whole
+
+
+def test_a_report_leaves_the_tables_as_they_are(classified, folder, tmp_path):
+    """Another process may be adding rows to them."""
+    for name in ("comparison.json", "results.csv", "curves.csv"):
+        shutil.copy(classified / name, tmp_path)
+    results = tmp_path / "results.csv"
+    with results.open("a") as file:
+        file.write("words,adamw,,0.0")  # is being written
+    content, file = results.read_bytes(), results.stat().st_ino
+    assert compare(folder / "config.yaml", tmp_path, "--report") == 0
+    assert (results.read_bytes(), results.stat().st_ino) == (content, file)
+
+
 def test_language_models_are_compared_by_loss_and_divergence(folder):
     methods = {name: METHODS[name] for name in ("adamw", "learn", "merge", "osf")}
     (folder / "task.txt").write_text(
@@ -276,6 +305,10 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                      id="no such text"),
         pytest.param({"general": {"other": {"data": "/nowhere.txt"}}}, "/nowhere.txt",
                      id="no such general text"),
+        pytest.param({"tasks": {"good/books": {"data": "{folder}/task.tsv"}}},
+                     "tasks.good/books: must be a name that files can have", id="no file's name"),
+        pytest.param({"tasks": {"x" * 201: {"data": "{folder}/task.tsv"}}},
+                     "at most 200 bytes", id="too long a name"),
         pytest.param({"test": 5000}, "is too short", id="more held out than there is"),
         pytest.param({"model": "/nowhere"}, "/nowhere", id="no such model"),
         pytest.param({"statistics": {"own": {"keep": "{folder}/general.txt"}}},
@@ -312,6 +345,19 @@ def test_results_of_other_settings_are_not_mixed(folder, classified, capsys):
     assert compare(config, classified, "--report", "only=[adamw]") == 0  # it has no part in this
 
 
+def test_a_dial_may_have_other_values_but_no_other_path(folder, classified, capsys):
+    """Rows name a path by its last key: those of another path would pass for its own."""
+    for dial, status in (
+        ({"section.filter.tau": [0.3, 2.0]}, 0),
+        ({"section.filter.rest": [0.3, 1.0]}, 2),
+        ({}, 2),
+    ):
+        methods = METHODS | {"retain": METHODS["retain"] | {"dial": dial}}
+        config = write_config(folder, name="dials", curve=CURVE, methods=methods)
+        assert compare(config, classified, "--report") == status
+    assert 'with methods.retain = {"section"' in capsys.readouterr().err
+
+
 def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):
     general = folder / "general.txt"
     content = general.read_text()
@@ -321,6 +367,46 @@ def test_results_of_other_texts_are_not_mixed(folder, classified, capsys):
     finally:
         general.write_text(content)
     assert "another content of general.other.data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ({"section": retain("{file}")}, "section.graph.edges.0.keep"),
+        ({"section": retain("random", learn="{file}")}, "section.graph.edges.0.learn"),
+        ({"after": "adamw", "by": "merge", "options": {"keep": "{file}"}}, "options.keep"),
+        ({"after": "adamw", "by": "merge", "dial": {"options.learn": ["training", "{file}"]}},
+         "dial.options.learn = {file}"),
+    ],
+    ids=["section", "learn", "options", "dial"],
+)  # fmt: skip
+def test_results_of_other_texts_that_methods_read_are_not_mixed(folder, tmp_path, method, key):
+    file = tmp_path / "texts.txt"
+    method, key = json.loads(json.dumps([method, key]).replace("{file}", str(file)))
+    methods = {"adamw": None, "reads": method}
+    comparison, written = load(write_config(folder, name="reads", methods=methods), [], False)
+    state = State(tmp_path / "out")
+    old = contents_of(comparison)
+    assert not any(name.startswith("methods.") for name in old)
+    state.begin(written, old, False, True)
+    file.write_text("one")  # as results of a version that knew nothing of it
+    state.begin(written, contents_of(comparison), True, True)
+    state.begin(written, contents_of(comparison), True, True)
+    file.write_text("two")
+    with pytest.raises(UserError, match=f"another content of methods.reads.{key}$"):
+        state.begin(written, contents_of(comparison), True, True)
+    assert contents_of(replace(comparison, only=("adamw",))) == old  # it has no part in this
+
+
+def test_words_that_name_no_file_are_not_taken_for_folders(folder, tmp_path, monkeypatch):
+    """A folder `training` beside is not what `learn: training` means."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("random", "training", "retain"):
+        (tmp_path / name).mkdir()
+    comparison, _ = load(write_config(folder, name="words"), [], False)
+    assert {key.partition(".")[0] for key in contents_of(comparison)} == {
+        "model", "tasks", "general"
+    }  # fmt: skip
 
 
 def test_a_folder_that_holds_something_is_not_written_over(folder, classified, tmp_path, capsys):
@@ -335,6 +421,29 @@ def test_quick_sets_what_the_file_says(folder):
     assert load(config, [], True)[0].seeds == (7,)
     assert load(config, [], False)[0].seeds == (0, 1)
     assert load(config, ["seeds=[3]"], True)[0].seeds == (3,)
+
+
+def test_a_file_may_extend_one_that_extends_another(folder, tmp_path, capsys):
+    write_config(folder, name="first", quick={"seeds": [7]})
+    (folder / "second.yaml").write_text("extends: first.yaml\nbatch_size: 5\ntest: 6\n")
+    task = f"{{data: {folder / 'task.tsv'}}}"
+    third = folder / "third.yaml"
+    third.write_text(f"extends: second.yaml\ntest: 7\ntasks: {{own: {task}}}\n")
+    found, written = load(third, [], True)
+    assert (found.batch_size, found.test, found.seeds) == (5, 7, (7,))
+    assert list(found.tasks) == ["own"]
+    assert "extends" not in written
+    (folder / "first.yaml").write_text("extends: third.yaml\n")
+    assert compare(third, tmp_path / "out") == 2
+    assert f"first.yaml extends {third}, and so on" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_number_is_refused(folder):
+    path = folder / "number.yaml"
+    path.write_text("extends: config.yaml\ntasks: {2024: {data: task.tsv}}\n")
+    write_config(folder)
+    with pytest.raises(UserError, match=r"tasks\.2024: must be text"):
+        load(path, [], False)
 
 
 def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():

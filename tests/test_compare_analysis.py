@@ -1,7 +1,9 @@
 """What is said of methods: chosen on validation data, reported on test data, seed by seed."""
 
 import math
+import re
 from dataclasses import replace
+from urllib.parse import unquote
 
 import pytest
 
@@ -205,6 +207,16 @@ def test_the_report_says_what_was_chosen_and_how_it_was_made(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| other | 3 | at 0.1 | 0.6000 | -0.1000 [" in report
     assert "`spectral-ds compare …`" in report
+
+
+def test_figures_are_linked_whatever_the_name_of_a_task(tmp_path):
+    name = "good books (new) 100 %é"
+    own = [row | {"task": name} for row in (*BASE, *OTHER)]
+    named = replace(comparison("other"), tasks={name: TaskConfig(data="d")})
+    learned = [row | {"task": name} for row in CURVES]
+    write(named, own, learned, tmp_path, "spectral-ds compare …")
+    links = re.findall(r"!\[[^]]*\]\(([^ ()]+)\)", (tmp_path / "report.md").read_text())
+    assert {unquote(link) for link in links} == {each.name for each in tmp_path.glob("*.png")}
 
 
 def test_lost_curves_leave_only_the_time_to_a_loss_unknown():

@@ -52,6 +52,8 @@ def test_a_run_that_is_killed_is_named_and_leaves_no_process(
         assert f"words-adamw-0.01-{seed} failed: ended with status -9" in said
     assert set(multiprocessing.active_children()) <= before
     assert rows_of(out) == []
+    assert compare(config, out, "--report") == 2
+    assert f"{out / 'results.csv'} has no row of baseline = adamw" in capsys.readouterr().err
 
 
 def _killed(job, place, connection):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_ds.cli.arguments import add_command, at_least
+from spectral_ds.cli.errors import UserError
 
 EXAMPLES = """examples:
   spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick
@@ -68,11 +69,12 @@ def run(arguments: argparse.Namespace) -> int:
     goes_on = arguments.resume or arguments.report
     # Methods that are not asked for have no results, and may change.
     written = {**content, "methods": {n: content["methods"][n] for n in chosen(comparison)}}
-    State(out).begin(written, contents_of(comparison), goes_on, writes=not arguments.report)
-    results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY)
-    curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"))
+    writes = not arguments.report  # beside a comparison that runs, its rows would be lost
+    State(out).begin(written, contents_of(comparison), goes_on, writes)
+    results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY, writes)
+    curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"), writes)
     failures = []
-    if not arguments.report:
+    if writes:
         prepared = prepare(comparison, out, num_classes=2)
         material = Material(comparison, prepared.tokenizer())
         for task in comparison.tasks:
@@ -88,6 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
                     update(len(rows))
 
             failures = run_jobs(jobs, place, workers, take)
+    if arguments.report and not any(
+        row["method"] == comparison.baseline and row["task"] in comparison.tasks
+        for row in results.rows
+    ):
+        raise UserError(
+            f"--report: {results.path} has no row of baseline = {comparison.baseline} "
+            f"on {', '.join(comparison.tasks)}"
+        )
     if results.rows:
         print(
             write(

@@ -41,7 +41,7 @@ def draw(
     for analysis in analyses:
         for name, figure in (
             (frontier_file(analysis), frontiers(analysis, what[analysis.axis])),
-            (f"curves-{analysis.task}.png", curves(analysis)),
+            (curves_file(analysis), curves(analysis)),
         ):
             figure.savefig(out / name)
             written.append(out / name)
@@ -55,6 +55,11 @@ def draw(
 def frontier_file(analysis: TaskAnalysis) -> str:
     """The name of its figure."""
     return f"frontier-{analysis.axis}-{analysis.task}.png"
+
+
+def curves_file(analysis: TaskAnalysis) -> str:
+    """The name of that of its curves."""
+    return f"curves-{analysis.task}.png"
 
 
 @styled

@@ -7,9 +7,10 @@ from importlib.metadata import version
 from math import isnan
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from spectral_ds.cli.compare.analysis import analyse
-from spectral_ds.cli.compare.figures import draw, frontier_file
+from spectral_ds.cli.compare.figures import curves_file, draw, frontier_file
 from spectral_ds.cli.compare.inference import Difference
 from spectral_ds.cli.compare.material import DIVERGENCE, FORGETTING
 from spectral_ds.cli.compare.results import Row
@@ -106,7 +107,7 @@ def _section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "*Times compare runs of one call on a machine that does nothing else; of runs that were "
         "added later, or side by side with others, they tell little.*",
         "",
-        f"![Learning curves](curves-{analysis.task}.png)",
+        f"![Learning curves]({quote(curves_file(analysis))})",
         "",
         *_equal_section(analysis, comparison),
     ]
@@ -121,7 +122,7 @@ def _equal_section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         *_table(_equal_row, analysis.standings, comparison),
         "",
-        f"![Frontiers]({frontier_file(analysis)})",
+        f"![Frontiers]({quote(frontier_file(analysis))})",
         "",
         "*Means over seeds and their standard errors, of what validation data put on a frontier; "
         "small dots: of methods with several settings, each as trained, where they fit.*",

@@ -51,23 +51,30 @@ class Table:
         path: is read if it is there.
         columns: in order.
         key: those that tell rows apart.
+        writes: whether rows may be added; else the file stays as it is.
 
     Raises:
         UserError: it has other columns.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], key: Sequence[str], writes: bool = True
+    ) -> None:
         self.path, self._columns, self._key = path, list(columns), key
         self.rows: list[Row] = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                if list(reader.fieldnames or ()) != self._columns:
-                    raise UserError(f"{path}: has other columns than this comparison")
-                # A line that was cut when the process was stopped is measured again.
-                self.rows = [_typed(row) for row in reader if None not in row.values()]
+                lines = list(file)
+            # A line that was cut when the process was stopped is measured again.
+            if lines and not lines[-1].endswith("\n"):
+                lines.pop()
+            reader = csv.DictReader(lines)
+            if list(reader.fieldnames or ()) != self._columns:
+                raise UserError(f"{path}: has other columns than this comparison")
+            self.rows = [_typed(row) for row in reader if None not in row.values()]
         self._known = {self._key_of(row) for row in self.rows}
-        self._rewrite()
+        if writes:
+            self._rewrite()
 
     def _rewrite(self) -> None:
         def write(unfinished: Path) -> None:

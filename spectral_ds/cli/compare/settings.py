@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from spectral_ds.cli.errors import UserError
-from spectral_ds.config import SpectralConfigError, load_config
+from spectral_ds.config import KEEP, LEARN, SpectralConfigError, load_config
 from spectral_ds.config.checking import check
 from spectral_ds.config.fields import choice, integer, rule
 from spectral_ds.config.sources import plain
@@ -31,10 +31,16 @@ Change = Literal["none", "shuffled", "diagonal"]
 
 # In a path of the dial, between keys.
 DOT = "."
+# Bytes of a task's name, which is a part of names of files.
+LONGEST_NAME = 200
 # What has dials.
 TREES = ("section", "options")
 # In the words of a method: a file of the section `statistics`.
 STATISTICS = "statistics."
+# Keys of a section or of options that may name files to read; and words there that are none.
+TOKENIZER = "tokenizer"
+INPUTS = ("keep", "learn", TOKENIZER)
+NO_FILES = ("", "best", *KEEP, *LEARN)
 
 
 def _mapping(allowed: str = "a mapping") -> Any:
@@ -149,6 +155,8 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
         sections = checked.get(name, {})
         checked[name] = {}
         for key, raw in sections.items():
+            if not isinstance(key, str):  # in tables it would be text
+                problems.append(f"{name}.{key}: must be text, so write it in quotes")
             valid = check(schema, {} if raw is None else raw, f"{name}.{key}", problems)
             checked[name][key] = schema(**valid)
     if not problems:
@@ -161,11 +169,7 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
 
 def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     try:
-        content: Any = OmegaConf.load(path)
-        if not OmegaConf.is_dict(content):
-            raise UserError(f"--config {path}: must hold a mapping")
-        if "extends" in content:
-            content = _extended(content, path)
+        content = _loaded(path, ())
         if quick:
             content = OmegaConf.merge(content, content.get("quick") or {})
         found: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides)))
@@ -176,9 +180,24 @@ def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     return found
 
 
-def _extended(content: Any, path: Path) -> Any:
-    """What a file says over what the one says that it extends; a section of tasks replaces all."""
-    before: Any = OmegaConf.load(path.parent / content.pop("extends"))
+def _loaded(path: Path, extending: tuple[Path, ...]) -> Any:
+    """A file over the one that it extends, whose section of tasks it replaces as a whole.
+
+    Args:
+        path: of the file.
+        extending: those that extend it.
+    """
+    content: Any = OmegaConf.load(path)
+    if not OmegaConf.is_dict(content):
+        raise UserError(f"--config {path}: must hold a mapping")
+    if "extends" not in content:
+        return content
+    files = (*extending, path)
+    parent = path.parent / str(content.pop("extends"))
+    if any(parent.resolve() == each.resolve() for each in files):
+        names = " extends ".join(map(str, (*files, parent)))
+        raise UserError(f"--config: {names}, and so on without end")
+    before = _loaded(parent, files)
     if "tasks" in content:
         for section in (before, before.get("quick") or {}):
             section.pop("tasks", None)
@@ -201,6 +220,11 @@ def _contradictions(comparison: Comparison) -> Iterator[str]:
     if comparison.baseline not in comparison.methods:
         yield f"baseline = {comparison.baseline}: is none of {', '.join(comparison.methods)}"
     for name, task in comparison.tasks.items():
+        if "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            yield (
+                f"tasks.{name}: must be a name that files can have: no /, nothing that cannot be "
+                f"printed, at most {LONGEST_NAME} bytes"
+            )
         if not task.data:
             yield f"tasks.{name}.data: is missing"
         if task.per_class and comparison.kind != "classification":
@@ -276,15 +300,34 @@ def _of_method(name: str, method: MethodConfig, comparison: Comparison) -> Itera
 
 def words_of(method: MethodConfig) -> Iterator[str]:
     """All strings in a method's section, options and dials, but keys."""
-    yield from _words_in([method.section, method.options, method.dial])
+    for _, word in _words_in([method.section, method.options, method.dial], ""):
+        yield word
 
 
-def _words_in(tree: Any) -> Iterator[str]:
+def inputs_of(method: MethodConfig) -> Iterator[tuple[str, str]]:
+    """What may be files that a method reads: key, word. Of dials, the key has the word too."""
+    trained = {"section": method.section, "options": method.options}
+    for key, word in _words_in(trained, ""):
+        if _names_inputs(key) and word not in NO_FILES:
+            yield key, word
+    for path, values in method.dial.items():
+        for key, word in _words_in(values, path):
+            if _names_inputs(key) and word not in NO_FILES:
+                yield f"dial.{path} = {word}", word  # its place may change
+
+
+def _names_inputs(key: str) -> bool:
+    return [each for each in key.split(DOT) if not each.isdigit()][-1] in INPUTS
+
+
+def _words_in(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All strings in a tree of mappings and lists that stands under a key, each by its own."""
     if isinstance(tree, str):
-        yield tree
+        yield key, tree
     elif isinstance(tree, Mapping | list):
-        for each in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _words_in(each)
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for name, each in items:
+            yield from _words_in(each, f"{key}{DOT}{name}" if key else str(name))
 
 
 def chosen(comparison: Comparison) -> dict[str, MethodConfig]:

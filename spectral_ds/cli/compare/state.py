@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_ds.cli.compare.settings import Comparison
+from spectral_ds.cli.compare.settings import NO_FILES, TOKENIZER, Comparison, chosen, inputs_of
 from spectral_ds.cli.errors import UserError
-from spectral_ds.coactivation import content_of
+from spectral_ds.coactivation import content_of, content_of_tokenizer
 from spectral_ds.files import write_whole
 
 FILE = "comparison.json"
@@ -15,8 +15,9 @@ FILE = "comparison.json"
 GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated",
            "baseline")  # fmt: skip
 NAMED = ("tasks", "statistics", "methods")
-# Of a method: what may grow.
-LISTS = ("dial", "interpolated")
+# Of a method: what may grow. Of a dial its values may, but not its paths: rows name the last key
+# of each alone.
+DIAL, INTERPOLATED = "dial", "interpolated"
 
 
 def contents_of(comparison: Comparison) -> dict[str, str]:
@@ -28,14 +29,21 @@ def contents_of(comparison: Comparison) -> dict[str, str]:
     named = {"model": comparison.model}
     named |= {f"tasks.{name}.data": each.data for name, each in comparison.tasks.items()}
     named |= {f"general.{name}.data": each.data for name, each in comparison.general.items()}
-    named |= {f"statistics.{n}.keep": each.keep for n, each in comparison.statistics.items()}
+    named |= {
+        f"statistics.{name}.keep": each.keep
+        for name, each in comparison.statistics.items()
+        if each.keep not in NO_FILES
+    }
+    for name, method in chosen(comparison).items():
+        named |= {f"methods.{name}.{key}": word for key, word in inputs_of(method)}
     found = {}
     for key, path in named.items():
-        if Path(path).exists():
-            try:
-                found[key] = content_of(Path(path))
-            except OSError as error:
-                raise UserError(f"{key} = {path}: {error.strerror or error}") from error
+        read = content_of_tokenizer if key.endswith(f".{TOKENIZER}") else content_of
+        try:
+            if Path(path).exists():
+                found[key] = read(Path(path))
+        except OSError as error:
+            raise UserError(f"{key} = {path}: {error.strerror or error}") from error
     return found
 
 
@@ -90,7 +98,7 @@ class State:
         for key in dict.fromkeys([*before, *now]):
             if key in NAMED:
                 for name in before.get(key, {}).keys() & now.get(key, {}).keys():
-                    was, given = (_without_lists(each[key][name]) for each in (before, now))
+                    was, given = (_without_values(each[key][name]) for each in (before, now))
                     self._refuse_other(f"{key}.{name}", was, given)
             elif key not in GROWING:
                 self._refuse_other(key, before.get(key), now.get(key))
@@ -103,5 +111,10 @@ class State:
             )
 
 
-def _without_lists(section: Any) -> Any:
-    return {k: v for k, v in section.items() if k not in LISTS} if isinstance(section, dict) else {}
+def _without_values(section: Any) -> Any:
+    """A section of what is named, without what may grow in it."""
+    if not isinstance(section, dict):
+        return {}
+    found = {k: v for k, v in section.items() if k not in (DIAL, INTERPOLATED)}
+    dial = section.get(DIAL)
+    return found | ({DIAL: list(dial) if isinstance(dial, dict) else dial} if dial else {})
