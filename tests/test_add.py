@@ -1,6 +1,7 @@
 """`spectral-ds add`: one more key, the rest byte for byte; the ready configurations load."""
 
 import json
+import resource
 from pathlib import Path
 
 import deepspeed
@@ -83,6 +84,22 @@ def test_what_cannot_be_edited_is_one_line(tmp_path, capsys, text, words):
         assert word in line
     if text is not None:
         assert path.read_bytes() == (text if isinstance(text, bytes) else text.encode())
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as if nothing more went onto it
+    try:
+        status = main(["add", str(path), "--write"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"spectral-ds: {path}: ")
+    assert [each.name for each in tmp_path.iterdir()] == ["ds.json"]
+    assert path.read_text() == "{}"
 
 
 def test_a_preset_that_is_none_is_one_line(tmp_path, capsys):

@@ -414,6 +414,10 @@ def test_a_folder_that_holds_something_is_not_written_over(folder, classified, t
     assert "--resume goes on" in capsys.readouterr().err
     assert compare(folder / "config.yaml", tmp_path / "new", "--resume") == 2
     assert "no comparison to go on with" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert compare(folder / "config.yaml", tmp_path / "file" / "new") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file" / "new") in line
 
 
 def test_quick_sets_what_the_file_says(folder):

@@ -1,6 +1,7 @@
 """`spectral-ds merge`: resumed, refused, and of adapters."""
 
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -33,11 +34,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from spectral_ds import files
 from spectral_ds.cli import main
 from spectral_ds.cli.merge import job, output
 from spectral_ds.cli.merge.adapter import Adapter
 from spectral_ds.cli.merge.folder import Folder
-from spectral_ds.coactivation import Moments
+from spectral_ds.coactivation import Moments, file
 
 FEW = ["--samples", "4", "--length", "8"]
 
@@ -84,6 +86,33 @@ def test_a_merge_that_was_killed_goes_on_where_it_stopped(folder, tmp_path, monk
     with monkeypatch.context() as patched:  # and what is complete is left alone
         patched.setattr(job.Merging, "write", None)
         assert merge(own, own / "tuned", *words, out) == whole
+
+
+@pytest.mark.parametrize("suffix", ["model.safetensors", "statistics/"])
+def test_a_full_disk_is_one_line_and_the_merge_goes_on_when_there_is_room(
+    folder, tmp_path, capsys, monkeypatch, suffix
+):
+    own, write = folder / "bert", files.write_whole
+    words = ["merge", own / "base", own / "tuned", *FEW, "--out", tmp_path / "out"]
+
+    def on_a_full_disk(path, write_to):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = 100 if suffix in str(path) else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            write(path, write_to)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patched:
+        for module in (output, file):
+            patched.setattr(module, "write_whole", on_a_full_disk)
+        assert main([str(word) for word in words]) == 2
+    [line] = [each for each in capsys.readouterr().err.splitlines() if "spectral-ds: " in each]
+    assert f"{tmp_path / 'out' / suffix}" in line
+    assert "File too large" in line
+    assert not list(tmp_path.rglob("*.unfinished"))
+    assert main([str(word) for word in words]) == 0
 
 
 @pytest.mark.parametrize(("kind", "best"), [("llama", "generated"), ("bert", "random")])

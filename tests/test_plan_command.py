@@ -143,6 +143,28 @@ def test_models_that_are_no_causal_ones_are_planned_and_what_is_none_is_one_line
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"pad_token_id": 53}, "its configuration makes no model: Padding_idx"),
+        ({"max_position_embeddings": 0},
+         "makes no model: bert.embeddings.position_embeddings.weight has no elements"),
+        ({"architectures": [None]}, "architectures = [null]: must be"),
+        ({"architectures": "BertModel"}, 'architectures = "BertModel": must be'),
+        ({"architectures": ["pipeline"]}, 'architectures = ["pipeline"]: must be'),
+    ],
+)  # fmt: skip
+def test_a_configuration_of_no_model_is_one_line(tmp_path, capsys, wrong, said):
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 53}
+    written = {"model_type": "bert", "intermediate_size": 24, **small, **wrong}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    words = ["--engine", "zero2", "--world-size", "2", "--model", str(tmp_path)]
+    assert main(["plan", *words]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"spectral-ds: {tmp_path}: ")
+    assert said in line
+
+
 def test_parameters_of_no_dimension_are_planned_but_under_fsdp2(tmp_path, capsys):
     part = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
             "num_attention_heads": 2, "projection_dim": 8}  # fmt: skip

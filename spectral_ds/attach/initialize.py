@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,7 +169,7 @@ def attach_unwatched(
     assert agreed is not None, "source() always gives a config"
     if not agreed.enabled:
         return None
-    plugin = SpectralPlugin(engine, _in_a_folder_of_its_own(agreed, engine), writer)
+    plugin = SpectralPlugin(engine, agreed, writer)
     for holder in dict.fromkeys(engine.holders):
         _plugins[holder] = [*map(weakref.ref, plugins_of(holder)), weakref.ref(plugin)]
     engine.log(plugin.describe())
@@ -202,15 +201,6 @@ def _refuse_rivals(engine: Engine) -> None:
                     f"a spectral_ds plugin is attached already, to {listed(common)}: call its "
                     "detach() first, or give each optimizer parameters of its own"
                 )
-
-
-def _in_a_folder_of_its_own(config: SpectralConfig, engine: Engine) -> SpectralConfig:
-    """The configuration, with a folder below `monitor.folder` for all but the first plugin."""
-    number = 1 + max(len(plugins_of(holder)) for holder in engine.holders)
-    if number == 1 or not config.monitor.folder:
-        return config
-    folder = os.path.join(config.monitor.folder, f"optimizer_{number}")
-    return replace(config, monitor=replace(config.monitor, folder=folder))
 
 
 def agree_on_config(source: Callable[[], Any], communicator: Communicator) -> SpectralConfig | None:

@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; by default those of the process.
 
     Returns:
-        The exit status: 2 for wrong input, which is reported in one line on stderr.
+        The exit status: 2 for wrong input, and for files that cannot be read or written, which is
+        reported in one line on stderr.
     """
     try:
         arguments = parse(argv)
@@ -87,6 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except (UserError, SpectralConfigError) as error:
-        print(f"spectral-ds: {'; '.join(str(error).splitlines())}", file=sys.stderr)
-        return WRONG_INPUT
+        return _refused(str(error))
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _refused(f"{where}{error.strerror or error}")
     return status
+
+
+def _refused(reason: str) -> int:
+    print(f"spectral-ds: {'; '.join(reason.splitlines())}", file=sys.stderr)
+    return WRONG_INPUT

@@ -1,5 +1,6 @@
 """Models from a local folder, from the hub or from a .gguf file."""
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -70,6 +71,26 @@ class Source:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.given}: cannot be loaded{offline}: {reason}") from error
 
+    def configuration(self) -> Any:
+        """The model's own configuration; `architectures`, if it has any, can be asked for a class.
+
+        Raises:
+            UserError: it cannot be loaded, or its first architecture is no model.
+        """
+        import transformers
+
+        found = self.load(transformers.AutoConfig)
+        names = found.architectures or [CAUSAL[0]]
+        is_named = isinstance(names, list | tuple) and isinstance(names[0], str)
+        # Those that transformers does not have are taken without their head.
+        kind = getattr(transformers, names[0], transformers.AutoModel) if is_named else None
+        if not (hasattr(kind, "from_config") or hasattr(kind, "_from_config")):
+            raise UserError(
+                f"{self.given}: architectures = {json.dumps(names)}: must be a list of names of "
+                "classes of models"
+            )
+        return found
+
 
 def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
     """The model in float32, and whether it is a causal language model.
@@ -86,7 +107,7 @@ def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
     """
     import transformers
 
-    settings = source.load(transformers.AutoConfig)
+    settings = source.configuration()
     architecture = (settings.architectures or [f"Unnamed{CAUSAL[0]}"])[0]
     if architecture.endswith(CAUSAL):
         kind: Any = transformers.AutoModelForCausalLM
@@ -115,7 +136,7 @@ def plain_folder(source: Source, target: Path) -> Path:
         return Path(source.name)
     if (target / "config.json").exists():
         return target
-    settings = source.load(transformers.AutoConfig)
+    settings = source.configuration()
     architecture = (settings.architectures or [f"Unnamed{CAUSAL[0]}"])[0]
     is_causal = architecture.endswith(CAUSAL)
     kind: Any = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel

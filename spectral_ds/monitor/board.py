@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from spectral_ds.config import SpectralConfigError
 from spectral_ds.engines import Engine
+from spectral_ds.monitor.folders import writer_of_its_own
 
 # By title, what the tags of a chart begin with.
 Charts: TypeAlias = Mapping[str, tuple[str, ...]]
@@ -52,7 +52,7 @@ class Board:
         """A board on the engine's own monitor, or on a writer of its own (collective).
 
         Args:
-            folder: for TensorBoard files; "": where the engine writes.
+            folder: for TensorBoard files; "": where the engine writes. See `writer_of_its_own`.
             is_enabled: whether anything is going to be written.
             writer: the user's `SummaryWriter` on rank 0; None: there is none.
 
@@ -62,7 +62,9 @@ class Board:
         is_first, own_writer = engine.everyone.rank == 0, None
         with engine.everyone.all_or_none():
             if folder and is_enabled and is_first and writer is None:
-                writer = own_writer = _summary_writer(folder)
+                writer = own_writer = writer_of_its_own(folder, engine.optimizer)
+                if (own := own_writer.log_dir) != folder:
+                    engine.log(f"{folder} has curves of another optimizer; these go to {own}")
         writer = writer if is_first else None
         if engine.everyone.maximum(float(writer is not None)) > 0:
 
@@ -152,14 +154,3 @@ class Board:
         """Make what was written visible to readers."""
         if self._writer is not None:
             self._writer.flush()
-
-
-def _summary_writer(folder: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    try:
-        return SummaryWriter(folder)
-    except OSError as error:
-        raise SpectralConfigError(
-            f"spectral_ds.monitor.folder: cannot write to {folder!r}: {error}"
-        ) from error

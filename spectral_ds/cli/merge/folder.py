@@ -188,11 +188,9 @@ def config_of(path: Path, given: str) -> Any:
     Raises:
         UserError: transformers cannot read it.
     """
-    import transformers
-
     from spectral_ds.cli.models import Source
 
-    return Source(given, str(path), {}).load(transformers.AutoConfig)
+    return Source(given, str(path), {}).configuration()
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:

@@ -56,7 +56,7 @@ def model_of(given: str) -> Model:
     if given in KNOWN_MODELS:
         settings: Any = transformers.LlamaConfig(**KNOWN_MODELS[given])
     else:
-        settings = Source.of(given).load(transformers.AutoConfig)
+        settings = Source.of(given).configuration()
         architecture = (settings.architectures or [CAUSAL[0]])[0]
         if not architecture.endswith(CAUSAL):
             kind = getattr(transformers, architecture, transformers.AutoModel)
@@ -66,7 +66,10 @@ def model_of(given: str) -> Model:
     make = getattr(kind, "from_config", None) or kind._from_config
     try:
         with torch.device("meta"):
-            return Model.of(given, make(settings))
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+            model = make(settings)
+    except Exception as error:  # there is no end to what a configuration makes layers raise
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{given}: its configuration makes no model: {reason}") from error
+    if empty := [name for name, each in model.named_parameters() if each.numel() == 0]:
+        raise UserError(f"{given}: its configuration makes no model: {empty[0]} has no elements")
+    return Model.of(given, model)
