@@ -306,7 +306,6 @@ def test_a_model_that_gc_freeze_hides_is_found(runner):
     gc.freeze()
     try:
         clips_twice(model, optimizer)
-        assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
     assert spectral_ds.plugin_of(model) is not None

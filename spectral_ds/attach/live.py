@@ -21,14 +21,8 @@ T = TypeVar("T")
 
 def live(kind: type[T]) -> list[T]:
     """All live objects of a class and its subclasses."""
-    is_frozen = gc.get_freeze_count() > 0  # gc.freeze() hides what was alive
-    if is_frozen:
-        gc.unfreeze()
     # Not isinstance(), which runs code of proxies and of modules that load lazily.
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-    if is_frozen:
-        gc.freeze()
-    return found
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
 
 
 def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
@@ -37,8 +31,17 @@ def module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | Non
     Of those that hold the most of them: one in DistributedDataParallel or sharded by
     `fully_shard`, the outermost; else a module inside no other, the one with the fewest
     parameters. Where it lacks some, and others of its kind hold these, all of them in a
-    `ModuleDict`, by the names of their classes.
+    `ModuleDict`, by the names of their classes. If there is none, those are looked through too that
+    gc.freeze() has put aside, and are so no longer.
     """
+    found = _module_trained_by(optimizer)
+    if found is None and gc.get_freeze_count() > 0:
+        gc.unfreeze()
+        found = _module_trained_by(optimizer)
+    return found
+
+
+def _module_trained_by(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
     trained = {id(parameter) for parameter in parameters_of(optimizer)}
     modules = [module for module in live(torch.nn.Module) if "_modules" in vars(module)]
     inner = {id(child) for module in modules for child in module.children()}
