@@ -64,6 +64,17 @@ def test_evaluation_is_not_learned_from_and_detaching_takes_the_hooks_back():
     assert run.hooks() == 0
 
 
+def learned_in_two_steps(run):
+    """Operators of what 20 sequences, which are waited for, show; by matrix."""
+    run.step(random_ids(19))
+    assert run.plugin.graph.learn is None
+    run.step(random_ids(1))
+    learn = run.plugin.graph.learn
+    found = {key: learn.of(key[0])[0].matrix() for key in run.plugin.graph.held.graph_of}
+    run.plugin.detach()
+    return found
+
+
 def test_a_model_that_is_trained_in_evaluation_is_learned_from():
     """As `from_pretrained` gives it; calls without gradients are no training."""
     found = []
@@ -72,12 +83,7 @@ def test_a_model_that_is_trained_in_evaluation_is_learned_from():
         with torch.no_grad():
             run.model.eval()(random_ids(40, seed=1))
         run.model.train(is_training)
-        run.step(random_ids(19))
-        assert run.plugin.graph.learn is None
-        run.step(random_ids(1))
-        learn = run.plugin.graph.learn
-        found.append({key: learn.of(key[0])[0].matrix() for key in run.plugin.graph.held.graph_of})
-        run.plugin.detach()
+        found.append(learned_in_two_steps(run))
     for key, operator in found[0].items():
         np.testing.assert_array_equal(found[1][key], operator)
 
@@ -126,12 +132,7 @@ def test_checkpointed_activations_are_learned_from_alike():
         if checkpoints:
             model.llama.gradient_checkpointing_enable()
         run = Run(section_of(LEARNS), model.train())
-        run.step(random_ids(19))
-        assert run.plugin.graph.learn is None
-        run.step(random_ids(1))
-        learn = run.plugin.graph.learn
-        found.append({key: learn.of(key[0])[0].matrix() for key in run.plugin.graph.held.graph_of})
-        run.plugin.detach()
+        found.append(learned_in_two_steps(run))
     for key, operator in found[0].items():
         np.testing.assert_allclose(found[1][key], operator, atol=1e-5 * operator.max())
 
