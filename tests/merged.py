@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from spectral_ds.cli import main
+
 # More than a layer has inputs, so that no graph is singular.
 WORDS = [f"word{number}" for number in range(30)]
 VOCABULARY = ["[PAD]", "[END]", *WORDS]
@@ -118,6 +120,16 @@ def merge(folder, *words):
     status, out = run("merge", folder / "base", *words, "--json")
     assert status == 0
     return json.loads(out)
+
+
+def refusal(capsys, *words):
+    """The one line of a merge that is refused."""
+    capsys.readouterr()
+    assert main(["merge", *map(str, words)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    return line
 
 
 def tensors(path):

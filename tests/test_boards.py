@@ -1,6 +1,7 @@
 """Where the monitor writes: event files, a folder or a writer of the user's, CSV; and when."""
 
 import csv
+import gc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from cells import CELLS, Training
+from changing import INPUTS, SECTION, Blocks, loss_of, sgd
 from ranks import RankError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -147,3 +149,53 @@ def test_figures_are_drawn_at_the_first_monitored_step_from_each_interval_on(
     assert [s for s in range(0, 601, monitored) if dashboard.is_due(s, monitored)] == drawn
     closed = Dashboard(Board(lambda metrics: None, None, lambda: 0, False), "", [], [], interval)
     assert not closed.is_due(0, monitored)
+
+
+# One process, several optimizers
+
+
+def test_the_second_plugin_of_a_module_writes_to_a_folder_of_its_own(tmp_path):
+    section = {**SECTION, "monitor": {"interval": 1, "folder": str(tmp_path)}}
+    model = Blocks()
+    optimizers = [sgd(layer.parameters()) for layer in model.layers[:2]]
+    plugins = [spectral_ds.attach(model, each, section) for each in optimizers]
+    loss_of(model, INPUTS).backward()
+    for optimizer, plugin in zip(optimizers, plugins, strict=True):
+        optimizer.step()
+        plugin.detach()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 2
+    assert [p.name for p in (tmp_path / "optimizer_2").iterdir()] != []
+
+
+def test_models_of_one_process_write_to_folders_of_their_own_also_when_one_is_gone(tmp_path):
+    section = {**SECTION, "monitor": {"interval": 1, "folder": str(tmp_path)}}
+
+    def plugins_after_a_step(models, optimizers):
+        plugins = [
+            spectral_ds.attach(*each, section) for each in zip(models, optimizers, strict=True)
+        ]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss_of(model, INPUTS).backward()
+            optimizer.step()
+        return plugins
+
+    def written():
+        files = tmp_path.rglob("events.out.tfevents.*")
+        return sorted(file.parent.relative_to(tmp_path).name for file in files)
+
+    models = [Blocks(), Blocks()]
+    optimizers = [sgd(model.parameters()) for model in models]
+    plugins = plugins_after_a_step(models, optimizers)
+    assert written() == ["", "optimizer_2"]
+    plugins[0].detach()
+    fold = Blocks()
+    plugins_after_a_step([fold], [sgd(fold.parameters())])
+    assert written() == ["", "optimizer_2", "optimizer_3"]
+    again = plugins_after_a_step(models[:1], optimizers[:1])
+    assert written() == ["", "", "optimizer_2", "optimizer_3"]
+    del models, optimizers, plugins, again, fold
+    gc.collect()
+    fold = Blocks()
+    plugins_after_a_step([fold], [sgd(fold.parameters())])
+    assert written() == ["", "", "optimizer_2", "optimizer_3", "optimizer_4"]

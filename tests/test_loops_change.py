@@ -1,7 +1,6 @@
 """What is trained changes after the plugin was attached, or is not what was looked at: it is
 filtered by the right graph from the next step on, or named once. In one process."""
 
-import gc
 import logging
 
 import changing
@@ -364,53 +363,6 @@ def test_two_optimizers_of_the_same_parameters_are_an_error_that_names_the_way_o
     assert "parameters of its own" in str(caught.value)
     plugin.detach()
     spectral_ds.attach(model, head, SECTION).detach()
-
-
-def test_the_second_plugin_of_a_module_writes_to_a_folder_of_its_own(tmp_path):
-    section = {**SECTION, "monitor": {"interval": 1, "folder": str(tmp_path)}}
-    model = Blocks()
-    optimizers = [sgd(layer.parameters()) for layer in model.layers[:2]]
-    plugins = [spectral_ds.attach(model, each, section) for each in optimizers]
-    gradients_of(model)
-    for optimizer, plugin in zip(optimizers, plugins, strict=True):
-        optimizer.step()
-        plugin.detach()
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert len(names) == 2
-    assert [p.name for p in (tmp_path / "optimizer_2").iterdir()] != []
-
-
-def test_models_of_one_process_write_to_folders_of_their_own_also_when_one_is_gone(tmp_path):
-    section = {**SECTION, "monitor": {"interval": 1, "folder": str(tmp_path)}}
-
-    def plugins_after_a_step(models, optimizers):
-        plugins = [
-            spectral_ds.attach(*each, section) for each in zip(models, optimizers, strict=True)
-        ]
-        for model, optimizer in zip(models, optimizers, strict=True):
-            gradients_of(model)
-            optimizer.step()
-        return plugins
-
-    def written():
-        files = tmp_path.rglob("events.out.tfevents.*")
-        return sorted(file.parent.relative_to(tmp_path).name for file in files)
-
-    models = [Blocks(), Blocks()]
-    optimizers = [sgd(model.parameters()) for model in models]
-    plugins = plugins_after_a_step(models, optimizers)
-    assert written() == ["", "optimizer_2"]
-    plugins[0].detach()
-    fold = Blocks()
-    plugins_after_a_step([fold], [sgd(fold.parameters())])
-    assert written() == ["", "optimizer_2", "optimizer_3"]
-    again = plugins_after_a_step(models[:1], optimizers[:1])
-    assert written() == ["", "", "optimizer_2", "optimizer_3"]
-    del models, optimizers, plugins, again, fold
-    gc.collect()
-    fold = Blocks()
-    plugins_after_a_step([fold], [sgd(fold.parameters())])
-    assert written() == ["", "", "optimizer_2", "optimizer_3", "optimizer_4"]
 
 
 def test_another_optimizer_of_the_same_parameters_is_named_at_its_first_step(said):
