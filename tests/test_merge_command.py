@@ -199,10 +199,6 @@ def other_shape(path, **changes):
         (["{l}/base", "{l}/tuned", "--learn", "a", "b"], "one for each of 1 TUNED"),
         (["{l}/base", "{l}/tuned", "--keep", "none"], "--keep none"),
         (["{l}/base", "{l}/tuned", "--mu", "-1"], "'-1' is not a number from 0 on"),
-        (
-            ["{l}/base", "{l}/tuned", "--scale", "0.5", "--sweep"],
-            "--scale 0.5: --sweep judges whole changes",
-        ),
         (["{l}/base", "{l}/tuned", "--keep", "{w}/empty.txt"], "empty.txt: holds no text"),
         (["{b}/base", "{b}/tuned", "--keep", "generated"], "cannot generate"),
         (["{l}/base", "{l}/tuned", "--keep", "{l}/base/model.safetensors"], "no statistics"),

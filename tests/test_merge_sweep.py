@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -79,9 +80,8 @@ def test_a_sweep_shows_the_tuned_model_and_the_base_at_its_ends(folder, swept):
             language_loss(model, general, LENGTH), rel=1e-5
         )
     assert float(ends["0.0"]["forgetting"]) == 0
-    assert {(row["mu"], row["rest"]) for row in rows if row["mu"]} == {
-        (mu, rest) for mu in ("0.3", "1.0", "3.0") for rest in ("0.6", "1.0")
-    }
+    settings = product(("0.3", "1.0", "3.0"), ("0.6", "1.0"), ("0.8", "1.0"))
+    assert {(r["mu"], r["rest"], r["scale"]) for r in rows if r["mu"]} == set(settings)
 
 
 def test_texts_that_settings_are_judged_on_are_in_no_statistics(folder, swept, tmp_path):
@@ -103,11 +103,14 @@ def test_texts_that_settings_are_judged_on_are_in_no_statistics(folder, swept, t
 def test_a_setting_of_the_sweep_is_the_model_that_merge_writes(folder, tmp_path):
     own = folder / "llama"
     task, general = folder / "labelled.tsv", folder / "general.txt"
-    words = [own / "base", own / "tuned", *LOOK, "--mu", "0.5", "--keep", folder / "keep.txt"]
+    words = [own / "base", own / "tuned", *LOOK, "--keep", folder / "keep.txt"]
+    words += ["--mu", "0.5", "--scale", "0.7"]
     judged = ["--sweep", "--task", task, "--general", general]
     assert run("merge", *words, *judged, "--out", tmp_path / "sweep")[0] == 0
     assert run("merge", *words, "--out", tmp_path / "out")[0] == 0
-    [row] = [r for r in rows_of(tmp_path / "sweep") if (r["mu"], r["rest"]) == ("0.5", "0.6")]
+    setting = ("0.5", "0.6", "0.7")
+    rows = rows_of(tmp_path / "sweep")
+    [row] = [r for r in rows if (r["mu"], r["rest"], r["scale"]) == setting]
     model = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert float(row["task"]) == pytest.approx(language_loss(model, task, LENGTH), rel=1e-5)
 
@@ -140,7 +143,7 @@ def test_a_sweep_of_classifiers_counts_labels_and_neighbours(folder, tmp_path):
 def setting(task, forgetting, alpha=None):
     method = "filtered" if alpha is None else INTERPOLATION
     one = None if alpha is not None else 1.0
-    return Setting(method, alpha, one, one, task, None, 0.0, forgetting)
+    return Setting(method, alpha, one, one, one, task, None, 0.0, forgetting)
 
 
 def test_the_recommended_setting_forgets_no_more_than_interpolation():

@@ -68,8 +68,8 @@ def add_parser(commands: Any) -> None:
         help="statistics block by block, on the merged model's own activations; a block of each "
         "model in memory")  # fmt: skip
     add("--sweep", action="store_true",
-        help="write no model: compare settings of μ and rest, and interpolation; models in "
-        "memory")  # fmt: skip
+        help="write no model: compare settings of μ, rest and scale, and interpolation; "
+        "models in memory")  # fmt: skip
     add("--task", metavar="FILE", type=Path, help="of --sweep: texts of the task")
     add("--general", metavar="FILE", type=Path, help="of --sweep: texts of what is to be kept")
     add("--json", action="store_true", help="print the report as JSON, and nothing else")
@@ -126,8 +126,6 @@ def _require_usable(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--learn {' '.join(learn)}: give one for all, or one for each of {count} TUNED"
         )
-    if arguments.sweep and arguments.scale != 1:
-        raise UserError(f"--scale {arguments.scale:g}: --sweep judges whole changes; leave it out")
     if arguments.keep == NONE:
         raise UserError("--keep none: names inputs to keep: best, generated, random, or a file")
     for option, given in (("--keep", [arguments.keep]), ("--learn", learn)):

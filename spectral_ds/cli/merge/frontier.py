@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINE_LENGTH = 40  # characters beside the vertical axis
+# Where a line's points have their numbers: those of lines that lie close stay apart.
+CORNERS = ((10, -12), (10, 5), (-10, -12), (-10, 5))
 
 
 @styled
@@ -35,17 +37,17 @@ def frontier(settings: Sequence[Setting], best: Setting | None, forgetting: str)
         )  # fmt: skip
     filtered = [each for each in settings if each.method == FILTERED]
     colors = [BLUE, *COLORS[2:]]
-    for index, rest in enumerate(dict.fromkeys(each.rest for each in filtered)):
-        those = [each for each in filtered if each.rest == rest]
+    for index, kind in enumerate(dict.fromkeys(each.kind for each in filtered)):
+        those = [each for each in filtered if each.kind == kind]
+        color, corner = colors[index % len(colors)], CORNERS[index % len(CORNERS)]
         axes.plot(
             [s.task for s in those], [s.forgetting for s in those], marker="s", markersize=6,
-            color=colors[index % len(colors)], linewidth=1,
-            label=f"filtered, rest = {rest:g}, at μ",
+            color=color, linewidth=1, label=f"filtered, {kind}, at μ",
         )  # fmt: skip
         for each in those:
             axes.annotate(
                 f"{each.mu:g}", (each.task, each.forgetting), textcoords="offset points",
-                xytext=(6, -12), color=colors[index % len(colors)], fontsize="small",
+                xytext=corner, ha="center", color=color, fontsize="small",
             )  # fmt: skip
     if best is not None:
         axes.plot(

@@ -32,7 +32,7 @@ from spectral_ds.cli.merge.merging import Merging, report_of
 from spectral_ds.cli.merge.output import Output, plan
 from spectral_ds.cli.merge.refresh import Refresh, look_by_blocks, with_names
 from spectral_ds.cli.merge.statistics import Functions, Graphs, read
-from spectral_ds.cli.merge.sweep import MUS, RESTS, Setting, recommended, sweep, write_table
+from spectral_ds.cli.merge.sweep import MUS, RESTS, SCALES, Setting, recommended, sweep, write_table
 from spectral_ds.coactivation import Batch, Coactivation, content_of
 from spectral_ds.coactivation import file as statistics
 
@@ -235,7 +235,8 @@ class Job:
         )
         mus = sorted({*MUS, arguments.mu})
         rests = sorted({*RESTS, arguments.rest})
-        settings = sweep(base, tuned, target, keep, learn, judge, mus, rests)
+        scales = sorted({*SCALES, arguments.scale}, reverse=True)
+        settings = sweep(base, tuned, target, keep, learn, judge, mus, rests, scales)
         best = recommended(settings)
         written = [arguments.out / "sweep.csv", arguments.out / "frontier.png"]
         write_table(settings, written[0])

@@ -6,7 +6,7 @@ All models are in memory; no merged weights are written.
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +19,7 @@ from spectral_ds.files import write_whole
 
 MUS = (0.3, 1.0, 3.0)
 RESTS = (0.6, 1.0)
+SCALES = (1.0, 0.8)
 # Of plain interpolation; 0 is the base model, with the head of the tuned one.
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 INTERPOLATION, FILTERED = "interpolation", "filtered"
@@ -29,7 +30,7 @@ class Setting:
     """A setting and what it gives.
 
     Attributes:
-        method: INTERPOLATION, W₀ + α · mean of ΔW; or FILTERED, by μ and rest.
+        method: INTERPOLATION, W₀ + α · mean of ΔW; or FILTERED, by μ and rest, all times a scale.
         task, accuracy, general, forgetting: see `judges.Judgement`.
         gain: how much less it forgets than interpolation at an equal loss on the task.
     """
@@ -38,6 +39,7 @@ class Setting:
     alpha: float | None
     mu: float | None
     rest: float | None
+    scale: float | None
     task: float
     accuracy: float | None
     general: float
@@ -48,7 +50,12 @@ class Setting:
     def name(self) -> str:
         if self.method == INTERPOLATION:
             return f"α = {self.alpha:g}"
-        return f"μ = {self.mu:g}, rest = {self.rest:g}"
+        return f"μ = {self.mu:g}, {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """What filtered settings of all μ have in common."""
+        return f"rest = {self.rest:g}" + ("" if self.scale == 1 else f", scale = {self.scale:g}")
 
 
 def sweep(
@@ -60,6 +67,7 @@ def sweep(
     judge: Judge,
     mus: Sequence[float],
     rests: Sequence[float],
+    scales: Sequence[float],
 ) -> list[Setting]:
     """Judge all settings.
 
@@ -68,18 +76,19 @@ def sweep(
     """
     models = InMemory(base, tuned, target)
     found = []
-    with progress("sweep", len(ALPHAS) + len(mus) * len(rests), "setting", True) as update:
+    count = len(ALPHAS) + len(mus) * len(scales) * len(rests)
+    with progress("sweep", count, "setting", True) as update:
         for alpha in ALPHAS:
             models.write(models.names, None, alpha)
             judged = judge(target)
-            found.append(Setting(INTERPOLATION, alpha, None, None, **asdict(judged)))
+            found.append(Setting(INTERPOLATION, alpha, None, None, None, **asdict(judged)))
             update(1)
-        for mu in mus:
-            functions = Functions(keep, learn, mu)
+        for mu, scale in product(mus, scales):
+            functions = Functions(keep, learn, mu, scale)
             for rest in rests:
-                models.write(models.names, functions, rest)
+                models.write(models.names, functions, rest * scale)
                 judged = judge(target)
-                found.append(Setting(FILTERED, None, mu, rest, **asdict(judged)))
+                found.append(Setting(FILTERED, None, mu, rest, scale, **asdict(judged)))
                 update(1)
     return with_gains(found)
 
