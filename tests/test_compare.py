@@ -292,6 +292,7 @@ def test_osf_moves_no_weight_along_its_largest_singular_directions(folder):
                                   "early": {"after": "adamw", "by": "early_stopping"}}},
                      "not after adapter lora", id="early stopping of an adapter"),
         pytest.param({"only": ["x"]}, "only = x: is none of adamw", id="only what there is not"),
+        pytest.param({"drawn": ["x"]}, "drawn = x: is none of adamw", id="drawn what there is not"),
         pytest.param({"baseline": "sgd"}, "baseline = sgd", id="no such baseline"),
         pytest.param({"methods": {"adamw": None, "m": {"after": "adamw"}}},
                      "`after` a method and `by`", id="after without by"),

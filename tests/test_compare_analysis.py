@@ -5,9 +5,11 @@ import re
 from dataclasses import replace
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from spectral_ds.cli.compare.analysis import INTERPOLATED, analyse
+from spectral_ds.cli.compare.figures import curves, frontiers
 from spectral_ds.cli.compare.material import FORGETTING
 from spectral_ds.cli.compare.report import verdict_of, write
 from spectral_ds.cli.compare.settings import Comparison, MethodConfig, TaskConfig
@@ -217,6 +219,30 @@ def test_figures_are_linked_whatever_the_name_of_a_task(tmp_path):
     write(named, own, learned, tmp_path, "spectral-ds compare …")
     links = re.findall(r"!\[[^]]*\]\(([^ ()]+)\)", (tmp_path / "report.md").read_text())
     assert {unquote(link) for link in links} == {each.name for each in tmp_path.glob("*.png")}
+
+
+def labels(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_figures_name_the_baseline_and_what_is_drawn():
+    found = analyse(
+        comparison("other", "same", "third"), "words",
+        [*BASE, *OTHER, *rows("same", 0.1, 0.7, 0.7, 0.4), *rows("third", 0.1, 0.7, 0.7, 0.5)],
+        [*CURVES, *curve("same", 0.1, 0.5)], FORGETTING,
+    )  # fmt: skip
+    assert labels(frontiers(found, "x")) == ["adamw", "other", "same", "third"]
+    assert labels(frontiers(found, "x", ["third", "other"])) == [
+        "adamw", "third", "other", "other methods",
+    ]  # fmt: skip
+    assert labels(curves(found, ["third", "same"])) == ["adamw", "same"]
+
+
+def test_a_frontier_is_drawn_of_what_validation_data_chose():
+    found = analyse(comparison("other"), "words", [*BASE, *OTHER], CURVES, FORGETTING)
+    [line] = [each for each in frontiers(found, "x").axes[0].lines if each.get_label() == "adamw"]
+    expected = [[0.0, 1.10], [0.2, 0.90], [0.4, 0.70]]  # means over seeds
+    assert line.get_xydata() == pytest.approx(np.array(expected))
 
 
 def test_lost_curves_leave_only_the_time_to_a_loss_unknown():

@@ -27,7 +27,7 @@ from spectral_ds.cli.compare.material import (
 )
 from spectral_ds.cli.compare.results import Row
 from spectral_ds.cli.compare.settings import Comparison
-from spectral_ds.cli.compare.standing import Best, Cost, Equal, Point, Standing, TaskAnalysis
+from spectral_ds.cli.compare.standing import Best, Cost, Equal, Place, Point, Standing, TaskAnalysis
 
 # Of the baseline: what is made of its runs by interpolation with the weights before.
 INTERPOLATED = ", interpolated"
@@ -70,11 +70,10 @@ def analyse(
         axis,
         _corrected(standings),
         {
-            name: _frontiers(points, _common(points, base), axis)
+            name: _front(points, _common(points, base), axis)
             for name, points in methods.items()
             if not name.endswith(INTERPOLATED)
         },
-        {name: _settings(points, axis) for name, points in methods.items()},
         {
             name: _curve(own, comparison, name, _best(points), points)
             for name, points in methods.items()
@@ -121,36 +120,22 @@ def _best(points: Points) -> Point:
     return min(whole, key=lambda point: _mean(points[point], column(VALIDATION, LOSS)))
 
 
-def _front(points: Points, seeds: Sequence[int], axis: str) -> list[Point]:
-    """Those that no other beats on validation data, by means over seeds."""
-    names = list(points)
+def _front(points: Points, seeds: Sequence[int], axis: str, part: str = TEST) -> list[list[Place]]:
+    """Of the points that no other beats on validation data, by means over seeds: each seed's."""
     places = [
-        tuple(_mean(points[p], column(VALIDATION, what), seeds) for what in (axis, LOSS))
-        for p in names
+        tuple(_mean(rows, column(VALIDATION, what), seeds) for what in (axis, LOSS))
+        for rows in points.values()
     ]
-    return [names[at] for at in on_front(places)]  # type: ignore[arg-type]
+    found = list(points.values())
+    return [
+        [(found[at][s][column(part, axis)], found[at][s][column(part, LOSS)]) for s in seeds]
+        for at in on_front(places)  # type: ignore[arg-type]
+    ]
 
 
 def _frontiers(points: Points, seeds: Sequence[int], axis: str, part: str = TEST) -> list[Frontier]:
-    """Of each seed: of the points that are on the front of validation data."""
-    front = _front(points, seeds, axis)
-    return [
-        Frontier(
-            [
-                (points[p][seed][column(part, axis)], points[p][seed][column(part, LOSS)])
-                for p in front
-            ]
-        )
-        for seed in seeds
-    ]
-
-
-def _settings(points: Points, axis: str) -> list[tuple[float, float]]:
-    return [
-        (_mean(rows, column(TEST, axis)), _mean(rows, column(TEST, LOSS)))
-        for point, rows in points.items()
-        if point.alpha == 1
-    ]
+    """Of each seed."""
+    return [Frontier(places) for places in zip(*_front(points, seeds, axis, part), strict=True)]
 
 
 def _over_frontier(

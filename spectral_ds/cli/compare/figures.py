@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectral_ds.cli.compare.inference import GRID, Frontier
 from spectral_ds.cli.compare.material import FORGETTING
 from spectral_ds.cli.compare.standing import Best, TaskAnalysis
 from spectral_ds.console.figure_style import COLORS, GREY, WIDE, new_figure, styled
@@ -19,14 +18,16 @@ HEIGHT = 5.4
 LINE, MARGIN = 0.26, 0.8
 # Of points of one colour.
 MARKERS = ("o", "s", "^", "D")
-# Area of a setting's dot, in points².
-SETTING = 16
-# Of a band: standard errors of the mean over seeds.
+# Area of a point of a method without a name, in points².
+OTHER = 14
+PALE = "#BDBDBD"
+# Of a band or bar: standard errors of the mean over seeds.
 ERRORS = 1.0
 
 
 def draw(
     analyses: Sequence[TaskAnalysis],
+    drawn: Sequence[str],
     examples: Mapping[str, int],
     what: Mapping[str, str],
     out: Path,
@@ -34,14 +35,15 @@ def draw(
     """Write all figures; their paths.
 
     Args:
+        drawn: methods that figures name; all without any.
         examples: of each task that has few, to train on.
         what: each axis is.
     """
     written = []
     for analysis in analyses:
         for name, figure in (
-            (frontier_file(analysis), frontiers(analysis, what[analysis.axis])),
-            (curves_file(analysis), curves(analysis)),
+            (frontier_file(analysis), frontiers(analysis, what[analysis.axis], drawn)),
+            (curves_file(analysis), curves(analysis, drawn)),
         ):
             figure.savefig(out / name)
             written.append(out / name)
@@ -63,24 +65,21 @@ def curves_file(analysis: TaskAnalysis) -> str:
 
 
 @styled
-def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
+def frontiers(analysis: TaskAnalysis, what: str, drawn: Sequence[str] = ()) -> "Figure":
     """Loss on the task against what is forgotten; lower and further left is better.
 
-    Frontiers are chosen on validation data; small dots are settings, not interpolated, of
-    methods that have several.
+    Args:
+        drawn: methods with a name, besides the baseline; the points of others are grey.
     """
-    figure = _figure(len(analysis.frontiers))
+    names, others = _split(analysis.fronts, drawn)
+    figure = _figure(len(names) + bool(others))
     axes = figure.subplots()
-    for number, (name, found) in enumerate(analysis.frontiers.items()):
-        if not found:
-            continue
-        grid = _grid(found)
-        if grid is None:
-            _point(axes, found, name, number)
-        else:
-            losses = np.array([frontier.at(grid) for frontier in found])
-            _band(axes, grid, losses, name, number)
-    _dots(axes, analysis)
+    for number, name in enumerate(names):
+        if front := analysis.fronts[name]:
+            _front(axes, np.array(front), name, number)
+    if points := [seeds for name in others for seeds in analysis.fronts[name]]:
+        x, y = np.array([np.mean(seeds, 0) for seeds in points]).T
+        axes.scatter(x, y, s=OTHER, color=PALE, label="other methods", zorder=0)
     axes.set_xlabel(what)
     axes.set_ylabel("loss on the task, test data (nats)")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -88,37 +87,33 @@ def frontiers(analysis: TaskAnalysis, what: str) -> "Figure":
     return figure
 
 
+def _split(found: Mapping[str, Any], drawn: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Methods with a name in a figure, the baseline first; and the others."""
+    baseline = next(iter(found))
+    named = [name for name in drawn or found if name in found and name != baseline]
+    return [baseline, *named], [name for name in found if name not in (baseline, *named)]
+
+
 def _figure(names: int) -> "Figure":
     """As high as a legend of so many names."""
     return new_figure(max(HEIGHT, LINE * names + MARGIN), WIDE)
 
 
-def _grid(found: Sequence[Frontier]) -> Any:
-    """Between the points that all seeds have; None where there is nothing between them."""
-    ends = [frontier.ends for frontier in found]
-    low, high = max(low for low, _ in ends), min(high for _, high in ends)
-    return np.linspace(low, high, GRID) if low < high else None
+def _front(axes: Any, points: Any, name: str, number: int) -> None:
+    """Means over seeds with standard errors, joined by lines.
 
-
-def _point(axes: Any, found: Sequence[Frontier], name: str, number: int) -> None:
-    """The mean over seeds of where each begins to forget, with standard errors."""
-    x = np.array([frontier.ends[0] for frontier in found])
-    places = np.array([x, [float(f.at(at)) for f, at in zip(found, x, strict=True)]])
-    errors = _errors(places.T)
-    color, marker = _look(number)["color"], MARKERS[number // len(COLORS) % len(MARKERS)]
+    Args:
+        points: (points, seeds, 2).
+    """
+    order = np.argsort(points[..., 0].mean(1))
+    seeds = points[order].swapaxes(0, 1)
+    (x, y), errors = seeds.mean(0).T, _errors(seeds).T
+    look, marker = _look(number), MARKERS[number // len(COLORS) % len(MARKERS)]
+    axes.plot(x, y, label=name, marker=marker, markersize=4.5, **look)
     axes.errorbar(
-        *places.mean(1), xerr=errors[0], yerr=errors[1], label=name, color=color, marker=marker,
-        linestyle="none", elinewidth=1.2, capsize=3,
+        x, y, xerr=errors[0], yerr=errors[1], ecolor=look["color"], fmt="none", elinewidth=1,
+        alpha=0.5,
     )  # fmt: skip
-
-
-def _dots(axes: Any, analysis: TaskAnalysis) -> None:
-    """A dot for each setting of methods that have several, where there is room for it."""
-    limits = axes.axis()
-    for number, name in enumerate(analysis.frontiers):
-        if len(settings := analysis.settings[name]) > 1:
-            axes.scatter(*zip(*settings, strict=True), s=SETTING, color=_look(number)["color"])
-    axes.axis(limits)
 
 
 def _errors(seeds: Any) -> Any:
@@ -129,12 +124,17 @@ def _errors(seeds: Any) -> Any:
 
 
 @styled
-def curves(analysis: TaskAnalysis) -> "Figure":
-    """Validation loss while training, each method at its best learning rate."""
-    figure = _figure(len(analysis.curves))
+def curves(analysis: TaskAnalysis, drawn: Sequence[str] = ()) -> "Figure":
+    """Validation loss while training, each method at its best learning rate.
+
+    Args:
+        drawn: methods that are, besides the baseline; all without any.
+    """
+    names, _ = _split(analysis.curves, drawn)
+    figure = _figure(sum(bool(analysis.curves[name]) for name in names))
     axes = figure.subplots()
-    for number, (name, curve) in enumerate(analysis.curves.items()):
-        if curve:
+    for number, name in enumerate(names):
+        if curve := analysis.curves[name]:
             steps = np.array([step for step, _ in curve])
             seeds = min(len(losses) for _, losses in curve)
             losses = np.array([losses[:seeds] for _, losses in curve]).T

@@ -46,7 +46,7 @@ def write(
         for name, task in comparison.tasks.items()
         if task.per_class or task.examples
     }
-    figures = draw(analyses, examples, axes, out)
+    figures = draw(analyses, comparison.drawn, examples, axes, out)
     verdict = [line for each in analyses for line in verdict_of(each, comparison)]
     parts = ["# Comparison", "", "## Verdict", "", *(f"- {line}" for line in verdict), ""]
     for each in analyses:
@@ -124,8 +124,8 @@ def _equal_section(analysis: TaskAnalysis, comparison: Comparison) -> list[str]:
         "",
         f"![Frontiers]({quote(frontier_file(analysis))})",
         "",
-        "*Means over seeds and their standard errors, of what validation data put on a frontier; "
-        "small dots: of methods with several settings, each as trained, where they fit.*",
+        "*Means over seeds and their standard errors, of the points that validation data put on "
+        "a frontier.*",
         "",
     ]
 

@@ -121,6 +121,7 @@ class Comparison:
     statistics: dict[str, Any] = _mapping("statistics by name")
     methods: dict[str, Any] = _mapping("methods by name")
     only: tuple[str, ...] = ()  # methods to train; all by default
+    drawn: tuple[str, ...] = ()  # methods that figures name, in their order; all by default
     quick: dict[str, Any] = _mapping()  # keys that --quick sets
     extends: str = ""  # a file with the keys that this one lacks, in the same folder
 
@@ -245,6 +246,9 @@ def _contradictions(comparison: Comparison) -> Iterator[str]:
             yield f"only = {name}: is none of {', '.join(comparison.methods)}"
         elif chosen.after and chosen.after not in comparison.only:
             yield f"only = {name}: comes after {chosen.after}, so name {chosen.after} too"
+    for name in comparison.drawn:
+        if name not in comparison.methods:
+            yield f"drawn = {name}: is none of {', '.join(comparison.methods)}"
 
 
 def _measured_too(key: str, word: str, measured: Mapping[Path, str]) -> Iterator[str]:

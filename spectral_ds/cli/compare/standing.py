@@ -1,9 +1,12 @@
 """Standing: what is said of a method on a task; `analysis` finds it from rows of results."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from spectral_ds.cli.compare.inference import Difference, Frontier
+from spectral_ds.cli.compare.inference import Difference
+
+# (what is forgotten, loss).
+Place: TypeAlias = tuple[float, float]
 
 
 class Point(NamedTuple):
@@ -101,15 +104,13 @@ class TaskAnalysis:
     Attributes:
         axis: what counts as forgetting.
         standings: of methods that have rows of at least one seed of the baseline's.
-        frontiers: by method and seed, on test data.
-        settings: by method: (what is forgotten, loss) of each that is not interpolated, on test
-            data; means over seeds.
+        fronts: by method: of each point that validation data put on its frontier, and each seed,
+            (what is forgotten, loss) on test data.
         curves: by method, at its best learning rate: (step, validation losses of the seeds).
     """
 
     task: str
     axis: str
     standings: list[Standing]
-    frontiers: dict[str, list[Frontier]]
-    settings: dict[str, list[tuple[float, float]]]
+    fronts: dict[str, list[list[Place]]]
     curves: dict[str, list[tuple[int, list[float]]]]

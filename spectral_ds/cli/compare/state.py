@@ -13,7 +13,7 @@ from spectral_ds.files import write_whole
 FILE = "comparison.json"
 # Keys that may change when a comparison is gone on with; others belong to every row.
 GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated",
-           "baseline")  # fmt: skip
+           "baseline", "drawn")  # fmt: skip
 NAMED = ("tasks", "statistics", "methods")
 # Of a method: what may grow. Of a dial its values may, but not its paths: rows name the last key
 # of each alone.
