@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.engines.steps import version_of
+from spectral_ds.engines.steps import not_compiled, version_of
 from spectral_ds.engines.views import is_sparse
 from spectral_ds.engines.wrappers import parameters_of
 from spectral_ds.plugin import SpectralPlugin
@@ -131,7 +131,7 @@ class FilterBeforeClipping:
         functions = [(torch.nn.utils, name) for name in (*CLIPPING, "get_total_norm")]
         functions += [(torch.nn.utils.clip_grad, name) for name in CLIPPING]
         self._handles = [
-            WrappedMethod(module, name, self._around)
+            WrappedMethod(module, name, not_compiled(self._around))
             for module, name in functions
             if hasattr(module, name)
         ]
