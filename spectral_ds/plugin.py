@@ -112,9 +112,10 @@ class SpectralPlugin(Study):
 
         To be called by hand only where a training loop clips by itself: after the backward pass
         and before `clip_grad_norm_`, in the closure if the step has one. The hook then leaves these
-        gradients alone.
+        gradients alone. Does nothing once the plugin is detached.
         """
-        self._filter_gradients()
+        if self.attached:
+            self._filter_gradients()
 
     @_plainly
     def _filter_by_graphs(self) -> None:
