@@ -15,6 +15,7 @@ import torch
 from spectral_ds.checkpoint import Persistence
 from spectral_ds.config import SpectralConfig
 from spectral_ds.engines import Engine
+from spectral_ds.engines.steps import not_compiled
 from spectral_ds.filters import Updates
 from spectral_ds.monitor import Monitor
 from spectral_ds.sharding import Signal
@@ -70,6 +71,7 @@ class SpectralPlugin(Study):
         )
         self._updates = Updates(self._filtered_weights()) if self._filters_updates else None
         self._step, self._is_handled, self._climbs = -1, False, 0
+        self._filter_gradients = not_compiled(self._filter_by_graphs)
         self._is_used = [True] * len(engine.fragments)
         self._never = torch.zeros((), dtype=torch.bool, device=engine.communicator.device)
         self._skipped_steps = engine.skipped_steps
@@ -105,14 +107,19 @@ class SpectralPlugin(Study):
             self.filter_gradients()
         self._is_handled = False
 
-    @_plainly
     def filter_gradients(self) -> None:
         """One step: the gradients are averaged and not yet clipped.
 
         To be called by hand only where a training loop clips by itself: after the backward pass
         and before `clip_grad_norm_`, in the closure if the step has one. The hook then leaves these
-        gradients alone.
+        gradients alone. Does nothing once the plugin is detached.
         """
+        if self.attached:
+            self._filter_gradients()
+
+    @_plainly
+    def _filter_by_graphs(self) -> None:
+        """`filter_gradients`, which torch.compile of a training loop leaves as it is."""
         has_climbed = self._is_handled and self.engine.climbs > self._climbs  # by a first half
         is_first = self.engine.evaluations == 0 and not has_climbed  # of a closure's, others follow
         if is_first:

@@ -229,6 +229,21 @@ def test_an_adapter_that_is_switched_on_is_filtered_and_the_other_waits(said):
     assert said() == []
 
 
+def test_what_has_left_and_comes_back_is_filtered_again(said):
+    """Two of three layers are trained at a time."""
+    model = Blocks()
+    optimizer = sgd([*model.layers[0].parameters(), *model.layers[1].parameters()])
+    spectral_ds.attach(model, optimizer, SECTION)
+    for layers in ((0, 1), (1, 2), (0, 1)):
+        trained = [model.layers[index] for index in layers]
+        optimizer.param_groups[0]["params"] = [p for each in trained for p in each.parameters()]
+        gradients = gradients_of(model)
+        own = {n: g for n, g in gradients.items() if int(n.split(".")[1]) in layers}
+        wanted = filtered(model, own)
+        assert_is(step_of(model, optimizer), wanted)
+    assert said() == []
+
+
 # Parameters that cannot join are named once
 
 

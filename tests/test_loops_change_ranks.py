@@ -1,6 +1,7 @@
 """What is trained changes where ranks train together: what joins is filtered by the right graph on
 all of them, what cannot is named. On four ranks."""
 
+import contextlib
 import logging
 
 import numpy as np
@@ -12,6 +13,7 @@ from changing import (
     INPUTS,
     SECTION,
     Blocks,
+    as_arrays,
     assert_is,
     filtered,
     filtered_on,
@@ -120,6 +122,41 @@ def test_an_unfrozen_layer_joins_on_all_ranks(ranks, engine):
         assert_is(step, filtered_on(weights, gradients))
         assert nodes == 21
         assert len(said) == (rank == 0)
+
+
+def steps_around_a_move(by_runner):
+    """What a step subtracted after the model was moved, with its gradients; weights before it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    def take():
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1e9)
+        sgd_step()
+
+    module = shard(Blocks(), init_device_mesh("cpu", (4,)))
+    with watching() if by_runner else contextlib.nullcontext():
+        optimizer = sgd(module.parameters())
+        sgd_step, optimizer.step = optimizer.step, take
+        if not by_runner:
+            spectral_ds.attach(module, optimizer, SECTION)
+        steps = []
+        for _ in range(2):
+            weights = whole(module)
+            steps.append((weights, train_step(module, module, optimizer, dist.get_rank())))
+            module.cpu()
+        spectral_ds.plugin_of(module).detach()
+    return steps
+
+
+@pytest.mark.parametrize("by_runner", [False, True])
+def test_a_sharded_model_may_be_moved(ranks, by_runner):
+    """torch does so by swapping its tensors."""
+    for steps in ranks(4).run(steps_around_a_move, by_runner):
+        model = Blocks()
+        for weights, step in steps:
+            model.load_state_dict({n: torch.from_numpy(value) for n, value in weights.items()})
+            model.zero_grad()
+            wanted = filtered_on(as_arrays(Blocks(), weights), mean_gradients(range(4), model))
+            assert_is(step, wanted)
 
 
 def step_of_two_models(kind):

@@ -292,6 +292,17 @@ def test_parameters_without_a_flat_view_are_refused_by_name(kind):
         spectral_ds.attach(model, torch.optim.SGD(model.parameters(), lr=RATE), SECTION)
 
 
+def test_a_parameter_that_loses_its_flat_view_is_refused_by_name_in_the_step():
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    spectral_ds.attach(model, optimizer, SECTION)
+    name, restride = STRIDES["channels last"]
+    parameter = model.get_parameter(name)
+    parameter.data = restride(parameter.data)
+    with pytest.raises(UnsupportedEngineError, match=f"parameter '{name}' is not contiguous"):
+        optimizer.step()
+
+
 # Parameters that join later
 
 

@@ -87,6 +87,33 @@ def test_a_compiled_step_is_filtered_once(optimizer):
     assert_filtered_once(model, plugin, lambda: (backward(model), compiled()), steps=2)
 
 
+def test_a_loop_that_filters_by_hand_may_go_on_after_detaching():
+    model, optimizer, plugin = attached(SGD)
+    plugin.detach()
+    gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
+
+    def take():
+        backward(model)
+        plugin.filter_gradients()
+        optimizer.step()
+
+    assert_is(step_of(model, take), [gradient.numpy() for gradient in gradients])
+
+
+def test_a_compiled_loop_may_filter_by_hand():
+    graph = {**SECTION["graph"], "refresh_interval": 1}
+    model, optimizer, plugin = attached(SGD, {**SECTION, "graph": graph})
+
+    @torch.compile(backend="eager")
+    def take():
+        backward(model)
+        plugin.filter_gradients()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
+        optimizer.step()
+
+    assert_filtered_once(model, plugin, take, limit=LIMIT)
+
+
 def test_the_runner_attaches_after_a_step_that_raised(runner, capsys):
     SGD([torch.nn.Parameter(torch.ones(1))])
     model = make_model()

@@ -72,6 +72,10 @@ def accumulates(model, optimizer):
     optimizer.step()
 
 
+def is_compiled(model, optimizer):
+    torch.compile(clips_twice, backend="eager")(model, optimizer)
+
+
 @pytest.mark.parametrize(
     "loop",
     [
@@ -81,6 +85,7 @@ def accumulates(model, optimizer):
         keeps_gradient_tensors,
         leaves_out_a_step,
         accumulates,
+        is_compiled,
     ],
 )
 def test_every_step_is_filtered_once_and_then_clipped(runner, loop):
@@ -212,11 +217,20 @@ def test_the_optimizer_of_a_second_phase_takes_over(runner, capsys):
     assert "SGD is detached" in capsys.readouterr().err
 
 
-def test_an_optimizer_that_has_stepped_before_is_told(runner, capsys):
+class Counting(torch.optim.Adam):
+    """Keeps a number of its own beside the states of parameters, as MADGRAD does."""
+
+    def step(self, closure=None):
+        self.state["k"] = self.state.get("k", torch.zeros(2)) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, Counting])
+def test_an_optimizer_that_has_stepped_before_is_told(runner, capsys, kind):
     model = make_model()
     states = []
     for is_resumed in (False, True):
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        optimizer = kind(model.parameters(), lr=1e-3)
         if is_resumed:
             optimizer.load_state_dict(states[0])
         backward(model)

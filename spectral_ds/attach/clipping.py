@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from spectral_ds.engines.hooks import WrappedMethod
-from spectral_ds.engines.steps import version_of
+from spectral_ds.engines.steps import not_compiled, version_of
+from spectral_ds.engines.views import is_sparse
 from spectral_ds.engines.wrappers import parameters_of
 from spectral_ds.plugin import SpectralPlugin
 
@@ -35,9 +37,10 @@ class Training:
         self.since = since
         self._optimizer = weakref.ref(optimizer)
         self._plugin = weakref.ref(plugin)
-        # Some gradient and its version, as they were left after filtering and clipping, and the
-        # step that this was before, with its evaluations.
-        self._seen: tuple[weakref.ref[torch.Tensor], int, tuple[int, int]] | None = None
+        # The memory of some gradient and its version, as they were left after filtering and
+        # clipping, and the step that this was before, with its evaluations. (torch moves no tensor
+        # that has weak references where it does so by swapping, as with those of FSDP2.)
+        self._seen: tuple[StorageWeakRef, int, tuple[int, int]] | None = None
         self._has_warned = False
 
     @property
@@ -72,8 +75,9 @@ class Training:
         """Say once that gradients seem to be accumulated after they were filtered."""
         if self._seen is None or self._has_warned:
             return
-        reference, _, moment = self._seen
-        if moment == _moment_of(plugin) and reference() is self._gradient() is not None:
+        memory, _, moment = self._seen
+        gradient = self._gradient()
+        if moment == _moment_of(plugin) and gradient is not None and memory == _memory_of(gradient):
             self._has_warned = True
             plugin.engine.log(
                 "gradients have changed since they were filtered before clipping, with no step in "
@@ -89,23 +93,30 @@ class Training:
         """Whether the gradients are those that were last filtered, clipped or not."""
         if self._seen is None or (gradient := self._gradient()) is None:
             return False
-        reference, version, _ = self._seen
-        return reference() is gradient and version_of(gradient) == version
+        memory, version, _ = self._seen
+        return memory == _memory_of(gradient) and version_of(gradient) == version
 
     def note(self) -> None:
         """Remember the gradients as filtered."""
         gradient, plugin = self._gradient(), self.plugin
         if gradient is not None and plugin is not None:
-            self._seen = weakref.ref(gradient), version_of(gradient), _moment_of(plugin)
+            self._seen = _memory_of(gradient), version_of(gradient), _moment_of(plugin)
 
     def _gradient(self) -> torch.Tensor | None:
         optimizer = self.optimizer
         parameters = () if optimizer is None else parameters_of(optimizer)
-        return next((p.grad for p in parameters if p.grad is not None), None)
+        gradients = (p.grad for p in parameters if p.grad is not None)
+        return next((each for each in gradients if not is_sparse(each)), None)
 
 
 def _moment_of(plugin: SpectralPlugin) -> tuple[int, int]:
     return plugin.engine.step, plugin.engine.evaluations
+
+
+def _memory_of(gradient: Any) -> StorageWeakRef:
+    """Its storage; equal for the same one alone, as long as this exists, and keeps no values."""
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return StorageWeakRef(local.untyped_storage())
 
 
 class FilterBeforeClipping:
@@ -120,7 +131,7 @@ class FilterBeforeClipping:
         functions = [(torch.nn.utils, name) for name in (*CLIPPING, "get_total_norm")]
         functions += [(torch.nn.utils.clip_grad, name) for name in CLIPPING]
         self._handles = [
-            WrappedMethod(module, name, self._around)
+            WrappedMethod(module, name, not_compiled(self._around))
             for module, name in functions
             if hasattr(module, name)
         ]

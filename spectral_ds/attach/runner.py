@@ -9,7 +9,7 @@ functions clip them. What is not attached is said on rank 0, with the reason.
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -325,7 +325,8 @@ def _is_part(optimizer: torch.optim.Optimizer) -> bool:
 
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its state is of earlier steps, as after a checkpoint was loaded."""
-    states = [state for state in optimizer.state.values() if state]
+    # Some optimizers keep numbers of their own beside the states of parameters.
+    states = [state for state in optimizer.state.values() if isinstance(state, Mapping) and state]
     return any(float(state.get("step", 1)) > 0 for state in states)
 
 

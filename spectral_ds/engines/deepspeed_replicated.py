@@ -95,7 +95,8 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
 
         module = self._engine.module
         labelled = {label_of(p, self._name_of, module): p for p in newcomers}
-        joined = [name for name in self.shapes if name in labelled]
+        kept = {id(placed.parameter) for placed in before}
+        joined = [n for n in self.shapes if n in labelled and id(labelled[n]) not in kept]
         left_out = {
             label: _reason_against(parameter) or reason_to_leave_out(label in self.named)
             for label, parameter in labelled.items()

@@ -1,10 +1,9 @@
 """Parameters that an optimizer comes to train after the plugin was attached.
 
 They were unfrozen, added to the optimizer, or are those of a layer that took another's place. Each
-is found once: it is taken in, or left out with a reason.
+is found once: it is taken in, or left out with a reason; and again when it had left and comes back.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +26,10 @@ class Admission:
 
 
 class Known:
-    """The parameters that have been looked at; keeps none alive.
+    """The parameters of an optimizer that have been looked at; forgets those that have left it.
+
+    It has no weak references to them: torch moves no tensor that has any to another device or dtype
+    where it does so by swapping, as with those of FSDP2.
 
     Args:
         parameters: those at attach.
@@ -35,24 +37,26 @@ class Known:
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
         # Each with whether it was trainable: a frozen one is another thing once it is unfrozen.
-        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], bool]] = {}
+        self._seen: dict[int, tuple[torch.Tensor, bool]] = {}
         self.add(parameters)
 
     def add(self, parameters: Iterable[torch.Tensor]) -> None:
         """Count these as looked at."""
-        self._seen |= {id(p): (weakref.ref(p), p.requires_grad) for p in parameters}
+        self._seen |= {id(p): (p, p.requires_grad) for p in parameters}
 
     def __contains__(self, parameter: torch.Tensor) -> bool:
-        reference, was_trainable = self._seen.get(id(parameter), (None, False))
-        is_seen = reference is not None and reference() is parameter
-        return is_seen and (was_trainable or not parameter.requires_grad)
+        if id(parameter) not in self._seen:
+            return False
+        _, was_trainable = self._seen[id(parameter)]
+        return was_trainable or not parameter.requires_grad
 
     def others(self, groups: Iterable[Iterable[torch.Tensor]]) -> list[torch.Tensor]:
         """Of the parameters in an optimizer's groups, the others that its step may change."""
+        present = [parameter for group in groups for parameter in group]
+        self._seen = {id(p): self._seen[id(p)] for p in present if id(p) in self._seen}
         return [
             parameter
-            for group in groups
-            for parameter in group
+            for parameter in present
             if parameter not in self
             and (parameter.requires_grad or parameter.grad is not None)
             and parameter.numel() > 0

@@ -225,7 +225,11 @@ class TorchEngine(Engine):
         return sparse_among(self._parameters)
 
     def weights(self) -> list[torch.Tensor]:
-        return [self._local(parameter.detach()) for parameter in self._parameters.values()]
+        try:
+            return [self._local(parameter.detach()) for parameter in self._parameters.values()]
+        except RuntimeError:  # laid out anew since it was attached, as by to(memory_format=...)
+            refuse(self._parameters, self._reason_against)
+            raise
 
     def install(
         self,
