@@ -7,6 +7,7 @@ read and allocations are seen. It shows what would not run on a GPU, and nothing
 """
 
 import contextlib
+import fcntl
 import os
 import sys
 import types
@@ -24,12 +25,18 @@ BACKEND = f"cpu:gloo,{NAME}:{NAME}"
 @cache
 def extension() -> Any:
     """What is compiled: `allocations()`, `waits_are_errors(are)`, `Backend`."""
-    from torch.utils.cpp_extension import load
+    from torch.utils.cpp_extension import get_default_build_root, load
 
     # torch looks for ninja there.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     sources = [str(Path(__file__).with_name(name)) for name in ("device.cpp", "collectives.cpp")]
-    return load("apart_device", sources, extra_cflags=["-O0"])
+    folder = Path(get_default_build_root(), "apart_device")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        # Torch's own lock, of one that was killed while it compiled: torch would wait for ever.
+        (folder / "lock").unlink(missing_ok=True)
+        return load("apart_device", sources, ["-O0"], build_directory=str(folder))
 
 
 @cache
