@@ -238,3 +238,62 @@ def test_a_join_that_ends_together_is_monitored(ranks):
         assert steps == 1
         assert last == 0
         assert found == []
+
+
+# A sequence is spread over ranks
+
+
+class Spread:
+    """What Megatron tells DeepSpeed of all ranks that share each sequence."""
+
+    def __init__(self):
+        self._own = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        self._all = dist.new_group()
+
+    def __getattr__(self, name):
+        """Every `get_…_group`, `get_…_world_size` and `get_…_rank`."""
+        if not name.startswith("get_"):
+            raise AttributeError(name)
+        group = self._all if "sequence" in name else self._own[dist.get_rank()]
+        if name.endswith("_world_size"):
+            return lambda: dist.get_world_size(group)
+        return (lambda: dist.get_rank(group)) if name.endswith("_rank") else lambda: group
+
+
+def steps_that_share_sequences(folder):
+    """Two ranks save, and go on from it: weights, files and who spoke."""
+    from deepspeed.utils import groups
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "spectral_ds": {**SECTION, "monitor": {"interval": 1, "folder": str(folder / "events")}},
+    }
+    model = Blocks()
+    groups.mpu = None
+    try:
+        with messages(logging.INFO) as found:
+            engine, *_ = spectral_ds.initialize(
+                model=model, optimizer=sgd(model.parameters()), mpu=Spread(), config=config
+            )
+        for _ in range(2):
+            engine.backward(loss_of(engine, INPUTS.chunk(2)[dist.get_rank()]) / 2)
+            engine.step()
+        engine.save_checkpoint(str(folder), tag="both")
+        engine.load_checkpoint(str(folder), tag="both")
+        members = spectral_ds.plugin_of(engine).engine.everyone.world_size
+        engine.destroy()
+    finally:
+        groups.mpu = None
+    weights = [parameter.detach().numpy() for parameter in model.parameters()]
+    return weights, members, bool(found)
+
+
+def test_ranks_that_share_sequences_train_together(ranks, tmp_path):
+    first, second = ranks(2).run(steps_that_share_sequences, tmp_path)
+    for one, other in zip(first[0], second[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (first[1], second[1]) == (2, 2)
+    assert (first[2], second[2]) == (True, False)
+    assert len(list((tmp_path / "both" / "spectral_ds").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "events").glob("events*"))) == 1

@@ -21,6 +21,7 @@ def refusals():
     changes = {
         "has_moe_layers": {"has_moe_layers": True},
         "mp_world_size": {"mp_world_size": 2},
+        "mesh": {"sequence_parallel_size": 2, "mesh_device": object()},
         "zenflow": {"zenflow": True},
         "super_offload": {"super_offload": lambda: True},
         "nvme": {"zero": {"offload_optimizer": SimpleNamespace(device="nvme")}},
@@ -71,6 +72,7 @@ def test_unsupported_features_are_refused_with_the_reason(ranks):
     words = {
         "has_moe_layers": "mixture-of-experts",
         "mp_world_size": "tensor or model parallelism",
+        "mesh": "sequence parallelism by a device mesh",
         "zenflow": "ZenFlow",
         "super_offload": "SuperOffload",
         "nvme": "NVMe",

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from cells import ThereAndBack, Training, steps_from_here
+from deepspeed.accelerator import get_accelerator
 from expected import METHODS, expected_update, relative_error
 from transformers import LlamaForCausalLM
 
@@ -101,6 +102,47 @@ def test_a_gradient_that_is_not_finite_is_counted_in_a_warning_of_rank_0(ranks, 
     warnings = [message for level, message in first if level == "WARNING"]
     assert [str(count) in m for count, m in enumerate(warnings, start=1)] == [True, True]
     assert not second
+
+
+class Underway(list):
+    """Copies to the CPU that land when they are waited for, as those into pinned memory."""
+
+    def synchronize(self):
+        for target, values in self:
+            target.copy_(values)
+        self.clear()
+
+
+def step_with_late_copies(name, section, is_late):
+    """Weights after a step in which DeepSpeed has not waited for gradients on their way."""
+    training = Training(name, section)
+    zero, underway = training.engine.optimizer, Underway()
+
+    def copy(parameter, copy=zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu):
+        group, _, first, length = zero.grad_position[zero.get_param_id(parameter)]
+        target = zero.single_partition_of_fp32_groups[group].grad.narrow(0, first, length)
+        before = target.clone()
+        copy(parameter)
+        underway.append((target, target.clone()))
+        target.copy_(before)
+        zero._pending_offload_events[get_accelerator().current_stream()] = underway
+
+    if is_late:
+        zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu = copy
+    training.step()
+    weights = training.snapshot()
+    training.close()
+    return weights
+
+
+def test_gradients_on_their_way_to_the_cpu_are_waited_for(ranks):
+    at_once, late, bare = (
+        ranks(1).run(step_with_late_copies, "zero2-offload", *each)[0]
+        for each in ((SECTION, False), (SECTION, True), (None, True))
+    )
+    for parameter, weight in at_once.items():
+        np.testing.assert_array_equal(late[parameter], weight)
+    assert any((bare[parameter] != weight).any() for parameter, weight in at_once.items())
 
 
 class Checkpointed(tiny.TinyLlama):

@@ -21,6 +21,10 @@ def refuse_unsupported(engine: Any) -> None:
         "pipeline parallelism": isinstance(engine, PipelineEngine),
         "mixture-of-experts layers": engine.has_moe_layers,
         "tensor or model parallelism": engine.mp_world_size > 1,
+        "sequence parallelism by a device mesh (sequence_parallel_size in the config, or "
+        "mesh_param), where DeepSpeed does not average gradients over the ranks that share a "
+        "sequence; give initialize an mpu, such as deepspeed.runtime.sequence_parallel."
+        "parallel_state_sp": engine.sequence_parallel_size > 1 and engine.mesh_device is not None,
         "ZenFlow; remove zero_optimization.zenflow": bool(engine.zenflow),
         "SuperOffload; remove zero_optimization.offload_optimizer.super_offload": (
             engine.super_offload()

@@ -40,7 +40,7 @@ class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
     """One fragment a parameter, the same on all ranks; every rank filters all of them alike."""
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(engine, engine.data_parallel_group)
+        super().__init__(engine, engine.seq_data_parallel_group)  # which DeepSpeed averages over
         self.communicator = Communicator.alone(self.everyone.device)
         everything = (each.parameter for each in self._parameters())
         trained = {self._name_of[id(p)]: p for p in everything if p.requires_grad}

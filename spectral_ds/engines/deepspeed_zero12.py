@@ -52,6 +52,8 @@ class DeepSpeedZero12Engine(DeepSpeedEngine[Zero12Fragment]):
 
     def gradients(self) -> list[torch.Tensor | None]:
         if self._is_offloaded:
+            # DeepSpeed itself waits in its step: a copy into pinned memory may be under way.
+            getattr(self._optimizer, "_wait_for_offload_copies", lambda: None)()
             partitions = self._optimizer.single_partition_of_fp32_groups
             return [
                 placed.part_of(partitions[placed.group].grad)
