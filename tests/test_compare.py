@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -440,6 +441,26 @@ def test_a_file_may_extend_one_that_extends_another(folder, tmp_path, capsys):
     (folder / "first.yaml").write_text("extends: third.yaml\n")
     assert compare(third, tmp_path / "out") == 2
     assert f"first.yaml extends {third}, and so on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "quick", "said"),
+    [
+        ("extends=other.yaml", None, "extends=other.yaml: extends can only stand at the top of"),
+        ("quick.seeds=[7]", None, "quick.seeds=[7]: quick can only stand at the top of a file"),
+        ("test=24", {"extends": "x"}, "quick: extends can only stand at the top of a file"),
+        ("test=24", [1], "quick: cannot be merged into the file's keys"),
+        ("seeds.0=4", None, "seeds.0=4: cannot be merged into the file's keys"),
+        ("seeds=[4", None, "seeds=[4: cannot be merged into the file's keys"),
+        ("only=adamw", None, 'only = "adamw": must be a list of methods\' names'),
+        ("baseline=", None, "baseline = null: must be a method's name"),
+        ("methods.lora.after=3", None, "methods.lora.after = 3: must be a method's name"),
+    ],
+)
+def test_what_goes_over_the_file_and_cannot_be_used_is_named(folder, word, quick, said):
+    (folder / "other.yaml").write_text("seeds: [9]\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(write_config(folder, name="over", quick=quick), [word], True)
 
 
 def test_a_name_that_is_a_number_is_refused(folder):
