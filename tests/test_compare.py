@@ -387,15 +387,20 @@ def test_results_of_other_texts_that_methods_read_are_not_mixed(folder, tmp_path
     methods = {"adamw": None, "reads": method}
     comparison, written = load(write_config(folder, name="reads", methods=methods), [], False)
     state = State(tmp_path / "out")
+
+    def begin(contents, goes_on):
+        with state.begun(written, contents, goes_on, True):
+            pass
+
     old = contents_of(comparison)
     assert not any(name.startswith("methods.") for name in old)
-    state.begin(written, old, False, True)
+    begin(old, False)
     file.write_text("one")  # as results of a version that knew nothing of it
-    state.begin(written, contents_of(comparison), True, True)
-    state.begin(written, contents_of(comparison), True, True)
+    begin(contents_of(comparison), True)
+    begin(contents_of(comparison), True)
     file.write_text("two")
     with pytest.raises(UserError, match=f"another content of methods.reads.{key}$"):
-        state.begin(written, contents_of(comparison), True, True)
+        begin(contents_of(comparison), True)
     assert contents_of(replace(comparison, only=("adamw",))) == old  # it has no part in this
 
 
