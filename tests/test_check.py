@@ -151,6 +151,35 @@ def test_inputs_of_a_graph_of_activations_are_compared(tmp_path, monkeypatch):
     assert len(check.compare([seen[0], check.look_here(2, config)], 1.0).problems) == 1
 
 
+def test_inputs_that_cannot_be_read_are_told_as_other_trouble_is(tmp_path):
+    section = {"node": "column", "edges": [{"family": "activations", "keep": "/proc/self/mem"}]}
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"spectral_ds": {"graph": section}}))
+    [line] = check.look_here(2, config).trouble
+    assert line.startswith('spectral_ds.graph.edges[0].keep = "/proc/self/mem": cannot be read: ')
+
+
+def test_inputs_of_a_section_that_is_off_need_not_be_there(tmp_path):
+    section = {"node": "column", "edges": [{"family": "activations", "keep": "gone.txt"}]}
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"spectral_ds": {"enabled": False, "graph": section}}))
+    assert check.look_here(2, config).trouble == []
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("", "--master-addr : "),
+        ("a" * 70, f"--master-addr {'a' * 70}: encoding with 'idna' codec failed"),
+    ],
+)
+def test_an_address_that_no_host_has_is_named_on_the_first_node(capfd, address, message):
+    place = ["--master-addr", address, "--master-port", free_port(), "--timeout", "0.1"]
+    assert main(["check", *map(str, [*as_node(0), *place])]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_the_file_of_the_environment_goes_over_the_section(tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text('{"spectral_ds": {"seed": 1}, "a": {"b": [true]}}')
     (tmp_path / "section.yaml").write_text("seed: 2")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -387,15 +388,20 @@ def test_results_of_other_texts_that_methods_read_are_not_mixed(folder, tmp_path
     methods = {"adamw": None, "reads": method}
     comparison, written = load(write_config(folder, name="reads", methods=methods), [], False)
     state = State(tmp_path / "out")
+
+    def begin(contents, goes_on):
+        with state.begun(written, contents, goes_on, True):
+            pass
+
     old = contents_of(comparison)
     assert not any(name.startswith("methods.") for name in old)
-    state.begin(written, old, False, True)
+    begin(old, False)
     file.write_text("one")  # as results of a version that knew nothing of it
-    state.begin(written, contents_of(comparison), True, True)
-    state.begin(written, contents_of(comparison), True, True)
+    begin(contents_of(comparison), True)
+    begin(contents_of(comparison), True)
     file.write_text("two")
     with pytest.raises(UserError, match=f"another content of methods.reads.{key}$"):
-        state.begin(written, contents_of(comparison), True, True)
+        begin(contents_of(comparison), True)
     assert contents_of(replace(comparison, only=("adamw",))) == old  # it has no part in this
 
 
@@ -441,6 +447,26 @@ def test_a_file_may_extend_one_that_extends_another(folder, tmp_path, capsys):
     (folder / "first.yaml").write_text("extends: third.yaml\n")
     assert compare(third, tmp_path / "out") == 2
     assert f"first.yaml extends {third}, and so on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "quick", "said"),
+    [
+        ("extends=other.yaml", None, "extends=other.yaml: extends can only stand at the top of"),
+        ("quick.seeds=[7]", None, "quick.seeds=[7]: quick can only stand at the top of a file"),
+        ("test=24", {"extends": "x"}, "quick: extends can only stand at the top of a file"),
+        ("test=24", [1], "quick: cannot be merged into the file's keys"),
+        ("seeds.0=4", None, "seeds.0=4: cannot be merged into the file's keys"),
+        ("seeds=[4", None, "seeds=[4: cannot be merged into the file's keys"),
+        ("only=adamw", None, 'only = "adamw": must be a list of methods\' names'),
+        ("baseline=", None, "baseline = null: must be a method's name"),
+        ("methods.lora.after=3", None, "methods.lora.after = 3: must be a method's name"),
+    ],
+)
+def test_what_goes_over_the_file_and_cannot_be_used_is_named(folder, word, quick, said):
+    (folder / "other.yaml").write_text("seeds: [9]\n")
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(write_config(folder, name="over", quick=quick), [word], True)
 
 
 def test_a_name_that_is_a_number_is_refused(folder):

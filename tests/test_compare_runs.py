@@ -12,6 +12,8 @@ import pytest
 from compared import cells, compare, rows_of, write_config, write_inputs
 
 from spectral_ds.cli.compare import pool
+from spectral_ds.cli.compare.settings import load
+from spectral_ds.cli.compare.state import State, contents_of
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,39 @@ def test_a_run_that_is_killed_is_named_and_leaves_no_process(
     assert rows_of(out) == []
     assert compare(config, out, "--report") == 2
     assert f"{out / 'results.csv'} has no row of baseline = adamw" in capsys.readouterr().err
+
+
+def test_a_folder_takes_one_comparison_at_a_time_and_none_that_was_killed(
+    folder, capsys, processes
+):
+    config = write_config(folder, name="once", methods={"adamw": None}, seeds=[0])
+    out = folder / "once"
+    assert compare(config, out, "--workers", "0") == 0
+    rows = rows_of(out)
+    more = ("--resume", "--workers", "0", "seeds=[0,1]")
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=_holding, args=(config, out, theirs))
+    other.start()
+    assert ours.poll(20)
+    assert ours.recv() == "begun"
+    capsys.readouterr()
+    assert compare(config, out, *more) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"--out {out}: another comparison writes to it (process {other.pid} on " in line
+    assert rows_of(out) == rows
+    assert compare(config, out, "--report") == 0
+    other.kill()
+    other.join()
+    assert compare(config, out, *more) == 0
+    assert len(rows_of(out)) == 2 * len(rows)
+
+
+def _holding(config, out, connection):
+    comparison, written = load(config, [], False)
+    with State(out).begun(written, contents_of(comparison), True, True):
+        connection.send("begun")
+        time.sleep(60)
 
 
 def _killed(job, place, connection):

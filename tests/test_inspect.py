@@ -11,7 +11,14 @@ import corpus
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from spectral_ds.cli import main
 from spectral_ds.cli.inspect import batches
@@ -84,6 +91,20 @@ def test_an_encoder_without_a_mask_token_is_one_line(folder, tmp_path, capsys):
     assert captured.out == ""
     [line] = captured.err.splitlines()
     assert "this one's tokenizer has no mask" in line
+
+
+def test_a_model_without_a_loss_on_text_alone_is_one_line(folder, tmp_path, capsys):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(intermediate_size=24, image_size=8, patch_size=4, **size)
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    model = str(tmp_path / "vit")
+    capsys.readouterr()
+    assert main(["inspect", model, "--data", str(folder / "reviews.tsv"), *STEPS]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    words = (
+        "--data needs a causal or a masked language model, and this is ViTForImageClassification"
+    )
+    assert line == f"spectral-ds: {model}: {words}"
 
 
 def output_of(words, **environment):

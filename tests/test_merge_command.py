@@ -152,6 +152,30 @@ def test_modules_behind_a_sentence_transformer_are_copied(folder, tmp_path):
     assert not (tmp_path / "out" / "onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("modules.json", "{", "cannot be read as JSON"),
+        ("modules.json", "null", "must be a list of modules, each with its path"),
+        ("modules.json", '["2_Dense"]', "must be a list of modules, each with its path"),
+        ("model.safetensors.index.json", "", "cannot be read as JSON"),
+        ("model.safetensors.index.json", "{}", "must hold weight_map, files by tensor"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "must hold weight_map"),
+    ],
+)
+def test_small_files_that_cannot_be_read_are_named(
+    folder, tmp_path, capsys, file, content, message
+):
+    own, tuned = folder / "bert", tmp_path / "tuned"
+    shutil.copytree(own / "tuned", tuned)
+    if "index" in file:
+        (tuned / "model.safetensors").unlink()
+    (tuned / file).write_text(content)
+    line = refusal(capsys, own / "base", tuned, "--out", tmp_path / "out")
+    assert f"{tuned / file}: {message}" in line
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_a_model_of_another_architecture_is_refused(folder, tmp_path, capsys):
     line = refusal(
         capsys, folder / "gpt2" / "base", folder / "llama" / "tuned", "--out", tmp_path / "out"

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from brute_force import moved_by_brute_force, needed_by_brute_force, same_flow
+from traffic import counting_bytes
 
 import spectral_ds
 from spectral_ds import planning
@@ -32,6 +33,10 @@ SECTIONS = {
     "columns": {"graph": {**ROWS["graph"], "node": "column"}},
     "elements": {"graph": {**ROWS["graph"], "node": "element"}},
     "penalty": {**ROWS, "regularizer": {"strength": 1e-3, "coupling": "decoupled"}},
+    "penalty over depth": {
+        "graph": {"edges": [{"family": "depth"}]},
+        "regularizer": {"strength": 1e-3},
+    },
 }
 MONITORED = {"preset": "paper", "operator": {"kernel": "torch_csr"}}
 # Exchanges, how many elements of a bucket a rank may hold (few make slices of columns), and the
@@ -49,7 +54,7 @@ PLANS = [
 
 def measured(engine_name):
     """By section what this rank holds and sends, by every plan."""
-    training = cells.Training(engine_name)
+    training = cells.Training(engine_name, rates=(1e-3, 1e-3))
     is_deepspeed = training.cell.engine == "deepspeed"
     holder = training.engine if is_deepspeed else training.module
     optimizer = None if is_deepspeed else training.optimizer
@@ -58,6 +63,9 @@ def measured(engine_name):
         section = {**section, "monitor": {"enabled": False}, "operator": {"kernel": "torch_csr"}}
         plugin = spectral_ds.attach(holder, optimizer, section)
         found[label] = facts_of(plugin.stack.graphs[0], plugin.engine)
+        with counting_bytes() as sent:
+            training.step()
+        found[label]["sent"] = sent
         plugin.detach()
     plugin = spectral_ds.attach(holder, optimizer, MONITORED)
     found["statistics"] = statistics_bytes(plugin.stack.graphs[0].samples.statistics)
@@ -196,7 +204,10 @@ def test_bytes_of_known_edges_are_exact(cell, label):
         assert facts["transpositions"] == slices["transpose"]
         # A slice of which no rank needs anything has no exchange.
         assert facts["exchanges"] <= slices["boundary"]
-    assert planned(label, engine, world_size, USUAL).bytes_sent == by_rank[0][label]["step"]
+    plan = planned(label, engine, world_size, USUAL)
+    sent = [facts[label]["sent"] for facts in by_rank]
+    assert plan.bytes_sent == by_rank[0][label]["step"] == sum(map(sum, sent))
+    assert len(sent[0]) == plan.cost.collectives
 
 
 @pytest.mark.parametrize("label", SECTIONS)

@@ -191,8 +191,10 @@ def _inputs(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and digest of each file or folder that a graph of activations looks at.
 
     Raises:
-        SpectralConfigError: there is none.
+        SpectralConfigError: there is none, or it cannot be read.
     """
+    if not section.get("enabled", True):  # nothing is attached then
+        return
     graphs = {f"graphs[{i}]": graph for i, graph in enumerate(section.get("graphs", ()))}
     for key, graph in (graphs or {"graph": section.get("graph", {})}).items():
         for index, edge in enumerate(graph.get("edges", ())):
@@ -200,13 +202,15 @@ def _inputs(section: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 source = edge[name]
                 if source in words:
                     continue
-                path = Path(source)
+                path, full = Path(source), f"{SECTION}.{key}.edges[{index}].{name}"
                 if not path.exists():
-                    raise SpectralConfigError(
-                        f'{SECTION}.{key}.edges[{index}].{name} = "{source}": '
-                        "no such file or folder"
-                    )
-                yield f"content of {source}", f"SHA-256 {content_of(path)[:12]}"
+                    raise SpectralConfigError(f'{full} = "{source}": no such file or folder')
+                try:
+                    content = content_of(path)
+                except OSError as error:
+                    reason = f"cannot be read: {error.strerror or error}"
+                    raise SpectralConfigError(f'{full} = "{source}": {reason}') from error
+                yield f"content of {source}", f"SHA-256 {content[:12]}"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -274,7 +278,10 @@ class _Rendezvous:
         Raises:
             UserError: the place or the rank is another's.
         """
-        if self.rank > 0 and (reason := self._why_no_answer()) is not None:
+        reason = self._why_no_answer()
+        if reason is not None and self.rank == 0:
+            raise UserError(f"--master-addr {self.place[0]}: {reason}")
+        if reason is not None:
             return self._without_node_0(f"no answer from {self._address}: {reason}")
         try:
             store = self._open()
@@ -302,13 +309,24 @@ class _Rendezvous:
         return dist.TCPStore(host, port, None, is_server, timeout=left, wait_for_workers=False)
 
     def _why_no_answer(self) -> str | None:
-        """Wait until node 0 listens; None, or why it does not. Torch would wait too, but loudly."""
+        """Wait until node 0 listens, and on node 0 until its name is known.
+
+        Torch would wait too, but loudly.
+
+        Returns:
+            None, or why that is not so.
+        """
         while True:
             try:
+                if self.rank == 0:
+                    socket.getaddrinfo(*self.place)
+                    return None
                 with socket.create_connection(self.place, timeout=2.0):
                     return None
             except OSError as error:  # it has not started, or its name is not known yet
                 reason = error.strerror or str(error)
+            except UnicodeError as error:  # no host can have this name
+                return str(error)
             if time.monotonic() > self.deadline:
                 return reason
             time.sleep(POLL_SECONDS)

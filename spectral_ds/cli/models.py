@@ -103,7 +103,7 @@ def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
             masked language model, a new one if they were saved with another.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or has no loss on text alone.
     """
     import transformers
 
@@ -112,6 +112,11 @@ def load_model(source: Source, trains: bool) -> tuple[torch.nn.Module, bool]:
     if architecture.endswith(CAUSAL):
         kind: Any = transformers.AutoModelForCausalLM
     elif trains:
+        if type(settings) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+            raise UserError(
+                f"{source.given}: --data needs a causal or a masked language model, and this is "
+                f"{architecture}"
+            )
         torch.manual_seed(0)  # of a new head
         kind = transformers.AutoModelForMaskedLM
     else:

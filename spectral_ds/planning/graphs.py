@@ -141,10 +141,10 @@ def plan_graph(
     for flow in shipments:
         scratch |= ScratchElements.passing(flow)
 
-    def cost_of(work: Work, transpositions: int) -> Cost | None:
+    def cost_of(work: Work) -> Cost | None:
         if work.transposes == 0:
             return None
-        return function_cost(packs, work, transpositions, exchange_bytes, cluster)
+        return function_cost(packs, work, len(shipments), exchange_bytes, cluster)
 
     memory = {
         "edges": sum((_edge_bytes(group) for group in groups), np.zeros(cluster.world_size)),
@@ -163,8 +163,8 @@ def plan_graph(
         nodes,
         edges_held,
         memory,
-        cost_of(works.filter, len(shipments)),
-        cost_of(works.penalty, sum(len(pack.transposed) for pack in packs)),
+        cost_of(works.filter),
+        cost_of(works.penalty),
     )
 
 

@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectral_ds.cli.arguments import add_command, at_least
 from spectral_ds.cli.errors import UserError
+
+if TYPE_CHECKING:
+    from spectral_ds.cli.compare.settings import Comparison
 
 EXAMPLES = """examples:
   spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick
@@ -51,6 +54,22 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: an argument or the configuration cannot be used.
     """
+    from spectral_ds.cli.compare.settings import chosen, load
+    from spectral_ds.cli.compare.state import State, contents_of
+
+    if arguments.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it looks for others
+    comparison, content = load(arguments.config, arguments.overrides, arguments.quick)
+    goes_on = arguments.resume or arguments.report
+    # Methods that are not asked for have no results, and may change.
+    written = {**content, "methods": {n: content["methods"][n] for n in chosen(comparison)}}
+    writes = not arguments.report  # beside a comparison that runs, its rows would be lost
+    state = State(arguments.out)
+    with state.begun(written, contents_of(comparison), goes_on, writes):
+        return _compared(comparison, arguments, writes)
+
+
+def _compared(comparison: "Comparison", arguments: argparse.Namespace, writes: bool) -> int:
     from spectral_ds.cli.compare.job import CURVES, RESULTS, Workplace
     from spectral_ds.cli.compare.jobs import jobs_of
     from spectral_ds.cli.compare.material import Material
@@ -58,19 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_ds.cli.compare.prepare import prepare
     from spectral_ds.cli.compare.report import write
     from spectral_ds.cli.compare.results import COST, CURVE, KEY, Table, measures_of
-    from spectral_ds.cli.compare.settings import chosen, load
-    from spectral_ds.cli.compare.state import State, contents_of
     from spectral_ds.console import progress
 
-    if arguments.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says that it looks for others
-    comparison, content = load(arguments.config, arguments.overrides, arguments.quick)
     out: Path = arguments.out
-    goes_on = arguments.resume or arguments.report
-    # Methods that are not asked for have no results, and may change.
-    written = {**content, "methods": {n: content["methods"][n] for n in chosen(comparison)}}
-    writes = not arguments.report  # beside a comparison that runs, its rows would be lost
-    State(out).begin(written, contents_of(comparison), goes_on, writes)
     results = Table(out / "results.csv", [*KEY, *COST, *measures_of(comparison)], KEY, writes)
     curves = Table(out / "curves.csv", CURVE, (*KEY[:-1], "step"), writes)
     failures = []

@@ -7,8 +7,9 @@ combination is a point of its frontier.
 
 # ruff: noqa: RUF009 - what makes a field is called in its default
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,6 +30,8 @@ AdapterName = Literal["none", "lora", "bitfit", "osf"]
 AfterName = Literal["none", "by_depth", "early_stopping", "merge"]
 Change = Literal["none", "shuffled", "diagonal"]
 
+# Keys that a file has at its top, and nowhere else.
+OF_FILES = ("extends", "quick")
 # In a path of the dial, between keys.
 DOT = "."
 # Bytes of a task's name, which is a part of names of files.
@@ -43,8 +46,12 @@ INPUTS = ("keep", "learn", TOKENIZER)
 NO_FILES = ("", "best", *KEEP, *LEARN)
 
 
+def _any(value: Any) -> bool:
+    return True
+
+
 def _mapping(allowed: str = "a mapping") -> Any:
-    return field(default_factory=dict, metadata={"allowed": allowed, "test": lambda value: True})
+    return field(default_factory=dict, metadata={"allowed": allowed, "test": _any})
 
 
 def _numbers(allowed: str, test: Any) -> Any:
@@ -90,10 +97,10 @@ class StatisticsConfig:
 class MethodConfig:
     """A way to train, or what is done `after` another."""
 
-    section: dict[str, Any] | None = rule(None, "a section spectral_ds", lambda value: True)
+    section: dict[str, Any] | None = rule(None, "a section spectral_ds", _any)
     optimizer: OptimizerName = choice("adamw", OptimizerName)
     adapter: AdapterName = choice("none", AdapterName)
-    after: str = ""  # the method whose runs it starts from
+    after: str = rule("", "a method's name", _any)  # the method whose runs it starts from
     by: AfterName = choice("none", AfterName)  # what is done to them
     options: dict[str, Any] = _mapping()  # of the optimizer, the adapter or `by`
     dial: dict[str, Any] = _mapping()  # lists of values by path: section.filter.tau, options.mu
@@ -115,15 +122,15 @@ class Comparison:
     test: int = integer(1000, at_least=1)  # and to report
     curve: int = integer(6, at_least=1)  # times that a run is looked at while it trains
     interpolated: tuple[float, ...] = _shares(())  # what is left of the change of each method
-    baseline: str = "adamw"  # the method that others are held against
+    baseline: str = rule("adamw", "a method's name", _any)  # that others are held against
     tasks: dict[str, Any] = _mapping("tasks by name")
     general: dict[str, Any] = _mapping("texts by name")
     statistics: dict[str, Any] = _mapping("statistics by name")
     methods: dict[str, Any] = _mapping("methods by name")
-    only: tuple[str, ...] = ()  # methods to train; all by default
-    drawn: tuple[str, ...] = ()  # methods that figures name, in their order; all by default
+    only: tuple[str, ...] = rule((), "a list of methods' names", _any)  # to train; all by default
+    drawn: tuple[str, ...] = rule((), "a list of methods' names", _any)  # named in figures; all
     quick: dict[str, Any] = _mapping()  # keys that --quick sets
-    extends: str = ""  # a file with the keys that this one lacks, in the same folder
+    extends: str = rule("", "a file in the same folder", _any)  # with keys that this one lacks
 
 
 SECTIONS = {
@@ -170,15 +177,29 @@ def load(path: Path, overrides: Sequence[str], quick: bool) -> tuple[Comparison,
 
 def _read(path: Path, overrides: Sequence[str], quick: bool) -> Any:
     try:
-        content = _loaded(path, ())
-        if quick:
-            content = OmegaConf.merge(content, content.get("quick") or {})
-        found: Any = OmegaConf.merge(content, OmegaConf.from_dotlist(list(overrides)))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        found = _loaded(path, ())
+    except (OSError, TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
         message = " ".join(str(error).split())
         raise UserError(f"--config {path}: cannot be read as YAML: {message}") from error
-    found.pop("quick", None)
+    of_quick = found.pop("quick", None) or {}
+    if quick:
+        found = _with_layer(found, f"--config {path}: quick", lambda: of_quick)
+    for word in overrides:
+        found = _with_layer(found, word, partial(OmegaConf.from_dotlist, [word]))
     return found
+
+
+def _with_layer(content: Any, name: str, layer: Callable[[], Any]) -> Any:
+    """Content with what wins over it, which a name stands for in messages."""
+    try:
+        over = layer()
+        for key in OF_FILES:
+            if key in over:
+                raise UserError(f"{name}: {key} can only stand at the top of a file")
+        return OmegaConf.merge(content, over)
+    except (TypeError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{name}: cannot be merged into the file's keys: {message}") from error
 
 
 def _loaded(path: Path, extending: tuple[Path, ...]) -> Any:
@@ -194,7 +215,10 @@ def _loaded(path: Path, extending: tuple[Path, ...]) -> Any:
     if "extends" not in content:
         return content
     files = (*extending, path)
-    parent = path.parent / str(content.pop("extends"))
+    name = content.pop("extends")
+    if not isinstance(name, str):
+        raise UserError(f"--config {path}: extends = {name}: must be a file in the same folder")
+    parent = path.parent / name
     if any(parent.resolve() == each.resolve() for each in files):
         names = " extends ".join(map(str, (*files, parent)))
         raise UserError(f"--config: {names}, and so on without end")

@@ -1,7 +1,11 @@
 """State: what the results in a folder are of, so that none of something else join them."""
 
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from spectral_ds.cli.errors import UserError
 from spectral_ds.coactivation import content_of, content_of_tokenizer
 from spectral_ds.files import write_whole
 
-FILE = "comparison.json"
+FILE, LOCK = "comparison.json", "comparison.lock"
 # Keys that may change when a comparison is gone on with; others belong to every row.
 GROWING = ("seeds", "learning_rates", "tasks", "statistics", "methods", "only", "interpolated",
            "baseline", "drawn")  # fmt: skip
@@ -57,10 +61,11 @@ class State:
     def __init__(self, out: Path) -> None:
         self._out, self._path = out, out / FILE
 
-    def begin(
+    @contextmanager
+    def begun(
         self, written: Mapping[str, Any], contents: Mapping[str, str], goes_on: bool, writes: bool
-    ) -> None:
-        """Make the folder, or go on with it.
+    ) -> Iterator[None]:
+        """Make the folder, or go on with it; inside, no other process writes to it.
 
         Args:
             written: the comparison as the user wrote it.
@@ -69,30 +74,42 @@ class State:
             writes: whether something may be added.
 
         Raises:
-            UserError: it holds something else, or results of other settings or files.
+            UserError: it holds something else, or results of other settings or files, or another
+                process writes to it.
         """
         out = self._out
         if goes_on and not self._path.exists():
             raise UserError(f"--out {out}: holds no comparison to go on with")
         if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: is not empty; --resume goes on with a comparison there")
+        if not writes:
+            self._merged(written, contents, goes_on)
+            yield
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        with _only_writer(out):
+            text = json.dumps(
+                self._merged(written, contents, goes_on), indent=2, ensure_ascii=False
+            )
+            write_whole(self._path, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+            yield
+
+    def _merged(
+        self, written: Mapping[str, Any], contents: Mapping[str, str], goes_on: bool
+    ) -> dict[str, Any]:
+        """What the folder's results are of, with what is to join them."""
         before: dict[str, Any] = {"settings": {}, "contents": {}}
         if goes_on:
             before = json.loads(self._path.read_text("utf-8"))
             self._require_same(before["settings"], written)
             for key in before["contents"].keys() & contents.keys():
                 if before["contents"][key] != contents[key]:
-                    raise UserError(f"--out {out}: holds results of another content of {key}")
-        if not writes:
-            return
-        out.mkdir(parents=True, exist_ok=True)
+                    raise UserError(f"--out {self._out}: holds results of another content of {key}")
         merged = {n: {**before["settings"].get(n, {}), **written.get(n, {})} for n in NAMED}
-        now = {
+        return {
             "settings": {**written, **merged},
             "contents": {**before["contents"], **contents},
         }
-        text = json.dumps(now, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self._path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _require_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for key in dict.fromkeys([*before, *now]):
@@ -109,6 +126,26 @@ class State:
                 f"--out {self._out}: holds results with {key} = {json.dumps(was)}, not "
                 f"{json.dumps(given)}; name another folder"
             )
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder; one that was killed keeps nobody."""
+    with (out / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"--out {out}: another comparison writes to it ({file.read().strip()}); wait for "
+                "it, or name another folder"
+            ) from error
+        except OSError:  # a file system that has no locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def _without_values(section: Any) -> Any:

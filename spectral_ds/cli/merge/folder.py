@@ -125,8 +125,11 @@ class Folder:
         file = self.path / "modules.json"
         if not file.exists():
             return set()
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        paths = {Path(each.get("path", "")) for each in modules}
+        modules = _read_json(file)
+        try:
+            paths = {Path(each.get("path", "")) for each in modules}
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"{file}: must be a list of modules, each with its path") from error
         return {path for path in paths if path.parts}
 
     def tokenizer_folder(self) -> Path | None:
@@ -174,12 +177,22 @@ def _weights_of(path: Path, given: str) -> list[Path]:
                 "save it again: from_pretrained(OLD).save_pretrained(NEW)"
             )
         raise UserError(f"{given}: holds neither {SINGLE} nor {INDEX}")
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    files = [path / name for name in sorted(set(index["weight_map"].values()))]
+    index = _read_json(path / INDEX)
+    try:
+        files = [path / name for name in sorted(set(index["weight_map"].values()))]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path / INDEX}: must hold weight_map, files by tensor") from error
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: no such file, and {INDEX} names it")
     return files
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def config_of(path: Path, given: str) -> Any:

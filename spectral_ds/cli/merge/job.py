@@ -93,11 +93,12 @@ class Job:
         shards = plan(tuned.stored, arguments.shard_size * 1e9)
         if all(output.is_done(shard) for shard in shards) and output.report:
             return output.report
+        # What cannot be read is told before anything is computed.
+        copied = [name for name in tuned.small_files() if Path(name).suffix not in SMALL]
         if arguments.refresh:
             self._refresh()
         functions = Functions(*self._statistics(halves=False), arguments.mu, arguments.scale)
         tally = self._merging.write(output, shards, functions, arguments.rest * arguments.scale)
-        copied = [name for name in tuned.small_files() if Path(name).suffix not in SMALL]
         output.finish(shards, tuned, report_of(tally, self._merging, copied))
         return output.report
 
