@@ -169,6 +169,35 @@ def test_layers_share_a_graph_if_they_get_one_tensor_that_has_not_changed():
     assert_operators(plugin.graph, {(f"layers.{i}.weight", 0): wanted[i] for i in range(4)})
 
 
+class CalledTwice(nn.Module):
+    """Layers 0 and 1 get two tensors, layer 2 the first alone, as in DeBERTa; 3 and 4 are tied."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(5))
+        self.layers[4].weight = self.layers[3].weight
+
+    def forward(self, x):
+        first, second, third, fourth, fifth = self.layers
+        positions = x[:4].exp()
+        attended = first(x) + second(x) + third(x)
+        attended[:4] += second(positions) * first(positions)
+        return fifth(fourth(attended).relu())
+
+
+def test_a_graph_is_of_all_that_enters_and_shared_if_all_of_it_is():
+    """Also where several modules hold one parameter."""
+    model, calls = CalledTwice(), (torch.randn(9, 6), torch.randn(40, 6))
+    found = inputs_of(copy.deepcopy(model).double(), lambda m: [m(x.double()) for x in calls])
+    tied = found.pop("layers.4")
+    found["layers.3"] = np.concatenate((found["layers.3"], tied))
+    plugin, _ = keeping(model, calls)
+    leaders = {n.split(".")[1]: of.split(".")[1] for n, of in plugin.graph.keep.leaders.items()}
+    assert leaders == {"0": "0", "1": "0", "2": "2", "3": "3"}
+    assert_operators(plugin.graph, operators(found))
+
+
 def test_query_key_and_value_share_a_graph_and_so_do_gate_and_up():
     model = CalledByIds()
     plugin, _ = keeping(model, [{"input_ids": ids_of(model)}])

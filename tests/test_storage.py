@@ -180,6 +180,21 @@ def test_only_modules_of_experts_are_stacks():
     }
 
 
+class SomeExpertsDoNothing(nn.Module):
+    """As in LongCat-Flash, where some of those that can be chosen have no second matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(5, 6, 4))
+        self.down_proj = nn.Parameter(torch.zeros(3, 4, 3))
+
+
+def test_stacks_of_one_module_may_differ_in_number():
+    model = SomeExpertsDoNothing()
+    storage = facts_of([model], dict(model.named_parameters())).storage
+    assert storage == {"gate_up_proj": STACKED, "down_proj": STACKED}
+
+
 def sharded(model, engine):
     """What a step of one engine changes, by name; every rank has the same batch."""
     import deepspeed

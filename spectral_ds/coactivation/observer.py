@@ -1,13 +1,15 @@
 """Observer: hooks that sum up the second moments of what enters a model's sites.
 
-Sites that get the same tensor (query, key and value; gate and up) share one graph, unless it has
-changed in between: the first of them leads, the others follow. Where the model is called with an
+Sites that get the same tensors (query, key and value; gate and up) share one graph, unless one has
+changed in between: the first of them leads, the others follow. That shows in the first forward pass
+that calls them; until its end, each is summed by itself. Where the model is called with an
 `attention_mask` of (batch, tokens), padding does not count in layers that keep these two
 dimensions, or make one of them, and in stacked experts. In a decoder, the mask that it is called
 with is that of its own tokens, and `encoder_attention_mask` that of the encoder's.
 """
 
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,11 +95,15 @@ class Observer:
         }
         self._finds_leaders = leaders is None
         self._handles: dict[str, Any] = {}
+        self._handles_of: dict[str, list[Any]] = {}  # of sites, whose modules are hooked
         self._mask: torch.Tensor | None = None
         self._encoded: Encoded | None = None
         self._place_of_mask = _place_of_mask(model)
-        # What has entered in this forward pass and is still alive, its version, and whom first.
-        self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, str]] = {}
+        # What has entered in this forward pass and is still alive, its version and its number.
+        self._entered: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._numbers = itertools.count()
+        # Of sites without a leader: the numbers of all that has entered in this forward pass.
+        self._calls: dict[str, list[int]] = {}
 
     def start(self) -> None:
         """Hook the model."""
@@ -114,27 +120,32 @@ class Observer:
         inner: dict[nn.Module, list[Site]] = {}
         for name, site in self._sites.items():
             if site.unfold is None:
-                inner.setdefault(site.module, []).append(site)
+                for module in site.modules:
+                    inner.setdefault(module, []).append(site)
                 self.leaders[name] = name
             else:
-                self._handles[name] = site.module.register_forward_pre_hook(
-                    self._hook(site), prepend=True, with_kwargs=True
-                )
-        for module, held in inner.items():
-            inside, name = ProductsInside(held, self.add, self._counts), held[0].parameter
-            self._handles[f"{name} in"] = module.register_forward_pre_hook(
+                self._handles_of[name] = [
+                    module.register_forward_pre_hook(
+                        self._hook(site, module), prepend=True, with_kwargs=True
+                    )
+                    for module in site.modules
+                ]
+        for number, (module, held) in enumerate(inner.items()):
+            inside = ProductsInside(held, self.add, self._counts)
+            self._handles[f"inside {number} in"] = module.register_forward_pre_hook(
                 OwnHook(inside.enter), with_kwargs=True
             )
-            self._handles[f"{name} out"] = module.register_forward_hook(
+            self._handles[f"inside {number} out"] = module.register_forward_hook(
                 OwnHook(inside.leave), always_call=True
             )
 
     def stop(self) -> None:
         """Take the hooks back."""
-        for handle in self._handles.values():
+        self._settle()
+        for handle in (*self._handles.values(), *itertools.chain(*self._handles_of.values())):
             handle.remove()
         self._handles.clear()
-        self._entered.clear()
+        self._handles_of.clear()
         self._mask = self._encoded = None
 
     def add(
@@ -167,7 +178,7 @@ class Observer:
         at = self._place_of_mask
         self._mask = _plain(args[at] if at < len(args) else kwargs.get(MASK))
         self._encoded = None
-        self._entered.clear()
+        self._settle()
 
     def _begin_decoder(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         states = kwargs.get(ENCODED)
@@ -178,32 +189,43 @@ class Observer:
     def _end_decoder(self, *_: Any) -> None:
         self._encoded = None
 
-    def _hook(self, site: Site) -> OwnHook:
+    def _hook(self, site: Site, module: nn.Module) -> OwnHook:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(x, torch.Tensor) or x.numel() == 0:
-                return
-            if self._finds_leaders and self._follows(site, x):
-                self._handles.pop(site.parameter).remove()
-                return
+            if not isinstance(x, torch.Tensor) or x.numel() == 0 or is_in_backward():
+                return  # checkpointed ones were counted before
+            if self._finds_leaders and site.parameter not in self.leaders:
+                self._note(site, x)
             assert site.unfold is not None, "hooked"
             counts = self._counts(x) if site.unfold is tokens else None
-            self.add(site, site.unfold(site.module, x.detach()), counts)
+            self.add(site, site.unfold(module, x.detach()), counts)
 
         return OwnHook(see)
 
-    def _follows(self, site: Site, x: torch.Tensor) -> bool:
-        """Whether another site has got the same tensor first; decided at a site's first call."""
-        name = site.parameter
-        if name not in self.leaders:
+    def _note(self, site: Site, x: torch.Tensor) -> None:
+        """Number what enters a site; the same tensor has the same number."""
+        number = next(self._numbers)
+        if site.unfold is tokens:
             version = version_of(x)  # it may have changed in place since
-            first, then, leader = self._entered.get(id(x), (None, version, name))
-            is_same = first is not None and first() is x and then == version
-            is_shared = is_same and site.unfold is tokens
-            self.leaders[name] = self.leaders[leader] if is_shared else name
-            if site.unfold is tokens and not is_shared:
-                self._entered[id(x)] = weakref.ref(x), version, name
-        return self.leaders[name] != name
+            first, then, known = self._entered.get(id(x), (None, version, number))
+            if first is not None and first() is x and then == version:
+                number = known
+            else:
+                self._entered[id(x)] = weakref.ref(x), version, number
+        self._calls.setdefault(site.parameter, []).append(number)
+
+    def _settle(self) -> None:
+        """Sites that the forward pass before has called first share a graph, if all that has
+        entered them is the same."""
+        first: dict[tuple[int, ...], str] = {}
+        for name, numbers in self._calls.items():
+            leader = self.leaders[name] = first.setdefault(tuple(sorted(numbers)), name)
+            if leader != name:
+                self.moments.pop(name, None)
+                for handle in self._handles_of.pop(name):
+                    handle.remove()
+        self._calls.clear()
+        self._entered.clear()
 
     def _counts(self, x: torch.Tensor) -> torch.Tensor | None:
         """(vectors,), bool: which vectors of x are no padding; None: all count.

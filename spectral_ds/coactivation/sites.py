@@ -5,7 +5,7 @@ seen. A row of the parameter's (outputs × inputs) matrix is multiplied by each 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Site:
             inputs are seen inside of the module alone.
         attribute: the module's name of the parameter.
         matrices: how many matrices it holds; 1, or the number of stacked experts.
+        others: modules of the same kind that hold the parameter too.
     """
 
     parameter: str
@@ -38,6 +39,12 @@ class Site:
     unfold: Unfold | None
     attribute: str = "weight"
     matrices: int = 1
+    others: tuple[nn.Module, ...] = ()
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that multiply by it, each once."""
+        return self.module, *self.others
 
 
 def sites_of(
@@ -71,10 +78,14 @@ def sites_of(
     for module in modules:
         for attribute, parameter in module.named_parameters(recurse=False):
             name = name_of.get(id(parameter))
-            if name is None or name not in shapes or name in found:
+            if name is None or name not in shapes:
                 continue
             matrices, _, inputs = shapes[name]
             unfold = _unfold_of(module) if attribute == "weight" else None
+            if (first := found.get(name)) is not None:
+                if (first.attribute, first.unfold) == (attribute, unfold):
+                    found[name] = replace(first, others=(*first.others, module))
+                continue
             # Under ZeRO-3 a parameter is flat, or empty, and knows its shape by another name.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             is_stack = matrices > 1 and len(shape) == 3

@@ -137,7 +137,7 @@ def _storage(module: nn.Module, own: Mapping[str, nn.Parameter]) -> dict[str, St
         return {}
     shapes = {name: _full_shape(parameter) for name, parameter in own.items()}
     counts = {shape[0] for shape in shapes.values() if len(shape) == 3}
-    if len(counts) != 1:  # each expert is a module of its own, or it is something else
+    if not counts:  # each expert is a module of its own, or it is something else
         return {}
     is_input_first = _is_input_first(module, shapes)
     return {
