@@ -75,8 +75,9 @@ class Study:
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on from a folder that `save` or a DeepSpeed checkpoint (`<tag>/spectral_ds`) wrote.
 
-        At any world size, by any engine, at any ZeRO stage (collective). With torch engines, a
-        state of parameters that are still frozen is loaded at the next step, which trains them.
+        At any world size, by any engine, at any ZeRO stage (collective). With torch engines and
+        ZeRO 0, a state of parameters that are still frozen is loaded at the next step, which
+        trains them.
 
         Raises:
             CheckpointError: the folder is missing, cut, altered or of another model or graph; on

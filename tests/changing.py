@@ -21,6 +21,11 @@ SECTION = {
     "monitor": {"interval": 1},
     "operator": {"kernel": "torch_csr"},
 }
+REMEMBERING = {
+    **SECTION,
+    "filter": {**SECTION["filter"], "temporal": {"decay": 0.5, "amplify": 1.0}},
+    "regularizer": {"strength": 0.1, "ridge": 1.0},
+}
 INPUTS = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
 
 

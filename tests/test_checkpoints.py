@@ -1,12 +1,14 @@
 """Nothing is lost: a resumed run is the run that would have happened, at any world size and engine;
 it is found under the names that a wrapped model gives, too."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from cells import CELLS, Training
-from changing import INPUTS, SECTION, Blocks, frozen, loss_of, sgd
+from changing import INPUTS, REMEMBERING, Blocks, frozen, loss_of, sgd
 from checkpoints import (
     LATER,
     RATES,
@@ -18,6 +20,7 @@ from checkpoints import (
     run_on,
     save_and_go_on,
     start,
+    state_of,
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -148,6 +151,70 @@ def test_a_step_that_is_taken_again_after_loading_is_filtered_again(tmp_path):
     assert step() == 1
 
 
+RING = {
+    "graph": {"edges": [{"family": "ring"}]},
+    "filter": {"response": "wiener", "bands": 4, "temporal": {"decay": 0.5, "amplify": 1.0}},
+    "statistics": {"interval": 1},
+    "monitor": {"interval": 1},
+}
+LEARNED = {"keep": "given", "learn": "training", "samples": 4, "length": 8}
+ACTIVATIONS = {
+    "graph": {"node": "column", "edges": [{"family": "activations", **LEARNED}]},
+    "filter": {"response": "tikhonov", "apply_to": "update"},
+    "monitor": {"enabled": False},
+}
+
+
+def linear(section):
+    """A layer and its plugin, and what takes steps with some seed."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plugin = spectral_ds.attach(model, optimizer, section)
+
+    def train(steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(8, 8, generator=generator)).square().sum().backward()
+            optimizer.step()
+
+    return model, plugin, train
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ({**RING, "filter": {"response": "heat"}, "monitor": {"enabled": False}}, RING),
+        ({**RING, "filter": {**RING["filter"], "bands": 2}}, RING),
+        (ACTIVATIONS, ACTIVATIONS),
+    ],
+)
+def test_what_a_state_lacks_is_forgotten(tmp_path, saved, loaded):
+    """Means that a configuration did not have, and what was counted of what is learned."""
+    model, plugin, train = linear(saved)
+    train(2, seed=0)
+    plugin.save(tmp_path)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    found = []
+    for earlier in (0, 3):
+        model, plugin, train = linear(loaded)
+        if loaded is ACTIVATIONS:
+            plugin.calibrate([torch.ones(2, 8)])
+        train(earlier, seed=1)
+        model.load_state_dict(weights)
+        plugin.load(tmp_path)
+        if loaded is ACTIVATIONS:
+            plugin.calibrate([torch.eye(8)[:3]])
+        train(6, seed=2)
+        state = state_of(SimpleNamespace(plugin=plugin))
+        found.append({**state, "weight": model.weight.detach().numpy().copy()})
+    fresh, other = found
+    assert fresh.keys() == other.keys()
+    for name, value in fresh.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
 class Wrapped(tiny.TinyLlama):
     """Activation checkpointing puts a prefix into the names of its parameters."""
 
@@ -237,13 +304,6 @@ def unfreezing(section, folder=None, saved=None, unfreezes=True):
         optimizer.step()
     plugin.detach()
     return model.state_dict()
-
-
-REMEMBERING = {
-    **SECTION,
-    "filter": {**SECTION["filter"], "temporal": {"decay": 0.5, "amplify": 1.0}},
-    "regularizer": {"strength": 0.1, "ridge": 1.0},
-}
 
 
 @pytest.mark.parametrize("apply_to", ["gradient", "update"])

@@ -220,6 +220,32 @@ def test_unless_strict_a_new_graph_is_made_and_the_rest_is_gone_on_with(ranks, t
         assert "goes on with a new graph, and with step, reference" in message
 
 
+def more_than_needed():
+    """What FSDP2 says to a state that has a reference and means, which it does not ask for."""
+    training = start("fsdp2")
+    training.step(0)
+    state = training.plugin.state_dict()
+    training.close()
+    rest = {key: value for key, value in STATEFUL.items() if key != "regularizer"}
+    rest["filter"] = {**STATEFUL["filter"], "temporal": None}
+    training = start("fsdp2", section=rest)
+    training.plugin.load_state_dict(state)
+    found = training.plugin.engine.step, training.step(1)
+    state["reference.llama.model.norm.weight"].zero_()
+    state["numbers.step"] += 1
+    error, is_same = attempt(training, lambda each: each.plugin.load_state_dict(state))
+    training.close()
+    return *found, error, is_same
+
+
+def test_what_a_state_has_beyond_the_configuration_is_left(ranks):
+    for step, loss, error, is_same in ranks(2).run(more_than_needed):
+        assert step == 1
+        assert np.isfinite(loss)
+        assert "'numbers.step' has another checksum" in error
+        assert is_same
+
+
 def altered(keys):
     """Change one element of a part of the state: as `attempt`, by key."""
     training, found = start("fsdp2"), {}

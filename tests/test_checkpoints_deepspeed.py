@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from changing import INPUTS, REMEMBERING, Blocks, frozen, loss_of
 from checkpoints import LATER, SAVED_AFTER, STATEFUL, by_adamw
 from deepspeed.checkpoint import ds_to_universal
 from launching import forked
@@ -149,6 +150,34 @@ def test_universal_checkpoints_find_the_state_at_another_world_size(
 def test_saving_can_be_switched_off(ranks, tmp_path):
     ranks(1).run(save_switched_off, tmp_path)
     assert not list(tmp_path.glob("*/spectral_ds"))
+
+
+def unfreezing(folder, resumes):
+    """Weights of ZeRO 0 after four steps, or resumed after two; a block joins at step 1."""
+    model = frozen(Blocks(), 1)
+    engine, *_ = spectral_ds.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        config={**tiny.deepspeed_config(0), "spectral_ds": REMEMBERING},
+    )
+    if resumes:
+        engine.load_checkpoint(str(folder))
+    for step in range(2 if resumes else 0, 4):
+        if step == 2 and not resumes:
+            engine.save_checkpoint(str(folder))
+        if step >= 1:
+            model.layers[1].requires_grad_(True)
+        engine.backward(loss_of(engine, INPUTS))
+        engine.step()
+    engine.destroy()
+    return {name: value.numpy().copy() for name, value in model.state_dict().items()}
+
+
+def test_a_run_of_zero_0_that_unfreezes_is_resumed(ranks, tmp_path):
+    [whole] = ranks(1).run(unfreezing, tmp_path, False)
+    [resumed] = ranks(1).run(unfreezing, tmp_path, True)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
 
 
 def save_switched_off(folder):

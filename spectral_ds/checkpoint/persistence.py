@@ -187,9 +187,8 @@ class Persistence:
         engine = self._engine
 
         def read() -> SavedState:
-            # With checkpoints of its own, an engine has all that it trains by now.
-            waits = engine.checkpoints is None
-            untrained = engine.named.keys() - engine.shapes.keys() if waits else ()
+            frozen = engine.named.keys() - engine.shapes.keys()
+            untrained = frozen if engine.takes_newcomers else ()
             return read_state(folder, self.state(), engine.everyone, untrained)
 
         self._go_on(read, engine_step, may_wait=True)

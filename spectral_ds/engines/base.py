@@ -43,6 +43,7 @@ class Engine(ABC):
         module: the model itself, neither compiled nor in a wrapper of the engine's.
         optimizer: that moves the weights.
         calls_copies: whether copies of the module are called in its place, in threads.
+        takes_newcomers: whether frozen parameters can come to be trained.
         monitor: the engine's own monitor; None if it has none or it is off, on all ranks alike.
         checkpoints: the engine's own checkpoints; None if it makes none.
         tensors: how `torch.distributed.checkpoint` sees the shards; None if it cannot.
@@ -57,6 +58,7 @@ class Engine(ABC):
     module: torch.nn.Module
     optimizer: object
     calls_copies: bool = False
+    takes_newcomers: bool = True
     monitor: EngineMonitor | None = None
     checkpoints: EngineCheckpoints | None = None
     tensors: DistributedTensors | None = None

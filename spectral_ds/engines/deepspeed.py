@@ -67,6 +67,8 @@ class DeepSpeedEngine(Engine, Generic[Placed]):
         group: the ranks over which its parameters are sharded or replicated.
     """
 
+    takes_newcomers = False  # partitions are made once
+
     def __init__(self, engine: Any, group: Any) -> None:
         self._engine = engine
         self._optimizer = engine.optimizer

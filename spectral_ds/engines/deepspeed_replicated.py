@@ -39,6 +39,8 @@ class ReplicatedFragment(PlacedFragment):
 class DeepSpeedReplicatedEngine(DeepSpeedEngine[ReplicatedFragment]):
     """One fragment a parameter, the same on all ranks; every rank filters all of them alike."""
 
+    takes_newcomers = True
+
     def __init__(self, engine: Any) -> None:
         super().__init__(engine, engine.seq_data_parallel_group)  # which DeepSpeed averages over
         self.communicator = Communicator.alone(self.everyone.device)

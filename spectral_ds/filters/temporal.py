@@ -84,6 +84,11 @@ class TemporalFilter:
                 self.means[index] = other.means[theirs[fragment]]
                 self.has_mean[index] = other.has_mean[theirs[fragment]]
 
+    def _begin_anew(self) -> None:
+        for mean in self.means:
+            mean.zero_()
+        self.has_mean = torch.zeros_like(self.has_mean)
+
     def state(self) -> PartState:
         """See `Part.state`."""
         has_mean = torch.zeros(len(self._position), dtype=torch.float64, device="cpu")
@@ -98,7 +103,7 @@ class TemporalFilter:
     def restore(self, saved: SavedState) -> Restoration:
         """See `Part.restore`; without a saved mean, it begins with the next gradient."""
         if HAS_MEAN not in saved.numbers:
-            return lambda: None
+            return self._begin_anew
         means = saved.pieces(STATE, Pieces.of(self._fragments, self.means).fragments)
         has_mean = saved.numbers[HAS_MEAN].tolist()
 

@@ -130,6 +130,17 @@ class GradientStatistics:
             return
         if not self._keeps_mean:
             self.running.begin_anew()
+        self._forget_powers()
+
+    def begin_anew(self) -> None:
+        """Forget all samples."""
+        self.running.begin_anew()
+        self.samples = 0
+        if self.consecutive is not None:
+            self.consecutive.go_on_from(torch.zeros_like(self.consecutive.means))
+        self._forget_powers()
+
+    def _forget_powers(self) -> None:
         self.samples_on_graph = 0
         self._measured = torch.zeros_like(self._measured)
         self.power = torch.zeros_like(self.power)
@@ -177,7 +188,7 @@ class GradientStatistics:
                 numbers["signal"].to(device), numbers["noise"].to(device)
             )
         else:  # its powers are known of no sample
-            self.samples_on_graph = 0
+            self._forget_powers()
 
     def observe(
         self,

@@ -388,9 +388,8 @@ class CoactivationGraph(ToldGraph):
         def put_in_place() -> None:
             self.keep = found[self._name(KEPT)]
             self.learn = found.get(self._name(LEARNED))
-            if self.learn is not None:
-                self.forget()
-            elif self._edge.learn == "training":
+            self.forget()  # what has been counted is of another moment
+            if self.learn is None and self._edge.learn == "training":
                 self._watch()
             self._use()
 

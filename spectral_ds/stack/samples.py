@@ -162,15 +162,19 @@ class GradientSamples:
         return state
 
     def restore(self, saved: SavedState) -> Restoration:
-        """See `Part.restore`; what was sketched otherwise is left out."""
-        restorations = []
+        """See `Part.restore`; what was sketched otherwise is left out, and begins anew."""
+        restorations: list[Restoration] = []
         for name, running in self._running.items():
+            statistics = self.statistics
+            if statistics is not None and running is not statistics.running:
+                statistics = None
             found = running.restore(name, saved)
-            if found is not None:
-                restorations.append(found)
-                if self.statistics is not None and running is self.statistics.running:
-                    state = f"statistics.{self._index}"
-                    restorations.append(self.statistics.restore(state, saved))
+            if found is None:
+                restorations.append((statistics or running).begin_anew)
+                continue
+            restorations.append(found)
+            if statistics is not None:
+                restorations.append(statistics.restore(f"statistics.{self._index}", saved))
 
         def put_in_place() -> None:
             for restoration in restorations:
