@@ -153,6 +153,7 @@ def test_a_step_that_is_taken_again_after_loading_is_filtered_again(tmp_path):
 
 RING = {
     "graph": {"edges": [{"family": "ring"}]},
+    "operator": {"kernel": "torch_csr"},
     "filter": {"response": "wiener", "bands": 4, "temporal": {"decay": 0.5, "amplify": 1.0}},
     "statistics": {"interval": 1},
     "monitor": {"interval": 1},

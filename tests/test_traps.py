@@ -136,9 +136,10 @@ def step_with_late_copies(name, section, is_late):
 
 
 def test_gradients_on_their_way_to_the_cpu_are_waited_for(ranks):
+    section = {**SECTION, "operator": {"kernel": "torch_csr"}}
     at_once, late, bare = (
         ranks(1).run(step_with_late_copies, "zero2-offload", *each)[0]
-        for each in ((SECTION, False), (SECTION, True), (None, True))
+        for each in ((section, False), (section, True), (None, True))
     )
     for parameter, weight in at_once.items():
         np.testing.assert_array_equal(late[parameter], weight)
