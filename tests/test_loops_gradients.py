@@ -361,7 +361,7 @@ def by_deepspeed(model):
         optimizer=optimizer,
         basic_optimizer=optimizer,
         device="cpu",
-        data_parallel_group=None,
+        seq_data_parallel_group=None,
         monitor=SimpleNamespace(enabled=False),
     )
     return DeepSpeedReplicatedEngine(engine)
