@@ -1,4 +1,4 @@
-"""Figures of a comparison: frontiers with bands, learning curves, what few examples reach."""
+"""Figures of a comparison: frontiers with errors, learning curves, what few examples reach."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
