@@ -207,12 +207,33 @@ def test_language_models_are_compared_by_loss_and_divergence(folder):
             assert (abs(value) < 1e-6) == before
 
 
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder / "bert")
+
+
+@pytest.mark.parametrize("held_out", ["same", "by_seed"])
+def test_what_is_held_out_is_the_same_for_all_seeds_or_drawn_by_each(folder, held_out):
+    config = write_config(folder, name=held_out, held_out=held_out)
+    comparison, _ = load(config, [], False)
+    of_seeds = []
+    for seed in (1, 1, 2):
+        material = Material(comparison, tokenizer(folder), seed)
+        task = material.task("words")
+        of_seeds.append((task.held_out, material.general))
+        seen = {tuple(ids) for ids in task.trained_ids(comparison.tasks["words"], 4, seed)}
+        assert not seen & {tuple(ids) for part in task.held_out.values() for ids in part}
+    first, again, other = of_seeds
+    assert first == again
+    for one, two in zip(first, other, strict=True):
+        assert (one == two) == (held_out == "same")
+
+
 def test_examples_of_each_class_are_drawn_by_the_seed(folder):
     config = write_config(
         folder, name="few", tasks={"few": {"data": str(folder / "task.tsv"), "per_class": 5}}
     )
     comparison, _ = load(config, [], False)
-    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("few")
+    task = Material(comparison, tokenizer(folder), 0).task("few")
     config = replace(comparison.tasks["few"], steps=5)
     drawn = [task.trained_ids(config, 4, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -228,7 +249,7 @@ def test_classes_may_be_numbered_from_one(folder, tmp_path):
     path.write_text("".join(f"{1 + int(line[0])}{line[1:]}\n" for line in lines))
     tasks = {"few": {"data": str(path), "per_class": 5}}
     comparison, _ = load(write_config(folder, name="from one", tasks=tasks), [], False)
-    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("few")
+    task = Material(comparison, tokenizer(folder), 0).task("few")
     assert len(task.trained_ids(replace(comparison.tasks["few"], steps=9), 5, 0)) == 15
 
 
@@ -236,7 +257,7 @@ def test_what_a_run_has_learned_from_is_what_stood_in_its_batches(folder):
     """`learn: training` of a merge: not what else could have been drawn."""
     config = write_config(folder, name="seen")
     comparison, _ = load(config, [], False)
-    task = Material(comparison, AutoTokenizer.from_pretrained(folder / "bert")).task("words")
+    task = Material(comparison, tokenizer(folder), 0).task("words")
     settings = replace(comparison.tasks["words"], steps=3)
     seen = {tuple(ids) for ids in task.trained_ids(settings, 4, 1)}
     batches = itertools.islice(task.batches(settings, 4, 1), 3)

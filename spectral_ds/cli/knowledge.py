@@ -48,24 +48,29 @@ def log_probabilities(model: nn.Module, sequences: Sequences) -> list[Tensor]:
     return found
 
 
-def divergence(before: Sequence[Tensor], model: nn.Module, sequences: Sequences) -> float:
-    """Mean over tokens of KL(before || model), in nats.
+def loss_and_divergence(
+    before: Sequence[Tensor], model: nn.Module, sequences: Sequences
+) -> tuple[float, float]:
+    """Means over tokens, in nats: as `loss_on`, and KL(before || model).
 
     Args:
         before: `log_probabilities` of the same sequences.
     """
-    total, count = 0.0, 0
+    loss, total, count = 0.0, 0.0, 0
     with only_looking(model):
         first = 0
         for ids, mask in padded(sequences, _device(model)):
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            for each, own, of_before in zip(logits, mask[:, 1:], before[first:], strict=False):
+            for each, own, labels, of_before in zip(
+                logits, mask[:, 1:], ids[:, 1:], before[first:], strict=False
+            ):
                 tokens = int(own.sum())
                 now, then = each[:tokens].log_softmax(-1), of_before.to(each.device)
+                loss += float(functional.nll_loss(now, labels[:tokens], reduction="sum"))
                 total += float(functional.kl_div(now, then, reduction="sum", log_target=True))
                 count += tokens
             first += len(ids)
-    return total / count
+    return loss / count, total / count
 
 
 def class_scores(model: nn.Module, sequences: Sequences) -> Tensor:

@@ -85,9 +85,11 @@ def _compared(comparison: "Comparison", arguments: argparse.Namespace, writes: b
     failures = []
     if writes:
         prepared = prepare(comparison, out, num_classes=2)
-        material = Material(comparison, prepared.tokenizer())
-        for task in comparison.tasks:
-            material.task(task)  # what cannot be used is told before anything is trained
+        by_seed = comparison.held_out == "by_seed"
+        for seed in comparison.seeds if by_seed else comparison.seeds[:1]:
+            material = Material(comparison, prepared.tokenizer(), seed)
+            for task in comparison.tasks:
+                material.task(task)  # what cannot be used is told before anything is trained
         jobs = jobs_of(comparison, results)
         place = Workplace(comparison, prepared, out, arguments.device, arguments.threads)
         workers = _workers(arguments)

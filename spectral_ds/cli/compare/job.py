@@ -67,9 +67,10 @@ class Workplace:
 def work(job: Job, place: Workplace, tell: Tell) -> None:
     """Train and measure."""
     torch.set_num_threads(place.threads)
-    trainer = Trainer(place.comparison, place.prepared, torch.device(place.device))
+    device, seed = torch.device(place.device), job.run.seed
+    trainer = Trainer(place.comparison, place.prepared, device, seed)
     task = trainer.material.task(job.run.task)
-    before = trainer.load(task.num_classes, job.run.seed)
+    before = trainer.load(task.num_classes, seed)
     _Work(job, place, trainer, task, before, tell).do()
 
 

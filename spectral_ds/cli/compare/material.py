@@ -1,7 +1,8 @@
 """Material: the examples that a run learns from, and what models are measured on.
 
-What is held out is the same for all seeds and methods: of each task some examples to choose by and
-some to report, of general texts likewise. What is trained on is drawn by the seed.
+What is held out is the same for all methods, and for all seeds or drawn by each: of each task some
+examples to choose by and some to report, of general texts likewise. What is trained on is drawn by
+the seed.
 """
 
 import itertools
@@ -28,8 +29,8 @@ from spectral_ds.cli.examples import (
 )
 from spectral_ds.text import DataError, read_texts
 
-# Held out examples are drawn by it, whatever the seed of a run.
-HELD_OUT_SEED = 0
+# What is the same for all seeds is drawn by it.
+SAME_SEED = 0
 # Parts of what is held out.
 TEST, VALIDATION = "test", "validation"
 # What a model has learned, and forgotten: of each part.
@@ -103,13 +104,15 @@ class Material:
     Args:
         comparison: says which.
         tokenizer: of the model.
+        seed: of a run; it draws what is held out, if each seed does.
 
     Raises:
         UserError: a file cannot be used, or is too short.
     """
 
-    def __init__(self, comparison: Comparison, tokenizer: Any) -> None:
+    def __init__(self, comparison: Comparison, tokenizer: Any, seed: int) -> None:
         self._comparison, self._tokenizer = comparison, tokenizer
+        self._seed = seed if comparison.held_out == "by_seed" else SAME_SEED
         self._classifies = comparison.kind == "classification"
         self.general = {name: self._general(name) for name in comparison.general}
 
@@ -122,7 +125,7 @@ class Material:
             corpus = load_corpus(path, labelled=self._classifies)
             examples = make(
                 corpus, self._tokenizer, c.sequence_length, num_held_out=c.test + c.validation,
-                seed=HELD_OUT_SEED,
+                seed=self._seed,
             )  # fmt: skip
         except DataError as error:
             raise UserError(f"tasks.{name}.data = {path}: {error}") from error
@@ -155,7 +158,7 @@ class Material:
         try:
             texts = read_texts(path)
             if self._classifies:
-                generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+                generator = torch.Generator().manual_seed(self._seed)
                 order = torch.randperm(len(texts), generator=generator)[:wanted].tolist()
                 encoded = self._tokenizer(
                     [texts[at] for at in order], truncation=True, max_length=length
@@ -163,7 +166,7 @@ class Material:
             else:
                 cut = language_modelling_examples(
                     Corpus(texts, None, 0), self._tokenizer, length, num_held_out=0,
-                    seed=HELD_OUT_SEED,
+                    seed=self._seed,
                 )  # fmt: skip
                 encoded = [each.tolist() for each in cut.training[:wanted]]
         except DataError as error:
@@ -200,15 +203,17 @@ class Measures:
         self, task: Task, general: dict[str, dict[str, list[list[int]]]], before: nn.Module
     ) -> None:
         self._task, self._general = task, general
-        self._of_before: dict[tuple[str, str], Any] = {}
+        self._neighbours: dict[tuple[str, str], Tensor] = {}
         self._probabilities: dict[tuple[str, str], list[Tensor]] = {}
+        self._loss: dict[tuple[str, str], float] = {}
         for name, parts in general.items():
             for part, texts in parts.items():
-                see = knowledge.neighbours_of if self._classifies else knowledge.loss_on
-                self._of_before[name, part] = see(before, texts)
-                if not self._classifies:
-                    likely = knowledge.log_probabilities(before, texts)
-                    self._probabilities[name, part] = likely
+                if self._classifies:
+                    self._neighbours[name, part] = knowledge.neighbours_of(before, texts)
+                    continue
+                likely = knowledge.log_probabilities(before, texts)
+                self._probabilities[name, part] = likely
+                self._loss[name, part], _ = knowledge.loss_and_divergence(likely, before, texts)
 
     @property
     def _classifies(self) -> bool:
@@ -236,24 +241,25 @@ class Measures:
         found: dict[str, float] = {}
         for part in (VALIDATION, TEST):
             found |= self.learned(model, part)
-            forgotten = {name: self._forgotten(model, name, part) for name in self._general}
-            found[column(part, FORGETTING)] = _mean(forgotten.values())
+            of_texts = {name: self._of_texts(model, name, part) for name in self._general}
+            found[column(part, FORGETTING)] = _mean(each[FORGETTING] for each in of_texts.values())
             if part == TEST:
-                found |= {column(part, FORGETTING, n): each for n, each in forgotten.items()}
+                for name, each in of_texts.items():
+                    found[column(part, FORGETTING, name)] = each[FORGETTING]
             if not self._classifies:
-                found[column(part, DIVERGENCE)] = _mean(
-                    knowledge.divergence(
-                        self._probabilities[name, part], model, self._general[name][part]
-                    )
-                    for name in self._general
-                )
+                apart = _mean(each[DIVERGENCE] for each in of_texts.values())
+                found[column(part, DIVERGENCE)] = apart
         return found
 
-    def _forgotten(self, model: nn.Module, name: str, part: str) -> float:
-        texts, before = self._general[name][part], self._of_before[name, part]
+    def _of_texts(self, model: nn.Module, name: str, part: str) -> dict[str, float]:
+        """What is forgotten of general texts, and of a language model the divergence."""
+        texts = self._general[name][part]
         if self._classifies:
-            return 1 - knowledge.share_kept(before, knowledge.neighbours_of(model, texts))
-        return knowledge.loss_on(model, texts) - float(before)
+            now = knowledge.neighbours_of(model, texts)
+            return {FORGETTING: 1 - knowledge.share_kept(self._neighbours[name, part], now)}
+        before = self._probabilities[name, part]
+        loss, apart = knowledge.loss_and_divergence(before, model, texts)
+        return {FORGETTING: loss - self._loss[name, part], DIVERGENCE: apart}
 
 
 def _mean(values: Any) -> float:

@@ -211,6 +211,9 @@ def _p(p: float, standing: Standing, comparison: Comparison) -> str:
 
 def _again(comparison: Comparison, command: str) -> list[str]:
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    drawn = {"same": "the same for all seeds", "by_seed": "drawn anew by each seed"}[
+        comparison.held_out
+    ]
     return [
         "## How it was made",
         "",
@@ -221,7 +224,7 @@ def _again(comparison: Comparison, command: str) -> list[str]:
         f"Learning rates {_listed(comparison.learning_rates)}, and of seeds "
         f"{_listed(comparison.seeds)} those that were run: the tables say of each method how many. "
         f"Held out of each task: {comparison.validation} examples to choose by, {comparison.test} "
-        "to report. What is chosen is chosen by means over seeds on validation data.",
+        f"to report, {drawn}. What is chosen is chosen by means over seeds on validation data.",
         "",
     ]
 

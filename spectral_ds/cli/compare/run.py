@@ -90,11 +90,14 @@ class Trainer:
         comparison: of which they are.
         prepared: folders of the model and of statistics.
         device: to train on; on CUDA in bfloat16 where that exists.
+        seed: of the runs.
     """
 
-    def __init__(self, comparison: Comparison, prepared: Prepared, device: torch.device) -> None:
+    def __init__(
+        self, comparison: Comparison, prepared: Prepared, device: torch.device, seed: int
+    ) -> None:
         self._comparison, self._prepared, self.device = comparison, prepared, device
-        self.material = Material(comparison, prepared.tokenizer())
+        self.material = Material(comparison, prepared.tokenizer(), seed)
 
     def load(self, num_classes: int, seed: int) -> nn.Module:
         """The model before training; a new head is drawn by the seed."""

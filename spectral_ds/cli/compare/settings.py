@@ -29,6 +29,7 @@ OptimizerName = Literal["adamw", "muon", "projection_decay", "half_whitened"]
 AdapterName = Literal["none", "lora", "bitfit", "osf"]
 AfterName = Literal["none", "by_depth", "early_stopping", "merge"]
 Change = Literal["none", "shuffled", "diagonal"]
+HeldOut = Literal["same", "by_seed"]
 
 # Keys that a file has at its top, and nowhere else.
 OF_FILES = ("extends", "quick")
@@ -120,6 +121,7 @@ class Comparison:
     seeds: tuple[int, ...] = _numbers("whole numbers from 0 on", lambda value: value >= 0)
     validation: int = integer(512, at_least=1)  # examples of each task to choose by
     test: int = integer(1000, at_least=1)  # and to report
+    held_out: HeldOut = choice("same", HeldOut)  # for all seeds, or drawn anew by each
     curve: int = integer(6, at_least=1)  # times that a run is looked at while it trains
     interpolated: tuple[float, ...] = _shares(())  # what is left of the change of each method
     baseline: str = rule("adamw", "a method's name", _any)  # that others are held against
