@@ -369,8 +369,14 @@ def test_statistics_of_one_run_serve_another(tmp_path):
 
 def test_filtering_gradients_under_adam_is_warned_of(said):
     model = CalledByIds()
-    for apply_to, count in (("gradient", 1), ("update", 0)):
-        section = section_of(filter={"apply_to": apply_to})
+    acts, looks = {"response": "tikhonov"}, {"response": "identity"}
+    for settings, count in (
+        ({**acts, "apply_to": "gradient"}, 1),
+        ({**acts, "apply_to": "update"}, 0),
+        ({**looks, "apply_to": "gradient"}, 0),
+        ({**looks, "apply_to": "gradient", "rest": 0.5}, 1),
+    ):
+        section = section_of() | {"filter": settings}
         already = len([m for m in said() if "2604.22407" in m])
         plugin = spectral_ds.attach(model, torch.optim.AdamW(model.parameters()), section)
         assert len([m for m in said() if "2604.22407" in m]) - already == count

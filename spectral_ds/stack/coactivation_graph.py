@@ -319,7 +319,8 @@ class CoactivationGraph(ToldGraph):
 
     def _warn_of_gradients(self) -> None:
         settings, name = self._whole.filter, type(self._engine.optimizer).__name__
-        if settings.apply_to == "gradient" and settings.strength > 0 and "adam" in name.lower():
+        acts = settings.strength > 0 and (settings.response != "identity" or settings.rest != 1)
+        if settings.apply_to == "gradient" and acts and "adam" in name.lower():
             self._warn(
                 f"filter.apply_to = gradient: {name} divides by the root of the gradients' squares "
                 "and so takes back most of what a filter by activity does (arXiv 2604.22407); "
