@@ -326,6 +326,28 @@ def test_padding_does_not_count(is_by_name):
     plugin.detach()
 
 
+class Heads(nn.Module):
+    """A layer that gets (batch, heads, tokens, inputs), as latents of DeepSeek-V3 are."""
+
+    def __init__(self, heads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.mix = heads, nn.Linear(5, 3)
+
+    def forward(self, x, attention_mask):
+        return self.mix(x.unflatten(2, (self.heads, 5)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_padding_does_not_count_where_heads_are_in_front_of_tokens(heads):
+    x, mask = torch.randn(4, 6, 5 * heads), torch.ones(4, 6, dtype=torch.long)
+    mask[0, 4:], mask[2, :5] = 0, 0
+    plugin, _ = keeping(Heads(heads), [{"x": x, "attention_mask": mask}])
+    counted = x[mask.bool()].reshape(-1, 5).double().numpy()
+    assert_operators(plugin.graph, operators({"mix": counted}))
+    plugin.detach()
+
+
 def test_a_model_in_bf16_has_the_same_graph_but_for_rounding():
     model = CalledByIds(torch.bfloat16)
     ids = ids_of(model, 20)

@@ -1,5 +1,6 @@
 """`spectral-ds merge` against dense float64 numpy: architectures, ranks, several models, files."""
 
+import json
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from merged import (
     assert_close,
     merge,
     perturbed,
+    refusal,
     tensors,
     token_pieces,
     write_models,
@@ -90,6 +92,33 @@ def test_a_merge_is_the_filter_of_the_change(folder, tmp_path, kind, learn):
     assert report["filtered"] + report["scaled"] + len(report["taken"]) == len(expected)
     assert report["unseen"] == report["unlearned"] == report["unknown"] == []
     load(tmp_path / "out", kind)
+
+
+def test_conversations_are_learned_by_the_chat_template(folder, tmp_path, capsys):
+    own = folder / "llama"
+    texts = [line.split() for line in (folder / "first.txt").read_text().splitlines()]
+    template = "{% for message in messages %}{{ message['content'] }} [END] {% endfor %}"
+    shutil.copytree(own / "tuned", tmp_path / "tuned")
+    (tmp_path / "tuned" / "chat_template.jinja").write_text(template)
+    rows = [
+        [{"role": "user", "content": " ".join(words[:4])},
+         {"role": "assistant", "content": " ".join(words[4:])}]
+        for words in texts
+    ]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
+    same = (" ".join([*words[:4], "[END]", *words[4:], "[END]"]) for words in texts)
+    (tmp_path / "same.txt").write_text("\n".join(same))
+    words = ["--keep", folder / "keep.txt", *LOOK, "--learn"]
+    for name in ("chat.jsonl", "same.txt"):
+        merge(own, tmp_path / "tuned", *words, tmp_path / name, "--out", tmp_path / f"{name}.out")
+    chat, same = (tensors(tmp_path / f"{name}.out") for name in ("chat.jsonl", "same.txt"))
+    assert all(np.array_equal(chat[name], same[name]) for name in same)
+    assert (tmp_path / "chat.jsonl.out" / "chat_template.jinja").read_text() == template
+    line = refusal(
+        capsys, own / "base", own / "tuned", *words, tmp_path / "chat.jsonl",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert f"chat.jsonl: line 1 is a conversation, and the tokenizer of {own / 'tuned'} has" in line
 
 
 def test_a_head_that_only_the_tuned_model_has_is_taken_whole(folder, tmp_path):

@@ -79,6 +79,19 @@ def test_an_adapter_is_merged_like_the_whole_model_it_makes(
         assert loaded.classifier.weight.shape[0] == 3
 
 
+def test_the_tokenizer_beside_an_adapter_is_the_merged_models(folder, tmp_path):
+    own, adapter = folder / "llama", tmp_path / "adapter"
+    lora(tmp_path, LlamaForCausalLM.from_pretrained(own / "base"), ["q_proj"], "CAUSAL_LM")
+    write_tokenizer(adapter)
+    files = {"chat_template.jinja": "of chats", "additional_chat_templates/tool.jinja": "of tools"}
+    files |= {"tokenizer.model": "pieces", "vocab.txt": "words", "added_tokens.json": "{}"}
+    for name, content in files.items():
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text(content)
+    merge(own, adapter, *FEW, "--out", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+
+
 def test_an_adapter_of_a_tied_model_may_have_saved_its_embeddings(folder, tmp_path):
     settings = CONFIGS["llama"].to_dict() | {"tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**settings))

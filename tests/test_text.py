@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 from spectral_ds.cli.examples import batches, load_corpus
-from spectral_ds.text import DataError, read_texts
+from spectral_ds.text import Chat, DataError, encoded, read_learnable, read_texts
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
 
@@ -116,6 +116,83 @@ def test_plain_text_has_no_columns(tmp_path):
     (tmp_path / "plain.txt").write_text("a film")
     with pytest.raises(DataError, match="no column 'review'"):
         read_texts(tmp_path / "plain.txt", "review")
+
+
+MESSAGES = [{"role": "user", "content": "a film"}, {"role": "assistant", "content": "no plot"}]
+TRAINED_ON = [
+    ({"messages": MESSAGES}, "<user>a film<assistant>no plot"),
+    ({"messages": MESSAGES, "tools": '[{"name": "see"}]'}, "[see]<user>a film<assistant>no plot"),
+    ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "<user>a film<assistant>no plot"),
+    ({"prompt": "a film: ", "completion": "no plot"}, "^a film: no plot"),
+    ({"text": "the cast", "messages": MESSAGES}, "^the cast"),
+]
+
+
+class Characters:
+    """A tokenizer of characters, with a token before each text and a chat template."""
+
+    name_or_path, chat_template = "characters", "its own"
+
+    def __call__(self, texts, truncation, max_length, verbose):
+        return {"input_ids": [[*map(ord, f"^{text}")][:max_length] for text in texts]}
+
+    def apply_chat_template(self, messages, tools, return_dict):
+        if any(set(message) != {"role", "content"} for message in messages):
+            raise KeyError("a key that no message has")
+        names = "".join(f"[{tool['name']}]" for tool in tools or ())
+        return {"input_ids": [*map(ord, names + "".join("<{role}>{content}".format(**m)
+                                                        for m in messages))]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "dataset"])
+@pytest.mark.parametrize(("row", "expected"), TRAINED_ON)
+def test_conversations_are_formed_as_training_forms_them(tmp_path, kind, row, expected):
+    rows = [row, row]
+    if kind == "dataset":
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / kind))
+    else:
+        (tmp_path / kind).write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = read_learnable(tmp_path / kind)
+    ids = encoded(["before", *found], Characters())
+    assert ["".join(map(chr, each)) for each in ids] == ["^before", expected, expected]
+    cut = encoded(found, Characters(), 3)
+    assert ["".join(map(chr, each)) for each in cut] == [expected[:3]] * 2
+
+
+def test_keys_that_datasets_add_to_a_message_are_left_out(tmp_path):
+    rows = [{"messages": MESSAGES}, {"messages": [{**MESSAGES[0], "name": "x"}]}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    [chat, other] = read_learnable(tmp_path / "data")
+    assert isinstance(chat, Chat)
+    assert chat.messages == MESSAGES
+    with pytest.raises(DataError, match="row 1: the chat template of characters does not take it"):
+        encoded([other], Characters())
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": []}, "an object with 'text', 'messages', or 'prompt' and 'completion'"),
+        ({"messages": "a film"}, "line 1: 'messages' must be a list of messages, each with its"),
+        ({"messages": []}, "line 1: 'messages' must be a list"),
+        ({"messages": [{"content": "a"}]}, "line 1: 'messages' must be a list"),
+        ({"prompt": "a", "completion": MESSAGES}, "line 1: 'prompt' and 'completion' must be two"),
+        ({"messages": MESSAGES, "tools": "see"}, "line 1: 'tools' is not JSON"),
+        ({"messages": [{"role": "user", "content": ""}]}, "holds no text"),
+    ],
+)
+def test_a_bad_conversation_is_one_message(tmp_path, row, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=message):
+        read_learnable(tmp_path / "rows.jsonl")
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": MESSAGES}))
+    tokenizer = Characters()
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="tokenizer of characters has no chat template"):
+        encoded(read_learnable(tmp_path / "rows.jsonl"), tokenizer)
 
 
 def collate(chosen):

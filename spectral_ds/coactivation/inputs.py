@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectral_ds.text import Text, encoded
+
 # Calls a model with one batch.
 Batch = Callable[[nn.Module], None]
 
@@ -131,14 +133,14 @@ def _generating(model: Any, settings: Any) -> Iterator[None]:
 
 def text_batches(
     model: nn.Module,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Any,
     samples: int,
     length: int,
     seed: int,
     with_head: bool = True,
 ) -> list[Batch]:
-    """Pieces of texts, at most `samples`, evenly from all of them.
+    """Pieces of texts and conversations, at most `samples`, evenly from all of them.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -146,11 +148,12 @@ def text_batches(
 
     Raises:
         InputsError: no text has a token.
+        DataError: the tokenizer cannot make one of a conversation.
     """
     length = _at_most(model, length)
     pieces: list[list[int]] = []
-    for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]:
-        pieces += [ids[at : at + length] for at in range(0, len(ids), length)]
+    for whole in encoded(texts, tokenizer):
+        pieces += [whole[at : at + length] for at in range(0, len(whole), length)]
     pieces = [piece for piece in pieces if piece]
     if not pieces:
         raise InputsError("the texts hold no token")

@@ -4,8 +4,9 @@ Sites that get the same tensors (query, key and value; gate and up) share one gr
 changed in between: the first of them leads, the others follow. That shows in the first forward pass
 that calls them; until its end, each is summed by itself. Where the model is called with an
 `attention_mask` of (batch, tokens), padding does not count in layers that keep these two
-dimensions, or make one of them, and in stacked experts. In a decoder, the mask that it is called
-with is that of its own tokens, and `encoder_attention_mask` that of the encoder's.
+dimensions, make one of them or put heads between them, and in stacked experts. In a decoder, the
+mask that it is called with is that of its own tokens, and `encoder_attention_mask` that of the
+encoder's.
 """
 
 import inspect
@@ -230,17 +231,22 @@ class Observer:
     def _counts(self, x: torch.Tensor) -> torch.Tensor | None:
         """(vectors,), bool: which vectors of x are no padding; None: all count.
 
-        In x the first two dimensions are (batch, tokens), or the first is both of them.
+        In x the first dimensions are (batch, tokens), or one is both of them, or, of four, they are
+        (batch, heads, tokens).
         """
         encoded = self._encoded
         mask = encoded.mask if encoded is not None and x is encoded.states else self._mask
         if mask is None or x.dim() < 2 or x.numel() == 0:
             return None
-        is_flat = x.dim() == 2 and len(x) == mask.numel()
-        if not is_flat and (x.dim() < 3 or x.shape[:2] != mask.shape):
+        if x.dim() == 2 and len(x) == mask.numel():
+            return mask.reshape(-1).bool()
+        if x.dim() > 2 and x.shape[:2] == mask.shape:
+            mask = mask.reshape(*mask.shape, *(1 for _ in x.shape[2:-1]))
+        elif x.dim() == 4 and (x.shape[0], x.shape[2]) == mask.shape:
+            mask = mask[:, None]
+        else:
             return None
-        vectors = x.numel() // x.shape[-1]
-        return mask.reshape(-1).bool().repeat_interleave(vectors // mask.numel())
+        return mask.bool().expand(x.shape[:-1]).reshape(-1)
 
 
 def _place_of_mask(model: nn.Module) -> int:

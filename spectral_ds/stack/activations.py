@@ -28,7 +28,7 @@ from spectral_ds.engines import Engine
 from spectral_ds.graph import ParameterNodes
 from spectral_ds.sharding import Communicator
 from spectral_ds.stack.modules import facts_of, modules_of
-from spectral_ds.text import DataError, read_texts
+from spectral_ds.text import DataError, read_learnable
 
 
 def sites_of_graph(engine: Engine, parameters: Iterable[ParameterNodes]) -> list[Site]:
@@ -128,7 +128,7 @@ def _batches(
         return random_batches(model, edge.samples, edge.length, seed, with_head)
     if source == "generated":
         return generated_batches(model, edge.samples, edge.length, seed)
-    texts = read_texts(Path(source))
+    texts = read_learnable(Path(source))
     tokenizer = _tokenizer(edge.tokenizer or _name_of(model))
     return text_batches(model, texts, tokenizer, edge.samples, edge.length, seed, with_head)
 

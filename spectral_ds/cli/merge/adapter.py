@@ -22,6 +22,8 @@ CONFIG = "adapter_config.json"
 NAME = "default"
 # What it puts before the names of what an adapter has, and into those of what it wraps.
 PREFIX, WRAPPED = "base_model.model.", ".base_layer."
+# Where tokenizers have chat templates but the first.
+MORE_TEMPLATES = "additional_chat_templates"
 # What peft keeps of the base weights, and needs to take an adapter out again.
 TO_UNMERGE = ("trainable_tokens_original",)
 # Values of init_lora_weights that take a part out of the base weights: peft does so again when it
@@ -225,12 +227,9 @@ class Adapter:
 
     def small_files(self) -> dict[str, Path | str]:
         found = self._base.small_files()
-        found |= {
-            each.name: each
-            for each in sorted(self.path.glob("*"))
-            if each.is_file()
-            and ("token" in each.name or each.name in ("vocab.txt", "merges.txt", "vocab.json"))
-        }
+        for each in sorted((*self.path.glob("*"), *self.path.glob(f"{MORE_TEMPLATES}/*"))):
+            if each.is_file() and _is_of_tokenizer(each):
+                found[each.relative_to(self.path).as_posix()] = each
         with tempfile.TemporaryDirectory() as folder:
             self.config.save_pretrained(folder)
             found["config.json"] = (Path(folder) / "config.json").read_text(encoding="utf-8")
@@ -245,6 +244,14 @@ class Adapter:
         peft = _peft(self.given)
         merged: nn.Module = peft.PeftModel.from_pretrained(base, self.given).merge_and_unload()
         return merged
+
+
+def _is_of_tokenizer(path: Path) -> bool:
+    return (
+        "token" in path.name
+        or path.suffix in (".jinja", ".model")
+        or path.name in ("vocab.txt", "merges.txt", "vocab.json")
+    )
 
 
 def is_adapter(given: str) -> bool:

@@ -24,7 +24,7 @@ from spectral_ds.cli.knowledge import (
 )
 from spectral_ds.cli.merge.looking import SEED, Amount
 from spectral_ds.cli.models import CAUSAL
-from spectral_ds.text import DataError, read_labelled_texts, read_texts
+from spectral_ds.text import DataError, Text, encoded, read_labelled_texts, read_learnable
 
 T = TypeVar("T")
 
@@ -76,9 +76,9 @@ def judge_for(
         others = _drawn(_texts(general, "--general"), amount.samples)
         return (
             _Classifiers(
-                _encoded([text for text, _ in rows], tokenizer, length),
+                encoded([text for text, _ in rows], tokenizer, length),
                 [label for _, label in rows],
-                _encoded(others, tokenizer, length),
+                _encoded(others, tokenizer, length, f"--general {general}"),
                 str(general),
             ),
             f"share kept of each general text's {NEIGHBOURS} nearest neighbours",
@@ -118,9 +118,9 @@ class _Classifiers:
         return Judgement(loss, accuracy, kept, 1 - kept)
 
 
-def _texts(path: Path, option: str) -> list[str]:
+def _texts(path: Path, option: str) -> list[Text]:
     try:
-        return read_texts(path)[HELD_OUT::2]
+        return read_learnable(path)[HELD_OUT::2]
     except DataError as error:
         raise UserError(f"{option} {path}: {error}") from error
 
@@ -140,12 +140,13 @@ def _labelled(path: Path, model: nn.Module) -> list[tuple[str, int]]:
     return [(text, numbers[str(label)]) for text, label in rows]
 
 
-def _encoded(texts: Sequence[str], tokenizer: Any, length: int | None = None) -> list[list[int]]:
-    """Token ids of each text, cut at a length as in training: what ends it stays."""
-    found: list[list[int]] = tokenizer(
-        list(texts), truncation=length is not None, max_length=length, verbose=False
-    )["input_ids"]
-    return found
+def _encoded(
+    texts: Sequence[Text], tokenizer: Any, length: int | None, given: str
+) -> list[list[int]]:
+    try:
+        return encoded(texts, tokenizer, length)
+    except DataError as error:
+        raise UserError(f"{given}: {error}") from error
 
 
 def _drawn(found: Sequence[T], samples: int) -> list[T]:
@@ -155,12 +156,12 @@ def _drawn(found: Sequence[T], samples: int) -> list[T]:
 
 
 def _pieces(
-    texts: Sequence[str], tokenizer: Any, samples: int, length: int, given: str
+    texts: Sequence[Text], tokenizer: Any, samples: int, length: int, given: str
 ) -> list[list[int]]:
     """Pieces of at least two tokens, at most `samples`, evenly from all texts."""
     found = [
         piece
-        for ids in _encoded(texts, tokenizer)
+        for ids in _encoded(texts, tokenizer, None, given)
         for at in range(0, len(ids), length)
         if len(piece := ids[at : at + length]) > 1
     ]

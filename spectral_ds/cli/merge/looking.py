@@ -33,7 +33,7 @@ from spectral_ds.coactivation import (
 )
 from spectral_ds.console import logger, progress
 from spectral_ds.sharding import Communicator
-from spectral_ds.text import DataError, read_texts
+from spectral_ds.text import DataError, Text, read_learnable
 
 RANDOM, GENERATED = "random", "generated"
 # Of the draws; of sketches too.
@@ -153,14 +153,14 @@ def tokenizer_of(*models: "Folder | Adapter") -> Any:
     raise UserError(f"{models[0].given}: has no tokenizer, and texts are to be read")
 
 
-def texts_of(path: Path, option: str, half: int | None = None) -> list[str]:
+def texts_of(path: Path, option: str, half: int | None = None) -> list[Text]:
     """The texts of a file; of halves the first (0) or the second (1), text by text in turn.
 
     Raises:
         UserError: it cannot be used.
     """
     try:
-        texts = read_texts(path)
+        texts = read_learnable(path)
     except DataError as error:
         raise UserError(f"{option} {path}: {error}") from error
     return texts if half is None else texts[half::2]
@@ -182,7 +182,7 @@ def batches_of(
             return generated_batches(model, samples, length, SEED)
         texts = texts_of(Path(source), option, half)
         return text_batches(model, texts, tokenizer(), samples, length, SEED)
-    except InputsError as error:
+    except (InputsError, DataError) as error:
         raise UserError(f"{option} {source}: {error}") from error
 
 
