@@ -25,8 +25,10 @@ usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 out=$root/runs/gpu device=cuda
 while (($#)); do
     case $1 in
-        --out) out=${2:?--out needs a folder}; shift 2 ;;
-        --device) device=${2:?--device needs cuda or cpu}; shift 2 ;;
+        --out | --device)
+            [[ -n ${2:-} ]] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
+            printf -v "${1#--}" %s "$2"
+            shift 2 ;;
         --help | -h) usage; exit 0 ;;
         *) usage >&2; exit 2 ;;
     esac

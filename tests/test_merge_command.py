@@ -235,7 +235,10 @@ def other_shape(path, **changes):
 def test_wrong_input_is_one_line(folder, wrong, tmp_path, capsys, words, message):
     places = {"l": folder / "llama", "b": folder / "bert", "w": wrong}
     words = [word.format(**places) for word in words]
-    assert message in refusal(capsys, *words, "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    assert message in refusal(capsys, *words, "--out", out)
+    # The right arguments would be refused there; only statistics that were taken are kept.
+    assert not out.exists() or any((out / "statistics").iterdir())
 
 
 def test_statistics_of_another_model_are_refused(folder, tmp_path, capsys):

@@ -121,6 +121,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         ("--nodes", "5"): "does not divide among 5 nodes",
         ("--tokens", "0"): "'0' is not a whole number from 1 on",
         ("--flops", "nan"): "'nan' is not a number above 0",
+        ("--config", "papr"): "--config papr: no such file, and no preset: paper, retain, ",
         ("--config", str(config)): "pattern '*nothing*' matches no trainable parameter",
     }.items():
         assert main(["plan", *words, *more]) == 2

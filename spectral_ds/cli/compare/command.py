@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from spectral_ds.cli.compare.settings import Comparison
 
 EXAMPLES = """examples:
-  spectral-ds compare --config configs/compare/minilm.yaml --out runs/minilm --quick
+  spectral-ds compare --config mine.yaml --out runs/mine
   spectral-ds compare --config mine.yaml --out runs/mine seeds=[0,1,2] model=./my-model
   spectral-ds compare --config mine.yaml --out runs/mine --resume
 """

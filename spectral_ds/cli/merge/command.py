@@ -85,6 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     from spectral_ds.cli.merge.job import Job
 
     job = Job(arguments, {name: _plain(getattr(arguments, name)) for name in MAKING})
+    try:
+        _make(job, arguments)
+    except Exception:
+        job.leave_if_empty()
+        raise
+    return 0
+
+
+def _make(job: "Job", arguments: argparse.Namespace) -> None:
     if arguments.sweep:
         _sweep(job, arguments)
     else:
@@ -95,7 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
             from spectral_ds.cli.merge.report import show
 
             show(report, arguments.rest * arguments.scale, arguments.out, job.hint)
-    return 0
 
 
 def _sweep(job: "Job", arguments: argparse.Namespace) -> None:

@@ -84,6 +84,10 @@ class Job:
             "--learn FILE names texts that TUNED was trained on."
         )
 
+    def leave_if_empty(self) -> None:
+        """Leave no folder behind that holds nothing and refuses other arguments."""
+        self._output.leave_if_empty()
+
     # Merging
 
     def merge(self) -> dict[str, Any]:

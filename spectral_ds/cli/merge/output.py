@@ -75,6 +75,7 @@ class Output:
         self.done: dict[str, Any] = {}
         self.report: dict[str, Any] = {}
         path = folder / STATE
+        self._made = [each for each in (path, folder / STATISTICS, folder) if not each.exists()]
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder}: is not a folder")
         if path.exists():
@@ -114,6 +115,15 @@ class Output:
                 json.dumps(state, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             ),
         )
+
+    def leave_if_empty(self) -> None:
+        """Remove what the constructor has made, if nothing else is there."""
+        if {each.name for each in self.folder.rglob("*")} == {STATE, STATISTICS}:
+            for path in self._made:
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
     def statistics(self, what: str) -> Path:
         """Where statistics lie."""

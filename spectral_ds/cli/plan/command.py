@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _config(given: str | None) -> SpectralConfig:
-    if given in PRESETS and not os.path.exists(given):
+    if given is not None and not os.path.exists(given):
+        if given not in PRESETS:
+            raise UserError(f"--config {given}: no such file, and no preset: {', '.join(PRESETS)}")
         return load_config({"preset": given})
     return load_config({} if given is None else given)
 
