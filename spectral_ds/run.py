@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from spectral_ds.attach.own_ranks import OwnRanks
 from spectral_ds.attach.runner import Runner, config_of_environment, rank
 from spectral_ds.config import SpectralConfigError
 
@@ -93,15 +94,20 @@ def _watched(runner: Runner) -> Iterator[None]:
 
 @contextmanager
 def _started_as(target: str, arguments: list[str], is_module: bool) -> Iterator[None]:
-    """The words and the search path that Python would have given the script itself."""
+    """The words and the search path that Python would have given the script itself.
+
+    Ranks that it starts by the same words run under the runner too.
+    """
     argv, path = sys.argv, list(sys.path)
     sys.argv = [target, *arguments]
+    own_ranks = OwnRanks(target, is_module)
     # Under python -m, the first place is the folder where it was started; a module keeps it.
     if not is_module and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(target).resolve().parent)
     try:
         yield
     finally:
+        own_ranks.remove()
         sys.argv = argv
         sys.path[:] = path
 

@@ -68,6 +68,43 @@ def test_a_module_can_be_run_like_a_script(script, tmp_path, monkeypatch):
     assert (name, file, argv) == ("__main__", path, [path, "--local_rank=1", out])
 
 
+STARTS_ITSELF = """
+import json, os, subprocess, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+this = ["-m", "train"] if __spec__ else [os.path.abspath(__file__)]
+if out.exists():
+    Path(os.environ["NOTE"]).write_text(json.dumps([sys.orig_argv[1:], sys.argv, __name__]))
+else:
+    out.touch()
+    os.environ["LOCAL_RANK"] = "0"  # as trainers do that start the others
+    command = [sys.executable, *this, *sys.argv[1:]]
+    for name, rank, words in [
+        ("rank", "1", command), ("same", "0", command), ("other", "1", [*command[:1], "-c", ""])
+    ]:
+        child = {**os.environ, "LOCAL_RANK": rank, "NOTE": f"{out}.{name}"}
+        subprocess.run(words, env=child, check=True, stderr=subprocess.DEVNULL)
+"""
+
+
+@pytest.mark.parametrize("is_module", [False, True])
+def test_ranks_that_a_script_starts_by_itself_run_under_the_runner(
+    script, tmp_path, monkeypatch, is_module
+):
+    path, out = script(STARTS_ITSELF), tmp_path / "out"
+    monkeypatch.setenv("LOCAL_RANK", "0")  # what the script sets is gone again
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "train"] if is_module else [path]
+    run.main([*words, str(out)])
+    started, seen, name = json.loads(Path(f"{out}.rank").read_text())
+    assert started == ["-m", "spectral_ds.run", *words, str(out)]
+    assert (seen, name) == ([path, str(out)], "__main__")
+    started, *_ = json.loads(Path(f"{out}.same").read_text())  # the script's own business
+    assert started == [*words, str(out)]
+    assert not Path(f"{out}.other").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_script_that_trains_nothing_is_told_so_by_rank_0(script, monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", str(rank))
