@@ -12,6 +12,7 @@ import transformers
 from activations import (
     RATE,
     CalledByIds,
+    Writer,
     assert_operators,
     expected_update,
     inputs_of,
@@ -365,6 +366,44 @@ def test_statistics_of_one_run_serve_another(tmp_path):
         plugin.save(again)
         plugin.load(again)
     plugin.detach()
+
+
+class Wrapped(torch.nn.Module):
+    """A model that others call, beside another one, as a LightningModule holds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = Writer().requires_grad_(False)
+        self.model = Writer()
+
+    def forward(self, batch):
+        return self.model(**batch)
+
+
+@pytest.mark.parametrize("keep", ["random", "generated"])
+def test_a_model_in_another_module_is_called_itself(keep):
+    section = section_of({"keep": keep, "learn": "training", "samples": 4})
+    ids = random_ids(4)
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0  # is seen in the inner call alone
+    graphs = []
+    for model in (Writer(), Wrapped()):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        plugin = spectral_ds.attach(model, optimizer, section)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        while plugin.graph.learn is None:
+            (model(**batch) if isinstance(model, Writer) else model(batch)).backward()
+            optimizer.step()
+        graphs.append(plugin.graph)
+        plugin.detach()
+    bare, wrapped = graphs
+    for known in ("keep", "learn"):
+        one, two = getattr(bare, known), getattr(wrapped, known)
+        assert {f"model.{name}" for name in one.leaders} == set(two.leaders)
+        for name in one.leaders:
+            for spectrum, same in zip(one.of(name), two.of(f"model.{name}"), strict=True):
+                np.testing.assert_array_equal(same.values, spectrum.values)
+                np.testing.assert_array_equal(same.vectors, spectrum.vectors)
 
 
 def test_filtering_gradients_under_adam_is_warned_of(said):

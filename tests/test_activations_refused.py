@@ -44,7 +44,7 @@ def test_a_model_without_a_vocabulary_is_refused():
     message = refused(section_of(), torch.nn.Linear(3, 3))
     assert message == (
         'spectral_ds.graph.edges[0].keep = "random": random draws token ids, and Linear has no '
-        "config.vocab_size"
+        "config.vocab_size; use a file of statistics, or keep: given and plugin.calibrate(batches)"
     )
 
 

@@ -19,6 +19,7 @@ from spectral_ds.coactivation.graph import Coactivation, summed
 from spectral_ds.coactivation.inputs import (
     Batch,
     InputsError,
+    called_with_tokens,
     generated_batches,
     random_batches,
     text_batches,
@@ -57,6 +58,7 @@ __all__ = [
     "answering_rank",
     "by_role",
     "calibrate",
+    "called_with_tokens",
     "content_of",
     "content_of_tokenizer",
     "function_of",

@@ -5,13 +5,14 @@ whatever the number of ranks.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from spectral_ds.engines.fsdp2 import sharded_modules
 from spectral_ds.text import Text, encoded
 
 # Calls a model with one batch.
@@ -29,6 +30,19 @@ class InputsError(ValueError):
     """A model cannot be called with what was asked for."""
 
 
+def called_with_tokens(model: nn.Module, holding: Iterable[nn.Module]) -> nn.Module:
+    """The module of a model that token ids go into, where another wraps it (LightningModule).
+
+    It is the outermost that says how large its vocabulary is and has these modules in it; else, and
+    where FSDP2 shards the model as a whole, the model itself.
+    """
+    wanted = set(holding)
+    if model in sharded_modules(model):
+        return model
+    within = (m for m in model.modules() if _number(m, "vocab_size") is not None)
+    return next((each for each in within if wanted <= set(each.modules())), model)
+
+
 def random_batches(
     model: nn.Module, samples: int, length: int, seed: int, with_head: bool = True
 ) -> list[Batch]:
@@ -43,7 +57,8 @@ def random_batches(
     vocabulary = _number(model, "vocab_size")
     if vocabulary is None:
         raise InputsError(
-            f"random draws token ids, and {type(model).__name__} has no config.vocab_size"
+            f"random draws token ids, and {type(model).__name__} has no config.vocab_size; use a "
+            "file of statistics, or keep: given and plugin.calibrate(batches)"
         )
     generator = torch.Generator().manual_seed(seed)
     size = (samples, _at_most(model, length))

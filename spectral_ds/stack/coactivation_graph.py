@@ -29,6 +29,7 @@ from spectral_ds.coactivation import (
     Spectrum,
     SubspaceOperator,
     calibrate,
+    called_with_tokens,
     function_of,
     responses_within,
 )
@@ -91,6 +92,8 @@ class CoactivationGraph(ToldGraph):
         self._refuse_copies()
         self._ridge = whole.regularizer.ridge if index == 0 else 0.0
         self._sites = sites_of_graph(engine, choice.parameters)
+        modules = (module for site in self._sites for module in site.modules)
+        self._called = called_with_tokens(engine.module, modules)
         self._projections = Projections(self._edge.rank, whole.seed, engine.everyone.device)
         self._contents: Contents = Contents(
             self._edge,
@@ -159,7 +162,7 @@ class CoactivationGraph(ToldGraph):
         if self._learning is None:
             leaders = None if self.keep is None else self.keep.leaders
             self._learning = Learning(
-                self._engine, self._sites, self._edge, self._projections, leaders
+                self._engine, self._called, self._sites, self._edge, self._projections, leaders
             )
 
     def _of_source(self, what: str, source: str, known: Coactivation | None) -> Coactivation:
@@ -171,7 +174,7 @@ class CoactivationGraph(ToldGraph):
         self._contents.read(what)
         key = f"spectral_ds.{self._choice.key}.edges[0].{what}"
         found = graphs_of(
-            source, key, self._edge, missing, engine.module, engine.everyone, self._whole.seed
+            source, key, self._edge, missing, self._called, engine.everyone, self._whole.seed
         )
         return known | found
 

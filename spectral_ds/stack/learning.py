@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from spectral_ds.coactivation import Coactivation, Observer, Projections, Site, summed
 from spectral_ds.config import EdgeConfig
@@ -16,6 +17,7 @@ class Learning:
 
     Args:
         engine: that trains the model.
+        model: that is called, the engine's or in it.
         sites: to watch.
         edge: how much is enough.
         projections: of the sketches.
@@ -25,6 +27,7 @@ class Learning:
     def __init__(
         self,
         engine: Engine,
+        model: nn.Module,
         sites: Sequence[Site],
         edge: EdgeConfig,
         projections: Projections,
@@ -32,9 +35,7 @@ class Learning:
     ) -> None:
         self._engine, self._sites, self._edge = engine, sites, edge
         self._projections = projections
-        self._observer = Observer(
-            engine.module, sites, projections, engine.everyone.device, leaders
-        )
+        self._observer = Observer(model, sites, projections, engine.everyone.device, leaders)
         self._observer.only_training = True
         self._observer.start()
         self._step = -1
