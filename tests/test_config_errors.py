@@ -108,7 +108,7 @@ FROM_0_TO_1 = "must be a number from 0 to 1"
         ("seed", -1, "-1", "must be an integer from 0 to 2^63 - 1"),
         ("seed", 2**63, str(2**63), "must be an integer from 0 to 2^63 - 1"),
         # enumerations
-        ("preset", "papper", '"papper"', "must be one of paper, retain, retain_lm, denoise"),
+        ("preset", "papper", '"papper"', "must be one of paper, retain, retain_lm, anchor_lm"),
         ("graph.node", "rows", '"rows"', "must be one of row, column, element"),
         ("graph.laplacian", "norm", '"norm"', "must be one of normalized, combinatorial"),
         ("graph.edges[0].family", "deep", '"deep"', "must be one of depth, similarity, pair, ring"),

@@ -37,6 +37,13 @@ from spectral_ds.config import (
              "filter.apply_to": "update", "filter.rest": 0.3},
         ),
         (
+            "anchor_lm",
+            "activations by weights",
+            {"graph.node": "column", "graph.exclude": (), "filter.response": "identity",
+             "filter.apply_to": "update", "filter.rest": 0.65, "filter.strength": 1.0,
+             "regularizer.strength": 10.0, "regularizer.coupling": "decoupled"},
+        ),
+        (
             "denoise",
             "similarity by gradient",
             {"graph.node": "column", "graph.refresh_interval": 50, "filter.response": "wiener",

@@ -75,8 +75,8 @@ def test_these_commands_and_presets_are_there():
     usage = make_parser().format_help()
     assert re.findall(r"^    (\w+) +\S", usage, re.MULTILINE) == list(COMMANDS)
     assert sorted(PRESETS) == [
-        "denoise", "gradient_smoothing", "grokfast", "laplacian_smoothing", "observe", "paper",
-        "retain", "retain_lm", "whiten",
+        "anchor_lm", "denoise", "gradient_smoothing", "grokfast", "laplacian_smoothing", "observe",
+        "paper", "retain", "retain_lm", "whiten",
     ]  # fmt: skip
 
 

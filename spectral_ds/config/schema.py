@@ -37,8 +37,9 @@ ReferenceDevice = Literal["same", "cpu"]
 KernelName = Literal["best", "torch_sparse", "torch_csr", "embedding_bag"]
 ExchangeName = Literal["best", "boundary", "transpose"]
 ExchangeDtype = Literal["float32", "bfloat16"]
-PresetName = Literal["paper", "retain", "retain_lm", "denoise", "gradient_smoothing",
-                     "laplacian_smoothing", "grokfast", "whiten", "observe"]  # fmt: skip
+PresetName = Literal["paper", "retain", "retain_lm", "anchor_lm", "denoise",
+                     "gradient_smoothing", "laplacian_smoothing", "grokfast", "whiten",
+                     "observe"]  # fmt: skip
 
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 RESPONSES: tuple[ResponseName, ...] = get_args(ResponseName)
