@@ -132,9 +132,12 @@ class Study:
 
     def describe(self) -> str:
         """What is attached, for people."""
-        settings = self.config.filter
+        filtered, term = self.config.filter, self.config.regularizer
         graphs = "; then ".join(graph.describe() for graph in self.stack.graphs)
-        return f"{graphs}; strength {settings.strength:g} on {settings.apply_to}s"
+        described = f"{graphs}; strength {filtered.strength:g} on {filtered.apply_to}s"
+        if term.strength > 0:
+            described += f"; {term.coupling} regularizer of strength {term.strength:g}"
+        return described
 
     def eigenpairs(self, k: int, graph: int = 0) -> list[Eigenpairs]:
         """The k lowest eigenpairs of every group of joined parameters (collective).

@@ -67,6 +67,7 @@ def test_the_anchor_pulls_back_along_what_the_model_writes():
                 expected[name] = (expected[name] + rest * update) / (1 + rate * strength)
         optimizer.step()
         optimizer.zero_grad()
+    assert plugin.describe().endswith("; decoupled regularizer of strength 10")
     plugin.detach()
     assert with_inputs.keys() < before.keys()
     for name, weight in named.items():
