@@ -10,9 +10,13 @@ from spectral_ds.cli.terminal import duration, make_console, make_table, size
 def show(report: dict[str, Any]) -> None:
     """Print the report of a plan."""
     console = make_console()
+    ranks, machines = (
+        f"{count:,} {of}{'' if count == 1 else 's'}"
+        for count, of in ((report["world_size"], "rank"), (report["nodes"], "machine"))
+    )
     console.print(
         f"{report['model']}: {report['parameters']:,} parameters; {report['engine']}, "
-        f"{report['world_size']:,} ranks on {report['nodes']:,} machines"
+        f"{ranks} on {machines}"
     )
     for graph in report["graphs"]:
         if graph.get("family") == "activations":
