@@ -8,6 +8,7 @@
 #      minilm_others   the same of Amazon reviews and tweets, to confirm what was found
 #      smollm2         language modelling of movie reviews, 135 M parameters
 #      smollm2_others  the same of Amazon reviews, to confirm what was found
+#      smollm2_redrawn  the same with texts to measure on that each seed draws
 #      --quick         fewer seeds, rates and methods
 #      --out DIR       folder for the results (default runs/compare/NAME in the repository)
 #      --resume        go on with what is there
