@@ -17,9 +17,10 @@ SCRIPT = ROOT / "launch" / "compare.sh"
 def variables_of(path):
     """All that a file and what it extends take from the environment."""
     text = path.read_text()
+    found = set(re.findall(r"oc\.env:(\w+)", text))
     for other in re.findall(r"^extends: (.+)$", text, re.MULTILINE):
-        text += (path.parent / other).read_text()
-    return set(re.findall(r"oc\.env:(\w+)", text))
+        found |= variables_of(path.parent / other)
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
