@@ -1,5 +1,7 @@
 """What a graph of activations cannot be made of is refused by name, and leaves no hook."""
 
+from types import SimpleNamespace
+
 import activations
 import pytest
 import tiny
@@ -46,6 +48,17 @@ def test_a_model_without_a_vocabulary_is_refused():
         'spectral_ds.graph.edges[0].keep = "random": random draws token ids, and Linear has no '
         "config.vocab_size; use a file of statistics, or keep: given and plugin.calibrate(batches)"
     )
+
+
+def test_a_model_of_which_several_parts_read_text_has_no_vocabulary_of_its_own():
+    def several():
+        raise ValueError("Multiple valid text configs were found")
+
+    model = CalledByIds()
+    model.config = SimpleNamespace(get_text_config=several)
+    assert "CalledByIds has no config.vocab_size" in refused(section_of(), model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    spectral_ds.attach(model, optimizer, section_of({"keep": "given"})).detach()
 
 
 def test_a_model_that_does_not_generate_is_refused():

@@ -34,10 +34,11 @@ def called_with_tokens(model: nn.Module, holding: Iterable[nn.Module]) -> nn.Mod
     """The module of a model that token ids go into, where another wraps it (LightningModule).
 
     It is the outermost that says how large its vocabulary is and has these modules in it; else, and
-    where FSDP2 shards the model as a whole, the model itself.
+    where FSDP2 shards the model as a whole, the model itself. So is a model of Hugging Face.
     """
     wanted = set(holding)
-    if model in sharded_modules(model):
+    is_its_own = hasattr(getattr(model, "config", None), "get_text_config")
+    if is_its_own or model in sharded_modules(model):
         return model
     within = (m for m in model.modules() if _number(m, "vocab_size") is not None)
     return next((each for each in within if wanted <= set(each.modules())), model)
@@ -263,7 +264,10 @@ def _at_most(model: nn.Module, length: int) -> int:
 
 def _number(model: nn.Module, name: str) -> int | None:
     config: Any = getattr(model, "config", None)
-    text: Any = getattr(config, "get_text_config", lambda: config)()
+    try:
+        text: Any = getattr(config, "get_text_config", lambda: config)()
+    except ValueError:  # several of its parts read text
+        return None
     value = getattr(text, name, None)
     return value if isinstance(value, int) else None
 
