@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         default=100,
         help="optimizer steps in all, resumed ones included",
     )
-    add("--sequence-length", type=at_least(1), default=128, help="tokens")
+    add("--sequence-length", type=at_least(2), default=128, help="tokens")
     add("--learning-rate", type=float, help="instead of the configuration's")
     add("--seed", type=int, default=0)
     add("--output", type=Path, default=Path("runs/finetune"), help="folder for all results")

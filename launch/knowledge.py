@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--general", required=True, type=Path, help="text of another kind")
     add("--held-out", type=at_least(1), default=512, help="examples of the task")
     add("--texts", type=at_least(2 * NEIGHBOURS), default=512, help="texts of the other kind")
-    add("--sequence-length", type=at_least(1), default=128, help="tokens")
+    add("--sequence-length", type=at_least(2), default=128, help="tokens")
     add("--seed", type=int, default=0, help="of finetune.py")
     add("--output", type=Path, required=True, help="folder for the results")
     return parser.parse_args()

@@ -164,6 +164,7 @@ def test_texts_of_unequal_length_are_called_together():
     def tokenizer(texts, **_):
         return {"input_ids": [pieces[int(text)] for text in texts]}
 
+    tokenizer.bos_token_id = None
     batches = text_batches(model, list("01234"), tokenizer, 5, 6, 0)
     assert len(batches) == 1
     sites = sites_among([model], dict(model.named_parameters()), nodes_of(model))

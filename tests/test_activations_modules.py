@@ -283,9 +283,12 @@ def test_in_a_decoder_its_own_mask_counts_and_of_the_encoded_the_other(is_masked
 
 def test_texts_are_masked_on_both_sides_of_an_encoder_decoder():
     model, seen = t5(), []
-    [batch] = text_batches(
-        model, ["", ""], lambda *_, **__: {"input_ids": [[3, 4, 5, 6], [7, 8]]}, 2, 4, 0
-    )
+
+    def tokenizer(*_, **__):
+        return {"input_ids": [[3, 4, 5, 6], [7, 8]]}
+
+    tokenizer.bos_token_id = None
+    [batch] = text_batches(model, ["", ""], tokenizer, 2, 4, 0)
     model.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
     batch(model)
     for name in ("attention_mask", "decoder_attention_mask"):

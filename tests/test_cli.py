@@ -53,7 +53,7 @@ def test_another_text_column_is_read_or_missed(tmp_path):
 
 def test_no_two_batches_share_text(tmp_path):
     class Letters:
-        eos_token_id = 0
+        bos_token_id, eos_token_id = None, 0
 
         def __call__(self, texts, **options):
             return {"input_ids": [[int(text)] for text in texts]}

@@ -8,11 +8,23 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
-from spectral_ds.cli.examples import batches, load_corpus
-from spectral_ds.text import Chat, DataError, encoded, read_learnable, read_texts
+from spectral_ds.cli.examples import Corpus, batches, language_modelling_examples, load_corpus
+from spectral_ds.cli.inspect.batches import token_batches
+from spectral_ds.coactivation import text_batches
+from spectral_ds.text import (
+    Chat,
+    DataError,
+    begin_of,
+    encoded,
+    pieces_of,
+    read_learnable,
+    read_texts,
+)
 
 ROWS = [("a fine film", 1), ("no plot", 0), ("the best cast", 1)]
 
@@ -193,6 +205,70 @@ def test_a_tokenizer_without_a_chat_template_is_named(tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="tokenizer of characters has no chat template"):
         encoded(read_learnable(tmp_path / "rows.jsonl"), tokenizer)
+
+
+BEGIN, END = 0, 1
+
+
+def words(begins):
+    """A tokenizer of the words 2 to 99, which puts the begin token first or not."""
+    vocabulary = {"<begin>": BEGIN, "<end>": END} | {str(n): n for n in range(2, 100)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<begin> $A", special_tokens=[("<begin>", BEGIN)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<begin>", eos_token="<end>"
+    )
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_every_sequence_begins_as_the_tokenizer_begins_a_text(begins):
+    tokenizer, texts = words(begins), ["2 3 4 5 6 7 8 9 10", "11 12", "13 14 15 16 17 18"]
+    begin, room = ([BEGIN], 4) if begins else ([], 5)
+    assert begin_of(tokenizer) == begin
+
+    def assert_beginning(found, is_joined):
+        for sequence in found:
+            assert sequence[: len(begin)] == begin
+            assert BEGIN not in sequence[len(begin) :]
+            assert len(sequence) == 5 or not is_joined
+        held = sorted(token for each in found for token in each[len(begin) :] if token != END)
+        assert len({*held}) == len(held)
+        return held
+
+    cut = language_modelling_examples(
+        Corpus(texts, None, 0), tokenizer, 5, num_held_out=0, seed=0
+    ).training
+    assert len(cut) == 20 // room
+    assert_beginning([each.tolist() for each in cut], True)
+    drawn = token_batches(
+        texts, tokenizer, batches=2, batch_size=2, sequence_length=5, seed=0
+    ).flatten(0, 1)
+    assert len(drawn) == 4
+    assert_beginning(drawn.tolist(), True)
+
+    class Seen(torch.nn.Module):
+        config = transformers.LlamaConfig(vocab_size=100, max_position_embeddings=5)
+
+        def forward(self, input_ids, attention_mask):
+            rows = zip(input_ids, attention_mask.bool(), strict=True)
+            seen.extend(ids[mask].tolist() for ids, mask in rows)
+
+    seen = []
+    for batch in text_batches(Seen(), texts, tokenizer, 99, 64, seed=0):
+        batch(Seen())
+    assert assert_beginning(seen, False) == list(range(2, 19))
+
+
+def test_pieces_of_a_text_have_its_begin_token_if_it_has_one():
+    assert pieces_of([0, 5, 6, 7, 8, 9], [0], 3) == [[0, 5, 6], [0, 7, 8], [0, 9]]
+    assert pieces_of([5, 6, 7, 8], [0], 3) == [[5, 6, 7], [8]]
+    assert pieces_of([0, 5, 6], [0], 1) == [[0], [5], [6]]
+    assert pieces_of([5, 6, 7], [], 2) == [[5, 6], [7]]
+    assert pieces_of([], [], 2) == pieces_of([0], [0], 2) == []
 
 
 def collate(chosen):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_ds.text import DataError, read_labelled_texts, read_texts
+from spectral_ds.text import DataError, begin_of, read_labelled_texts, read_texts
 
 Batch = dict[str, Tensor]
 Collate = Callable[[Sequence[Any]], Batch]
@@ -95,15 +95,20 @@ def _classes(labels: Sequence[Any]) -> list[int]:
 def language_modelling_examples(
     corpus: Corpus, tokenizer: Any, sequence_length: int, *, num_held_out: int, seed: int
 ) -> Examples:
-    """Texts in random order, joined by the end token and cut into sequences of equal length."""
+    """Texts in random order, joined by the end token and cut into sequences of equal length.
+
+    Every sequence has the begin token first, where the tokenizer puts it before a text.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError("the tokenizer has no end-of-text token")
     order = torch.randperm(len(corpus.texts), generator=torch.Generator().manual_seed(seed))
     encoded = tokenizer([corpus.texts[i] for i in order], add_special_tokens=False, verbose=False)
     stream = [token for text in encoded["input_ids"] for token in (*text, end)]
-    sequences = torch.tensor(stream[: len(stream) // sequence_length * sequence_length])
-    sequences = sequences.view(-1, sequence_length)
+    begin = torch.tensor(begin_of(tokenizer), dtype=torch.long)
+    room = sequence_length - len(begin)
+    cut = torch.tensor(stream[: len(stream) // room * room]).view(-1, room)
+    sequences = torch.cat((begin.expand(len(cut), -1), cut), dim=1)
 
     def collate(chosen: Sequence[Tensor]) -> Batch:
         input_ids = torch.stack(list(chosen))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from spectral_ds.engines.fsdp2 import sharded_modules
-from spectral_ds.text import Text, encoded
+from spectral_ds.text import Text, begin_of, encoded, pieces_of
 
 # Calls a model with one batch.
 Batch = Callable[[nn.Module], None]
@@ -168,9 +168,9 @@ def text_batches(
     """
     length = _at_most(model, length)
     pieces: list[list[int]] = []
+    begin = begin_of(tokenizer)
     for whole in encoded(texts, tokenizer):
-        pieces += [whole[at : at + length] for at in range(0, len(whole), length)]
-    pieces = [piece for piece in pieces if piece]
+        pieces += pieces_of(whole, begin, length)
     if not pieces:
         raise InputsError("the texts hold no token")
     generator = torch.Generator().manual_seed(seed)

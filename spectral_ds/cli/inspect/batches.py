@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spectral_ds.cli.errors import UserError
-from spectral_ds.text import DataError
+from spectral_ds.text import DataError, begin_of
 
 # Keyword arguments of a model, each (batch size, sequence length), int64.
 Batch = Mapping[str, torch.Tensor]
@@ -34,6 +34,8 @@ def token_batches(
 ) -> torch.Tensor:
     """Texts in random order, joined by the end token and cut into sequences of equal length.
 
+    Every sequence has the begin token first, where the tokenizer puts it before a text.
+
     Returns:
         (batches, batch_size, sequence_length), int64.
 
@@ -49,14 +51,17 @@ def token_batches(
             "--data: the model's tokenizer has no end-of-text or separator token to join texts by"
         )
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    needed = batches * batch_size * sequence_length
+    begin = torch.tensor(begin_of(tokenizer), dtype=torch.long)
+    room = sequence_length - len(begin)
+    needed = batches * batch_size * room
     stream: list[int] = []
     for first in range(0, len(order), TEXTS_AT_ONCE):
         chosen = [texts[i] for i in order[first : first + TEXTS_AT_ONCE]]
         for ids in tokenizer(chosen, add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, end]
         if len(stream) >= needed:
-            return torch.tensor(stream[:needed]).view(batches, batch_size, sequence_length)
+            cut = torch.tensor(stream[:needed]).view(batches, batch_size, room)
+            return torch.cat((begin.expand(batches, batch_size, -1), cut), dim=2)
     raise DataError(
         f"has {len(stream):,} tokens, and {batches} batches of {batch_size} x "
         f"{sequence_length} need {needed:,}; lower --steps, --batch-size or --sequence-length"

@@ -56,7 +56,8 @@ def add_parser(commands: Any) -> None:
     add("--steps", metavar="N", type=at_least(FEWEST_STEPS), default=32,
         help="gradients: half to make graphs, half to judge (default: 32)")  # fmt: skip
     add("--batch-size", default=4, help="sequences a gradient (default: 4)", **number)
-    add("--sequence-length", default=128, help="tokens (default: 128)", **number)
+    add("--sequence-length", metavar="N", type=at_least(2), default=128,
+        help="tokens (default: 128)")  # fmt: skip
     add("--eigenvalues", default=8, help="how many of the lowest (default: 8)", **number)
     add("--threads", help="of the CPU (default: torch's own choice)", **number)
 

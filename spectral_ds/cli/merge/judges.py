@@ -24,7 +24,15 @@ from spectral_ds.cli.knowledge import (
 )
 from spectral_ds.cli.merge.looking import SEED, Amount
 from spectral_ds.cli.models import CAUSAL
-from spectral_ds.text import DataError, Text, encoded, read_labelled_texts, read_learnable
+from spectral_ds.text import (
+    DataError,
+    Text,
+    begin_of,
+    encoded,
+    pieces_of,
+    read_labelled_texts,
+    read_learnable,
+)
 
 T = TypeVar("T")
 
@@ -159,11 +167,12 @@ def _pieces(
     texts: Sequence[Text], tokenizer: Any, samples: int, length: int, given: str
 ) -> list[list[int]]:
     """Pieces of at least two tokens, at most `samples`, evenly from all texts."""
+    begin = begin_of(tokenizer)
     found = [
         piece
         for ids in _encoded(texts, tokenizer, None, given)
-        for at in range(0, len(ids), length)
-        if len(piece := ids[at : at + length]) > 1
+        for piece in pieces_of(ids, begin, length)
+        if len(piece) > 1
     ]
     if not found:
         raise UserError(f"{given}: the held-out half has no two tokens in a row")
