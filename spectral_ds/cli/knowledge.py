@@ -19,6 +19,8 @@ NEIGHBOURS = 10
 BATCH_TOKENS = 512
 # What no loss is of.
 IGNORED = -100
+# Bytes of probabilities that are kept of some sequences.
+MOST_KEPT = 2**29
 
 
 def loss_on(model: nn.Module, sequences: Sequences) -> float:
@@ -35,42 +37,58 @@ def loss_on(model: nn.Module, sequences: Sequences) -> float:
     return total / count
 
 
-def log_probabilities(model: nn.Module, sequences: Sequences) -> list[Tensor]:
-    """Of the tokens that may follow each of a sequence; (tokens - 1, vocabulary), float32, CPU."""
-    found = []
-    with only_looking(model):
-        for ids, mask in padded(sequences, _device(model)):
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            found += [
-                each[: int(own.sum())].log_softmax(-1).cpu()
-                for each, own in zip(logits, mask[:, 1:], strict=True)
-            ]
-    return found
-
-
-def loss_and_divergence(
-    before: Sequence[Tensor], model: nn.Module, sequences: Sequences
-) -> tuple[float, float]:
-    """Means over tokens, in nats: as `loss_on`, and KL(before || model).
+class Beliefs:
+    """What a model takes to follow in some sequences: kept, or where that is much, asked anew.
 
     Args:
-        before: `log_probabilities` of the same sequences.
+        model: which does not change from now on.
+        sequences: of token ids.
+        most: bytes that may be kept.
     """
+
+    def __init__(self, model: nn.Module, sequences: Sequences, most: int = MOST_KEPT) -> None:
+        self.sequences = sequences
+        self._model, self._kept = model, list[list[Tensor]]()
+        device, tokens = _device(model), sum(len(each) - 1 for each in sequences)
+        with only_looking(model):
+            for ids, mask in padded(sequences, device):
+                found = _log_probabilities(model, ids, mask)
+                if tokens * found[0].shape[-1] * found[0].element_size() > most:
+                    return
+                self._kept.append([each.cpu() for each in found])
+
+    def of_batch(self, number: int, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """Of each sequence of a batch of `padded`: (tokens - 1, vocabulary), log, float32."""
+        if self._kept:
+            return self._kept[number]
+        with only_looking(self._model):
+            return _log_probabilities(self._model, ids, mask)
+
+
+def loss_and_divergence(before: Beliefs, model: nn.Module) -> tuple[float, float]:
+    """Means over tokens, in nats: as `loss_on`, and KL(before || model), of the same sequences."""
     loss, total, count = 0.0, 0.0, 0
     with only_looking(model):
-        first = 0
-        for ids, mask in padded(sequences, _device(model)):
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-            for each, own, labels, of_before in zip(
-                logits, mask[:, 1:], ids[:, 1:], before[first:], strict=False
-            ):
-                tokens = int(own.sum())
-                now, then = each[:tokens].log_softmax(-1), of_before.to(each.device)
-                loss += float(functional.nll_loss(now, labels[:tokens], reduction="sum"))
-                total += float(functional.kl_div(now, then, reduction="sum", log_target=True))
-                count += tokens
-            first += len(ids)
+        for number, (ids, mask) in enumerate(padded(before.sequences, _device(model))):
+            both = zip(
+                _log_probabilities(model, ids, mask),
+                before.of_batch(number, ids, mask),
+                ids[:, 1:],
+                strict=True,
+            )
+            for now, then, labels in both:
+                loss += float(functional.nll_loss(now, labels[: len(now)], reduction="sum"))
+                total += float(
+                    functional.kl_div(now, then.to(now.device), reduction="sum", log_target=True)
+                )
+                count += len(now)
     return loss / count, total / count
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    lengths = mask[:, 1:].sum(1).tolist()
+    return [each[:own].log_softmax(-1) for each, own in zip(logits, lengths, strict=True)]
 
 
 def class_scores(model: nn.Module, sequences: Sequences) -> Tensor:

@@ -81,7 +81,7 @@ class _Work:
         self._job, self._place, self._trainer, self._task = job, place, trainer, task
         self._tell = tell
         self._measures = Measures(task, trainer.material.general, before)
-        self._before = _weights(before)
+        self._before = {name: p.detach() for name, p in before.named_parameters()}
         self._heads = head_names(before)
         self._folder = place.out / "runs" / job.run.folder
 

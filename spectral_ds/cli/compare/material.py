@@ -196,7 +196,7 @@ class Measures:
     Args:
         task: that is learned.
         general: of `Material`.
-        before: the model before training; it is called now, and kept for nothing else.
+        before: the model before training, which does not change from now on.
     """
 
     def __init__(
@@ -204,16 +204,15 @@ class Measures:
     ) -> None:
         self._task, self._general = task, general
         self._neighbours: dict[tuple[str, str], Tensor] = {}
-        self._probabilities: dict[tuple[str, str], list[Tensor]] = {}
+        self._beliefs: dict[tuple[str, str], knowledge.Beliefs] = {}
         self._loss: dict[tuple[str, str], float] = {}
         for name, parts in general.items():
             for part, texts in parts.items():
                 if self._classifies:
                     self._neighbours[name, part] = knowledge.neighbours_of(before, texts)
                     continue
-                likely = knowledge.log_probabilities(before, texts)
-                self._probabilities[name, part] = likely
-                self._loss[name, part], _ = knowledge.loss_and_divergence(likely, before, texts)
+                self._beliefs[name, part] = beliefs = knowledge.Beliefs(before, texts)
+                self._loss[name, part], _ = knowledge.loss_and_divergence(beliefs, before)
 
     @property
     def _classifies(self) -> bool:
@@ -253,12 +252,11 @@ class Measures:
 
     def _of_texts(self, model: nn.Module, name: str, part: str) -> dict[str, float]:
         """What is forgotten of general texts, and of a language model the divergence."""
-        texts = self._general[name][part]
         if self._classifies:
+            texts = self._general[name][part]
             now = knowledge.neighbours_of(model, texts)
             return {FORGETTING: 1 - knowledge.share_kept(self._neighbours[name, part], now)}
-        before = self._probabilities[name, part]
-        loss, apart = knowledge.loss_and_divergence(before, model, texts)
+        loss, apart = knowledge.loss_and_divergence(self._beliefs[name, part], model)
         return {FORGETTING: loss - self._loss[name, part], DIVERGENCE: apart}
 
 
