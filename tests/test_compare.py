@@ -11,12 +11,13 @@ import pytest
 import torch
 from compared import METHODS, cells, compare, retain, rows_of, write_config, write_inputs
 from merged import WORDS
+from safetensors.numpy import load_file
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from spectral_ds.cli.compare.adapters import adapted
 from spectral_ds.cli.compare.after import share_by_depth
 from spectral_ds.cli.compare.material import Material
-from spectral_ds.cli.compare.prepare import changed
+from spectral_ds.cli.compare.prepare import changed, prepare
 from spectral_ds.cli.compare.results import Table
 from spectral_ds.cli.compare.settings import load
 from spectral_ds.cli.compare.state import State, contents_of
@@ -496,6 +497,17 @@ def test_a_name_that_is_a_number_is_refused(folder):
     write_config(folder)
     with pytest.raises(UserError, match=r"tasks\.2024: must be text"):
         load(path, [], False)
+
+
+def test_a_control_is_made_of_the_statistics_that_are_there(folder, tmp_path, monkeypatch):
+    comparison, _ = load(write_config(folder, name="controls"), [], False)
+    control = prepare(comparison, tmp_path, 2).files["shuffled"]
+    made = load_file(control)
+    control.unlink()
+    monkeypatch.setattr("spectral_ds.cli.compare.prepare.look", None)  # looking takes long
+    again = load_file(prepare(comparison, tmp_path, 2).files["shuffled"])
+    assert again.keys() == made.keys()
+    assert all(np.array_equal(again[name], array) for name, array in made.items())
 
 
 def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():

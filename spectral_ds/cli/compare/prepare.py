@@ -98,19 +98,23 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
     """
     base = plain_folder(Source.of(comparison.model), out / "base")
     wanted = {word for each in chosen(comparison).values() for word in words_of(each)}
-    files = {
-        name: out / "statistics" / f"{name}.safetensors"
-        for name in comparison.statistics
-        if STATISTICS + name in wanted
-    }
+    every = {name: out / "statistics" / f"{name}.safetensors" for name in comparison.statistics}
+    files = {name: path for name, path in every.items() if STATISTICS + name in wanted}
     prepared = Prepared(base, comparison.kind, files)
     see = cache(partial(_seen, cache(partial(prepared.load, num_classes)), prepared))
     for name, path in files.items():
         if path.exists():
             continue
         config = comparison.statistics[name]
-        found = changed(see(replace(config, change="none")), config.change)
-        statistics.save(path, found, name, config.rank)
+        unchanged = replace(config, change="none")
+        there = (
+            other
+            for one, other in every.items()
+            if comparison.statistics[one] == unchanged and other.exists()
+        )
+        whole = next(there, None)
+        graphs = see(unchanged) if whole is None else statistics.load(whole, config.rank)
+        statistics.save(path, changed(graphs, config.change), name, config.rank)
     return prepared
 
 
