@@ -508,6 +508,10 @@ def test_a_control_is_made_of_the_statistics_that_are_there(folder, tmp_path, mo
     again = load_file(prepare(comparison, tmp_path, 2).files["shuffled"])
     assert again.keys() == made.keys()
     assert all(np.array_equal(again[name], array) for name, array in made.items())
+    control.unlink()
+    (tmp_path / "statistics" / "random.safetensors").write_bytes(b"no statistics")
+    with pytest.raises(UserError, match=r"random\.safetensors: it cannot be read.*delete it"):
+        prepare(comparison, tmp_path, 2)
 
 
 def test_the_diagonal_has_the_activity_of_each_node_and_no_edge():

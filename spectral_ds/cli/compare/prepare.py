@@ -20,7 +20,7 @@ from spectral_ds.cli.compare.settings import (
 from spectral_ds.cli.errors import UserError
 from spectral_ds.cli.merge.looking import Amount, batches_of, look
 from spectral_ds.cli.models import Source, load_tokenizer, plain_folder
-from spectral_ds.coactivation import Coactivation
+from spectral_ds.coactivation import Coactivation, InputsError
 from spectral_ds.coactivation import file as statistics
 from spectral_ds.coactivation.spectrum import Spectrum, spectrum_of
 
@@ -94,7 +94,8 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
     """Make what is missing in a folder.
 
     Raises:
-        UserError: the model cannot be loaded, or a kind of inputs not be used with it.
+        UserError: the model cannot be loaded, a kind of inputs not be used with it, or statistics
+            that are there not be read.
     """
     base = plain_folder(Source.of(comparison.model), out / "base")
     wanted = {word for each in chosen(comparison).values() for word in words_of(each)}
@@ -113,9 +114,16 @@ def prepare(comparison: Comparison, out: Path, num_classes: int) -> Prepared:
             if comparison.statistics[one] == unchanged and other.exists()
         )
         whole = next(there, None)
-        graphs = see(unchanged) if whole is None else statistics.load(whole, config.rank)
+        graphs = see(unchanged) if whole is None else _loaded(whole, config.rank)
         statistics.save(path, changed(graphs, config.change), name, config.rank)
     return prepared
+
+
+def _loaded(path: Path, rank: int) -> Coactivation:
+    try:
+        return statistics.load(path, rank)
+    except InputsError as error:
+        raise UserError(f"{path}: {error}; delete it to have it made again") from error
 
 
 def _seen(

@@ -92,7 +92,7 @@ def masked(tokens: torch.Tensor, tokenizer: Any, seed: int) -> list[Batch]:
         )
     generator = torch.Generator().manual_seed(seed)
     is_masked = torch.rand(tokens.shape, generator=generator) < MASKED_SHARE
-    is_masked[:, 0, 0] = True  # a loss needs something to guess
+    is_masked[:, 0, -1] = True  # a loss needs something to guess; the first may be a begin token
     inputs = tokens.masked_fill(is_masked, tokenizer.mask_token_id)
     labels = tokens.masked_fill(~is_masked, NOT_GUESSED)
     pairs = zip(inputs, labels, strict=True)
